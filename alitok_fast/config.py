@@ -1,0 +1,208 @@
+"""Model configurations and presets. Every length in the package derives from these."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+def _require(condition: bool, name: str, expected: str, actual: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {actual!r}")
+
+
+class _Config:
+    """Dictionary conversion shared by the configurations; unknown keys raise."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]):
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{cls.__name__}: unknown key {unknown[0]!r}; expected one of {sorted(known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig(_Config):
+    """AliTok tokenizer (arXiv 2506.05289, section 3).
+
+    `stage` 1 has the causal decoder with its auxiliary head, `stage` 2 the
+    bidirectional decoder with `buffer_tokens` learned tokens in front.
+    """
+
+    image_size: int = 256
+    patch_size: int = 16
+    codebook_size: int = 4096
+    code_dim: int = 32
+    encoder_width: int = 768
+    encoder_layers: int = 12
+    encoder_heads: int = 12
+    decoder_width: int = 1024
+    decoder_layers: int = 24
+    decoder_heads: int = 16
+    buffer_tokens: int = 32
+    stage: int = 2
+    commitment: float = 0.25
+    usage_decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type == "int":
+                value = getattr(self, field.name)
+                _require(isinstance(value, int) and value > 0, field.name, "a positive integer", value)
+        _require(self.image_size % self.patch_size == 0, "image_size", f"a multiple of patch_size {self.patch_size}", self.image_size)
+        _require(self.stage in (1, 2), "stage", "1 or 2", self.stage)
+        for side in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
+            _require(width % heads == 0, f"{side}_width", f"a multiple of {side}_heads {heads}", width)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def image_tokens(self) -> int:
+        return self.grid**2
+
+    @property
+    def prefix_tokens(self) -> int:
+        """One for the first patch, then one for each patch of the first row."""
+        return 1 + self.grid
+
+    @property
+    def tokens(self) -> int:
+        """N, prefix and image tokens together."""
+        return self.prefix_tokens + self.image_tokens
+
+    @property
+    def decoder_start_tokens(self) -> int:
+        """Learned tokens in front of the decoder's sequence: the class token, or the buffer tokens."""
+        return 1 if self.stage == 1 else self.buffer_tokens
+
+
+@dataclass(frozen=True)
+class GeneratorConfig(_Config):
+    """Decoder-only transformer over tokens (arXiv 2506.05289, section 3.3)."""
+
+    width: int = 768
+    layers: int = 24
+    heads: int = 16
+    grid: int = 16
+    codebook_size: int = 4096
+    classes: int = 1000
+    hidden_multiple: int = 256
+    dropout: float = 0.1
+    class_dropout: float = 0.1
+    guidance_scale: float = 16.0
+    guidance_power: float = 1.8
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type == "int" and field.name != "seed":
+                value = getattr(self, field.name)
+                _require(isinstance(value, int) and value > 0, field.name, "a positive integer", value)
+        _require(self.width % self.heads == 0, "width", f"a multiple of heads {self.heads}", self.width)
+        _require(self.head_dim % 4 == 0, "width", "a head dimension that is a multiple of 4 (2-D rotary pairs)", self.width)
+        for name in ("dropout", "class_dropout"):
+            _require(0.0 <= getattr(self, name) < 1.0, name, "a probability in [0, 1)", getattr(self, name))
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """SwiGLU width: two thirds of 4 * width, rounded up to `hidden_multiple`."""
+        two_thirds = 4 * self.width * 2 // 3
+        return -(-two_thirds // self.hidden_multiple) * self.hidden_multiple
+
+    @property
+    def prefix_tokens(self) -> int:
+        return 1 + self.grid
+
+    @property
+    def tokens(self) -> int:
+        """N, the number of tokens of one image."""
+        return self.prefix_tokens + self.grid**2
+
+    @property
+    def vocabulary(self) -> int:
+        """Codes, one unused slot, classes, one "no condition"."""
+        return self.codebook_size + 1 + self.classes + 1
+
+    @property
+    def first_class(self) -> int:
+        """Embedding row of label 0."""
+        return self.codebook_size + 1
+
+    @property
+    def no_condition(self) -> int:
+        """Embedding row of the dropped label."""
+        return self.vocabulary - 1
+
+
+_ALITOK = TokenizerConfig()
+_B = GeneratorConfig()
+_L = replace(_B, width=1024, guidance_scale=6.0, guidance_power=0.7)
+_XL = replace(_B, width=1280, layers=32, guidance_scale=13.0, guidance_power=1.4, seed=2)
+
+TOKENIZERS: dict[str, TokenizerConfig] = {
+    "demo": TokenizerConfig(
+        image_size=32,
+        patch_size=4,
+        codebook_size=1024,
+        code_dim=16,
+        encoder_width=128,
+        encoder_layers=4,
+        encoder_heads=4,
+        decoder_width=128,
+        decoder_layers=6,
+        decoder_heads=4,
+        buffer_tokens=8,
+    ),
+    "256": _ALITOK,
+    "512": replace(_ALITOK, image_size=512),
+}
+
+GENERATORS: dict[str, GeneratorConfig] = {
+    "demo": GeneratorConfig(
+        width=192,
+        layers=8,
+        heads=4,
+        grid=8,
+        codebook_size=1024,
+        classes=10,
+        hidden_multiple=64,
+        guidance_scale=3.0,
+        guidance_power=1.0,
+    ),
+    "b": _B,
+    "l": _L,
+    "xl": _XL,
+    "b-512": replace(_B, grid=32),
+    "l-512": replace(_L, grid=32),
+    "xl-512": replace(_XL, grid=32),
+}
+
+
+def _preset(table: dict[str, Any], kind: str, name: str):
+    if name not in table:
+        raise ValueError(f"name: expected a {kind} preset out of {sorted(table)}, got {name!r}")
+    return table[name]
+
+
+def tokenizer_preset(name: str) -> TokenizerConfig:
+    """The tokenizer preset called `name`; raises ValueError naming the known ones."""
+    return _preset(TOKENIZERS, "tokenizer", name)
+
+
+def generator_preset(name: str) -> GeneratorConfig:
+    """The generator preset called `name`; raises ValueError naming the known ones."""
+    return _preset(GENERATORS, "generator", name)
