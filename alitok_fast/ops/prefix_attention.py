@@ -1,0 +1,136 @@
+"""Attention with one mask for the whole system: position i sees j when j < prefix_len or j <= i."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def prefix_attention(
+    qkv: Tensor,
+    prefix_len: int,
+    *,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    rope: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """Softmax attention over packed queries, keys and values (design: AliTok, arXiv 2506.05289, section 3).
+
+    `prefix_len` 0 is causal attention, `prefix_len` L is bidirectional, between them a prefix language model.
+
+    Args:
+        qkv: (B, L, 3, H, D), float32, bfloat16 or float16; D a multiple of 8 up to 128.
+        prefix_len: 0..L, the keys that every position sees.
+        q_norm_weight, k_norm_weight: (D,), both or neither: RMSNorm over D on queries and keys, computed in
+            float32, rounded to the dtype of `qkv`, then multiplied by the weight in that dtype.
+        norm_eps: added to the mean square.
+        rope: (L, D / 2, 2) float32, (cos, sin) of each interleaved pair (x0, x1) -> (x0 c - x1 s, x0 s + x1 c),
+            applied after the norm. A row of zeros makes that position's query and key zero vectors.
+        scale: factor on the logits, default D ** -0.5.
+        dropout: probability in [0, 1), rounded to a multiple of 2**-16, of dropping an attention probability.
+        seed: int, or int64 tensor of one element on the device of `qkv`: key of the dropout mask, see
+            `dropout_keep_mask`. None draws one from torch's default generator.
+
+    Returns:
+        (B, L, H, D) in the dtype of `qkv`. Sums and softmax are float32.
+    """
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    seed = _seed_tensor(seed, qkv.device) if dropout > 0 else None
+    return prefix_attention_reference(
+        qkv, prefix_len, q_norm_weight, k_norm_weight, norm_eps, rope, scale, dropout, seed
+    )[0]
+
+
+def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def prefix_attention_reference(
+    qkv: Tensor,
+    prefix_len: int,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    norm_eps: float,
+    rope: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, with the (L, L) matrices written out: `out` (B, L, H, D) and log-sum-exp (B, H, L).
+
+    Rounds to the dtype of `qkv` exactly where the contract says so; everything between is float32, or float64
+    for float64 inputs.
+    """
+    dtype, (batch, length, _, heads, _) = qkv.dtype, qkv.shape
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, H, L, D)
+        if q_norm_weight is not None:
+            q, k = _rms_norm(q, q_norm_weight, norm_eps), _rms_norm(k, k_norm_weight, norm_eps)
+        if rope is not None:
+            q, k = _rotate(q, rope), _rotate(k, rope)
+        logits = scale * (q.to(compute) @ k.to(compute).transpose(-1, -2))
+        logits = logits.masked_fill(~visible(length, prefix_len, qkv.device), -torch.inf)
+        probabilities = logits.softmax(-1)
+        if dropout > 0:
+            keep, kept = dropout_keep_mask(seed, batch, heads, length, dropout)
+            probabilities = probabilities * keep / kept
+        out = (probabilities @ v.to(compute)).to(dtype)
+        return out.transpose(1, 2).contiguous(), logits.logsumexp(-1)
+
+
+def visible(length: int, prefix_len: int, device: torch.device | str = "cpu") -> Tensor:
+    """(L, L) bool: row i is True where position i sees j."""
+    position = torch.arange(length, device=device)
+    return (position[None] < prefix_len) | (position[None] <= position[:, None])
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight.to(x.dtype)
+
+
+def _rotate(x: Tensor, rope: Tensor) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    (even, odd), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), rope.to(wide.dtype).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def dropout_keep_mask(seed: Tensor, batch: int, heads: int, length: int, dropout: float) -> tuple[Tensor, float]:
+    """(B, H, L, L) bool mask of kept probabilities, and the exact probability of keeping one.
+
+    Element (b, h, i, j) is dropped when its 16 random bits are below round(dropout * 2**16). The bits are part
+    p = j % 128 // 16 of Philox4x32-10 under key (seed low, seed high) and counter
+    (j // 128 * 16 + j % 16, i, b * H + h, 0): half p % 2 (0 is the low one) of word p // 2. Sixteen neighbouring
+    counters so give 128 neighbouring columns, in vector registers and without a transpose.
+    """
+    device = seed.device
+    blocks = -(-length // 128)
+    column = torch.arange(blocks * 16, device=device)
+    row = torch.arange(length, device=device)[:, None]
+    head = torch.arange(batch * heads, device=device)[:, None, None]
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    words = torch.stack(_philox4x32(seed.reshape(()), column, row, head, zero), -1)  # (B H, L, 16 blocks, 4)
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1).reshape(batch * heads, length, blocks, 16, 8)
+    bits = halves.transpose(-1, -2).reshape(batch, heads, length, blocks * 128)[..., :length]
+    threshold = round(dropout * 65536)
+    return bits >= threshold, 1 - threshold / 65536
+
+
+def _philox4x32(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al. 2011): four uint32 words, held in int64."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
