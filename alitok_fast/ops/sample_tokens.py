@@ -1,0 +1,127 @@
+"""One token for each image out of its logits: guidance, temperature, top-k, top-p and a counter-based draw."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alitok_fast.ops.philox import DOMAIN_SAMPLE, philox4x32, split64
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    guidance_scale: Tensor | float | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: Tensor | int,
+    image_ids: Tensor,
+    step: Tensor | int,
+) -> Tensor:
+    """Draw one code for each image.
+
+    The draw is the Gumbel-max trick, argmax over k of logit_k + temperature * g_k, which has the distribution
+    softmax(logits / temperature). The noise g depends on (seed, image id, step, k) alone: an image is the same in any
+    batch, any split of a batch, and on any number of devices.
+
+    Temperature apart, the order is guidance, top-k, top-p, draw. Equal logits are never told apart by top-k or top-p:
+    all codes that equal the last one kept are kept. A logit of -inf is a code that is never drawn; with guidance it
+    suffices that one of the two rows says so.
+
+    Args:
+        logits: (B, K) float32, bfloat16 or float16; with guidance (2 B, K), B conditional rows c, then B
+            unconditional rows u. Computed in float32.
+        guidance_scale: s in u + (c - u) * s; a number, or a () or (B,) float32 tensor. None: no guidance.
+        temperature: >= 0, at most 1e30. 0 is greedy: the largest logit, the lowest index on a tie, without noise.
+        top_k: >= 1, keep the k largest logits. None keeps all.
+        top_p: in (0, 1], keep the smallest set of codes, largest first, whose probability (at this temperature, of
+            what top-k kept) reaches top_p. None keeps all.
+        seed: int in the range of int64, or () int64 tensor.
+        image_ids: (B,) int64, any value.
+        step: int in [0, 2**32), or () int64 tensor, of which the low 32 bits count.
+
+    Tensors lie on the device of `logits`. Nothing is copied to the host, so that a captured CUDA graph draws anew
+    when `seed`, `image_ids`, `step` or `guidance_scale` change in place.
+
+    Returns:
+        (B,) int64 in [0, K). -1 for a row that is no distribution: one with NaN or +inf after guidance, or with
+        nothing but -inf. Looking for that here would stop a CUDA stream; whoever reads the ids back checks it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, what was expected and what was given.
+        ImportError: when the extension is missing (`use_reference` is the explicit way around it).
+    """
+    from alitok_fast._library import native_enabled
+
+    operator = torch.ops.alitok.sample_tokens if native_enabled() else sample_tokens_reference
+    if guidance_scale is not None:
+        guidance_scale = _as_tensor(guidance_scale, torch.float32, logits.device)
+    seed = _as_tensor(seed, torch.int64, logits.device)
+    step = _as_tensor(step, torch.int64, logits.device)
+    return operator(logits, guidance_scale, float(temperature), top_k, top_p, seed, image_ids, step)
+
+
+def _as_tensor(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A fill is a kernel argument: unlike torch.tensor it copies nothing from the host, and can be captured.
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+
+
+def sample_tokens_reference(
+    logits: Tensor,
+    guidance_scale: Tensor | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: Tensor,
+    image_ids: Tensor,
+    step: Tensor,
+) -> Tensor:
+    """The definition of `sample_tokens`."""
+    x = guided_logits(logits, guidance_scale)
+    largest = x.amax(-1)
+    valid = (largest > -torch.inf) & (largest < torch.inf)  # both are False for NaN, which amax passes on
+    if temperature > 0:
+        x = kept_logits(x, temperature, top_k, top_p)
+        x = x + temperature * gumbel_noise(seed, image_ids, step, x.shape[-1])
+    return torch.where(valid, x.argmax(-1), -1)
+
+
+def guided_logits(logits: Tensor, guidance_scale: Tensor | None) -> Tensor:
+    """u + (c - u) * s in float32, (B, K); -inf where either row is -inf, in which the formula would give NaN."""
+    if guidance_scale is None:
+        return logits.float()
+    conditional, unconditional = logits.float().chunk(2)
+    x = unconditional + (conditional - unconditional) * guidance_scale.reshape(-1, 1)
+    # The sum is -inf for a masked code, but NaN if the other row is NaN or +inf: that must not be hidden.
+    return torch.where(conditional + unconditional == -torch.inf, -torch.inf, x)
+
+
+def kept_logits(x: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """`x` (B, K) with -inf for every code that top-k, then top-p leave out."""
+    codes = x.shape[-1]
+    if top_k is not None and top_k < codes:
+        threshold = x.topk(top_k).values[:, -1:]
+        x = x.masked_fill(x < threshold, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered = x.sort(descending=True).values
+        mass = (ordered.double() / temperature).softmax(-1).cumsum(-1)
+        last = (mass < top_p).sum(-1, keepdim=True).clamp(max=codes - 1)
+        x = x.masked_fill(x < ordered.gather(-1, last), -torch.inf)
+    return x
+
+
+def gumbel_noise(
+    seed: Tensor, image_ids: Tensor, step: Tensor, codes: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(B, codes) standard Gumbel noise: -log(-log(u)).
+
+    Code k takes word k % 4 of the counter (k // 4, step, image id low, image id high), a word r giving
+    1 - u = (r + 1/2) / 2**32. That is rounded to float32, and u formed only inside log1p: the noise is large where u
+    is near 1, and 1 - u has 24 significant bits there, down to 2**-33. u is at least 2**-24.
+    """
+    low, high = split64(image_ids[:, None])
+    block = torch.arange(-(-codes // 4), device=image_ids.device) | DOMAIN_SAMPLE
+    words = torch.stack(philox4x32(seed, block, split64(step)[0], low, high), -1).flatten(1)[:, :codes]
+    complement = ((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).to(dtype)
+    return -torch.log(-torch.log1p(-complement))
