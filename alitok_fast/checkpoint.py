@@ -1,0 +1,213 @@
+"""Weights on disk: files in the released format, and our own folders (config.json + model.safetensors).
+
+Everything read here is data. Pickles are opened with `weights_only=True`, so a file that would run code is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, TokenizerConfig
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT = "alitok_fast"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+Config = TokenizerConfig | GeneratorConfig
+_CONFIGS: dict[str, type] = {"tokenizer": TokenizerConfig, "generator": GeneratorConfig}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's configuration, weights (released key names) and where they come from."""
+
+    config: Config
+    state: dict[str, Tensor]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return "tokenizer" if isinstance(self.config, TokenizerConfig) else "generator"
+
+
+def read_checkpoint(path: str | os.PathLike, config: Config | None = None) -> Checkpoint:
+    """Read one of our folders, or a file in the released format.
+
+    A file's model size and stage are recognised from its shapes; `config` overrides that, for sizes no preset has.
+    Raises FileNotFoundError, or ValueError naming the file, what was expected and what it holds.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"path: expected a checkpoint file or folder, got {path}, which does not exist")
+    if path.is_dir():
+        return _read_folder(path, config)
+    state = read_state(path)
+    recognised = config or recognise(state, str(path))
+    return Checkpoint(recognised, state, {"source": path.name})
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, by their released names; `.safetensors`, `.pth`, `.pt` or `.bin`."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"path: expected a file ending in one of {', '.join(SUFFIXES)}, got {path.name}")
+    try:
+        if path.suffix == ".safetensors":
+            loaded = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: expected a plain dictionary of tensors, got a pickle that needs code to run, or a damaged one; "
+            f"refused, nothing was executed ({_first_line(error)})"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a complete {path.suffix} checkpoint, got a truncated or foreign file of "
+            f"{path.stat().st_size} bytes ({_first_line(error)})"
+        ) from None
+    return _unwrap(loaded, path)
+
+
+def recognise(state: Mapping[str, Tensor], source: str = "state") -> Config:
+    """The configuration whose model has these tensors: presets first, then what the shapes say."""
+    if "encoder.patch_embed.weight" in state and "quantize.embedding.weight" in state:
+        return _recognise_tokenizer(state)
+    if "embeddings.weight" in state and "blocks.0.attn.q_norm.weight" in state:
+        return _recognise_generator(state, source)
+    sample = ", ".join(list(state)[:3]) or "nothing"
+    raise ValueError(f"{source}: expected an AliTok tokenizer or generator, got tensors named {sample}, ...")
+
+
+def write_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
+    """Write config.json + model.safetensors; each file appears whole or not at all. Returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state.items()}
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
+    description = {
+        "format": FORMAT,
+        "kind": checkpoint.kind,
+        "config": checkpoint.config.to_dict(),
+        "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
+        "provenance": checkpoint.provenance,
+    }
+    # Weights first: a folder with a config always has the weights it speaks of.
+    write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary))
+    text = json.dumps(description, indent=2) + "\n"
+    write_atomically(folder / CONFIG_NAME, lambda temporary: temporary.write_text(text))
+    return folder
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call `write(temporary_path)`, flush to disk, rename onto `path`; on any failure the old file stays."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_folder(folder: Path, config: Config | None) -> Checkpoint:
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(f"path: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got {folder} without {name}")
+    try:
+        description = json.loads((folder / CONFIG_NAME).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: expected JSON, got {_first_line(error)}") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f'{folder / CONFIG_NAME}: expected "format": "{FORMAT}", got a file without it')
+    if description.get("kind") not in _CONFIGS:
+        raise ValueError(f"{folder / CONFIG_NAME}: kind: expected one of {list(_CONFIGS)}, got {description.get('kind')!r}")
+    stored = _CONFIGS[description["kind"]].from_dict(description["config"])
+    return Checkpoint(config or stored, read_state(folder / WEIGHTS_NAME), description.get("provenance", {}))
+
+
+def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict itself, out of the wrappers that training scripts put around it."""
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}")
+    return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Layers whose names match `pattern`, which has one group for the layer's number."""
+    numbers = {int(m.group(1)) for name in state if (m := re.match(pattern, name))}
+    return len(numbers)
+
+
+def _recognise_tokenizer(state: Mapping[str, Tensor]) -> TokenizerConfig:
+    patch = state["encoder.patch_embed.weight"].shape[-1]
+    encoder_width = state["encoder.patch_embed.weight"].shape[0]
+    decoder_width = state["decoder.decoder_embed.weight"].shape[0]
+    codebook_size, code_dim = state["quantize.embedding.weight"].shape
+    stage = 1 if "decoder.ffn_aux.0.weight" in state else 2
+    start = state["decoder.class_embedding"].shape[0]
+    fields = dict(
+        image_size=round(state["encoder.positional_embedding"].shape[0] ** 0.5) * patch,
+        patch_size=patch,
+        codebook_size=codebook_size,
+        code_dim=code_dim,
+        encoder_width=encoder_width,
+        encoder_layers=_count(state, r"encoder\.transformer\.(\d+)\."),
+        decoder_width=decoder_width,
+        decoder_layers=_count(state, r"decoder\.transformer\.(\d+)\."),
+        stage=stage,
+    )
+    if stage == 2:
+        fields["buffer_tokens"] = start
+    for preset in TOKENIZERS.values():
+        if all(getattr(preset, k) == v for k, v in fields.items() if k not in ("stage", "buffer_tokens")):
+            return TokenizerConfig.from_dict({**preset.to_dict(), **fields})
+    # No shape holds the number of heads; every released model has heads of 64.
+    return TokenizerConfig(encoder_heads=encoder_width // 64, decoder_heads=decoder_width // 64, **fields)
+
+
+def _recognise_generator(state: Mapping[str, Tensor], source: str) -> GeneratorConfig:
+    rows, width = state["embeddings.weight"].shape
+    codebook_size = state["output.weight"].shape[0]
+    found = dict(
+        width=width,
+        layers=_count(state, r"blocks\.(\d+)\."),
+        heads=width // state["blocks.0.attn.q_norm.weight"].shape[0],
+        hidden=state["blocks.0.mlp.w1.weight"].shape[0],
+        codebook_size=codebook_size,
+        classes=rows - codebook_size - 2,
+    )
+    for preset in GENERATORS.values():
+        if all(getattr(preset, name) == value for name, value in found.items()):
+            return preset
+    raise ValueError(
+        f"{source}: expected a generator of a preset's size ({', '.join(GENERATORS)}), got {found}; "
+        "pass config=GeneratorConfig(...), since no shape tells its grid and guidance"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

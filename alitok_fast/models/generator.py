@@ -1,0 +1,87 @@
+"""The generator: a decoder-only transformer over [condition, t_0 ... t_N-1] (arXiv 2506.05289, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from alitok_fast.config import GeneratorConfig
+from alitok_fast.models.checks import check_range, check_tensor
+from alitok_fast.models.layers import GeneratorBlock, RMSNorm
+from alitok_fast.models.rope import rope_table
+
+
+class Generator(nn.Module):
+    """Class label and tokens in, next-token logits out.
+
+    The embedding holds the codes, one unused slot, the classes and "no condition".
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocabulary, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            GeneratorBlock(config.width, config.heads, config.hidden, config.dropout) for _ in range(config.layers)
+        )
+        self.norm = RMSNorm(config.width)
+        self.output = nn.Linear(config.width, config.codebook_size)
+        self.register_buffer("rope", rope_table(config), persistent=False)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.output.weight)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        # The table follows the model to its device but stays float32, exact: rounding angles to bf16 turns heads wrongly.
+        self.rope = rope_table(self.config).to(self.rope.device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.output.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.output.weight.dtype
+
+    def forward(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
+        """tokens (B, n <= N) int64, labels (B,) int64 in [0, classes) or None for unconditional -> (B, n + 1, K) logits.
+
+        Position i's logits predict token i. In training mode each label is dropped to "no condition" with probability
+        `config.class_dropout`. Raises TypeError or ValueError for another dtype, shape, device or range
+        (ranges are checked in evaluation mode only).
+        """
+        self._check_tokens(tokens)
+        condition = self.condition_ids(labels, len(tokens))
+        if self.training and self.config.class_dropout:
+            dropped = torch.rand(len(tokens), device=self.device) < self.config.class_dropout
+            condition = torch.where(dropped, self.config.no_condition, condition)
+        x = self.dropout(self.embeddings(torch.cat([condition.unsqueeze(1), tokens], dim=1)))
+        rope = self.rope[: x.shape[1]]
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.output(self.norm(x))
+
+    def condition_ids(self, labels: Tensor | None, batch: int) -> Tensor:
+        """Embedding rows (B,) of the labels, or of "no condition" where labels is None."""
+        if labels is None:
+            return torch.full((batch,), self.config.no_condition, dtype=torch.int64, device=self.device)
+        check_tensor("labels", labels, torch.int64, (batch,), self.device)
+        if not self.training:  # a training step must not wait for the device
+            check_range("labels", labels, 0, self.config.classes)
+        return labels + self.config.first_class
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        check_tensor("tokens", tokens, torch.int64, ("B", f"n <= {self.config.tokens}"), self.device)
+        if tokens.shape[1] > self.config.tokens:
+            raise ValueError(f"tokens: expected at most {self.config.tokens} a row, got {tokens.shape[1]}")
+        if not self.training:
+            check_range("tokens", tokens, 0, self.config.codebook_size)

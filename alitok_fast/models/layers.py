@@ -1,0 +1,139 @@
+"""Transformer layers of the tokenizer and of the generator.
+
+Parameter names follow the released checkpoints, so that `state_dict()` is the
+released format and loading needs no renaming.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alitok_fast.ops.prefix_attention import prefix_attention
+
+NORM_EPS = 1e-5
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution, stored as one and applied to channels-last tensors (..., in) as a matrix product."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of the tokenizer: fused qkv with bias, no rotary embedding, no dropout."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, prefix_len: int) -> Tensor:
+        qkv = self.in_proj(x).unflatten(-1, (3, self.heads, -1))
+        return self.out_proj(prefix_attention(qkv, prefix_len).flatten(-2))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear; four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class TokenizerLayer(nn.Module):
+    """Pre-LayerNorm transformer layer of the tokenizer's encoder and decoders."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, NORM_EPS)
+        self.attn = SelfAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width, NORM_EPS)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor, prefix_len: int) -> Tensor:
+        x = x + self.attn(self.ln_1(x), prefix_len)
+        return x + self.mlp(self.ln_2(x))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back to the input's dtype, then times the weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(x.dtype) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), no biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class GeneratorAttention(nn.Module):
+    """Causal attention with RMSNorm on q and k, then rotary embedding."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def project(self, x: Tensor) -> Tensor:
+        """(..., width) to the packed (..., 3, heads, head_dim) that the attention operators read."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1))
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        # A fresh key per call, drawn from torch's generator: reproducible after torch.manual_seed, restored on resume.
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device) if dropout else None
+        out = prefix_attention(
+            self.project(x),
+            0,
+            q_norm_weight=self.q_norm.weight,
+            k_norm_weight=self.k_norm.weight,
+            norm_eps=NORM_EPS,
+            rope=rope,
+            dropout=dropout,
+            seed=seed,
+        )
+        return self.proj(out.flatten(-2))
+
+
+class GeneratorBlock(nn.Module):
+    """x + attn(rms(x)), then x + mlp(rms(x))."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = GeneratorAttention(width, heads, dropout)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        x = x + self.dropout(self.attn(self.norm1(x), rope))
+        return x + self.dropout(self.mlp(self.norm2(x)))

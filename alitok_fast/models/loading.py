@@ -1,0 +1,114 @@
+"""Models from a name, a folder, a released file or a hub repository."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alitok_fast import checkpoint
+from alitok_fast.checkpoint import Checkpoint, read_checkpoint
+from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, TokenizerConfig
+from alitok_fast.models.generator import Generator
+from alitok_fast.models.tokenizer import Tokenizer
+
+_OPTIONAL_KEYS = {"quantize.embed_prob"}  # training statistics: absent from released stage-2 files
+
+
+def load_tokenizer(
+    path_or_name: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: TokenizerConfig | None = None,
+) -> Tokenizer:
+    """A tokenizer in evaluation mode.
+
+    `path_or_name`: "demo" (shipped with the package), one of our folders, a released file (`.safetensors`, `.pth`,
+    `.pt`, `.bin`; stage and sizes are recognised from its shapes) or a hub repository id such as "user/name".
+    Raises FileNotFoundError or ValueError saying what was expected and found.
+    """
+    return _load("tokenizer", path_or_name, device, dtype, config)
+
+
+def load_generator(
+    path_or_name: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: GeneratorConfig | None = None,
+) -> Generator:
+    """A generator in evaluation mode; `path_or_name` as for `load_tokenizer`."""
+    return _load("generator", path_or_name, device, dtype, config)
+
+
+def save_model(folder: str | os.PathLike, model: Tokenizer | Generator, provenance: dict[str, Any] | None = None) -> Path:
+    """Write `model` as a folder of ours: config.json (with `provenance`) and model.safetensors."""
+    return checkpoint.write_checkpoint(folder, Checkpoint(model.config, model.state_dict(), provenance or {}))
+
+
+def resolve(path_or_name: str | os.PathLike, kind: str) -> Path:
+    """The local path of a `kind` ("tokenizer" or "generator"), fetched from the hub where it is a repository id."""
+    path = Path(path_or_name)
+    if path.exists():
+        part = path / kind
+        return part if part.is_dir() else path
+    name = str(path_or_name)
+    if name == "demo":
+        return Path(str(resources.files("alitok_fast") / "weights" / "demo" / kind))
+    presets = TOKENIZERS if kind == "tokenizer" else GENERATORS
+    if name in presets:
+        raise ValueError(
+            f"path_or_name: expected weights, got the preset {name!r}, whose weights are not shipped; "
+            "give the path of a released checkpoint file"
+        )
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not path.suffix:
+        return resolve(_fetch(name, kind), kind)
+    raise FileNotFoundError(
+        f"path_or_name: expected 'demo', a checkpoint file or folder, or a hub repository id, got {name!r}, which does not exist"
+    )
+
+
+def _fetch(repository: str, kind: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(
+            f"{repository!r} is no local path, and fetching it from the hub needs huggingface_hub: "
+            "pip install 'alitok_fast[hub]'"
+        ) from None
+    patterns = [f"{prefix}{name}" for prefix in ("", f"{kind}/") for name in (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)]
+    return Path(snapshot_download(repository, allow_patterns=patterns))
+
+
+def _load(kind: str, path_or_name, device, dtype, config) -> Any:
+    source = read_checkpoint(resolve(path_or_name, kind), config)
+    if source.kind != kind:
+        raise ValueError(f"path_or_name: expected a {kind}, got a {source.kind} in {path_or_name}")
+    return build(source).to(device, dtype).eval()
+
+
+def build(source: Checkpoint) -> Tokenizer | Generator:
+    """The module of a checkpoint, holding its weights."""
+    model_class: type[nn.Module] = Tokenizer if source.kind == "tokenizer" else Generator
+    with torch.device("meta"):
+        model = model_class(source.config)
+    expected = model.state_dict()
+    wrong = [
+        f"{name}: expected shape {tuple(tensor.shape)}, got {tuple(source.state[name].shape)}"
+        for name, tensor in expected.items()
+        if name in source.state and source.state[name].shape != tensor.shape
+    ]
+    missing = sorted(set(expected) - set(source.state) - _OPTIONAL_KEYS)
+    unexpected = sorted(set(source.state) - set(expected) - _OPTIONAL_KEYS)
+    wrong += [f"{name}: expected, missing" for name in missing] + [f"{name}: unexpected" for name in unexpected]
+    if wrong:
+        raise ValueError(f"checkpoint: {len(wrong)} tensors do not fit {source.config}; the first: {wrong[0]}")
+    state = {name: source.state[name] for name in expected if name in source.state}
+    for name in set(expected) - set(state):
+        state[name] = torch.zeros(expected[name].shape)
+    model.load_state_dict(state, assign=True)
+    return model

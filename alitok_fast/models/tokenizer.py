@@ -1,0 +1,219 @@
+"""The AliTok tokenizer (arXiv 2506.05289, section 3): images to tokens and back.
+
+A token sequence is `prefix_tokens` tokens that stand for the first patch and the
+first row of patches, then `image_tokens` tokens in raster order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from alitok_fast.config import TokenizerConfig
+from alitok_fast.models.checks import check_range, check_tensor
+from alitok_fast.models.layers import NORM_EPS, PointwiseConv, TokenizerLayer
+from alitok_fast.models.quantizer import Quantizer
+from alitok_fast.ops.vq_lookup import VQLookup
+
+
+class TokenizerOutput(NamedTuple):
+    """What a training step needs.
+
+    `reconstruction` (B, 3, H, W) in (0, 1); `aux` (B, 3, patch, prefix_tokens * patch) in (0, 1), stage 1 only;
+    `z` (B * N, code_dim) float32 features before quantizing; `vq` the look-up of those features.
+    """
+
+    reconstruction: Tensor
+    aux: Tensor | None
+    z: Tensor
+    vq: VQLookup
+
+
+class Encoder(nn.Module):
+    """Bidirectional transformer over [patches, latent tokens]; the latents come out."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        width = config.encoder_width
+        self.positional_embedding = nn.Parameter(torch.empty(config.image_tokens, width))
+        self.latent_token_positional_embedding = nn.Parameter(torch.empty(config.tokens, width))
+        self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size)
+        self.ln_pre = nn.LayerNorm(width, NORM_EPS)
+        layers = range(config.encoder_layers)
+        self.transformer = nn.ModuleList(TokenizerLayer(width, config.encoder_heads) for _ in layers)
+        self.ln_post = nn.LayerNorm(width, NORM_EPS)
+        self.conv_out = PointwiseConv(width, config.code_dim)
+
+    def forward(self, images: Tensor, latent_tokens: Tensor) -> Tensor:
+        """images (B, 3, H, W), latent_tokens (N, width) -> (B, N, code_dim)."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.positional_embedding
+        latents = (latent_tokens + self.latent_token_positional_embedding).to(patches.dtype)
+        x = self.ln_pre(torch.cat([patches, latents.expand(len(images), -1, -1)], dim=1))
+        for layer in self.transformer:
+            x = layer(x, prefix_len=x.shape[1])
+        return self.conv_out(self.ln_post(x[:, patches.shape[1] :]))
+
+
+class Decoder(nn.Module):
+    """Transformer over [start tokens, prefix tokens, image tokens], then pixel heads.
+
+    Stage 1: one start token, causal attention, an auxiliary head on the prefix. Stage 2: buffer tokens, bidirectional.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, start = config.decoder_width, config.decoder_start_tokens
+        self.class_embedding = nn.Parameter(torch.empty(start, width))
+        self.latent_token_positional_embedding = nn.Parameter(torch.empty(start + config.tokens, width))
+        self.decoder_embed = nn.Linear(config.code_dim, width)
+        self.ln_pre = nn.LayerNorm(width, NORM_EPS)
+        layers = range(config.decoder_layers)
+        self.transformer = nn.ModuleList(TokenizerLayer(width, config.decoder_heads) for _ in layers)
+        self.ln_post = nn.LayerNorm(width, NORM_EPS)
+        patch_values = 3 * config.patch_size**2
+        self.ffn = nn.Sequential(PointwiseConv(width, patch_values))
+        self.conv_out = nn.Conv2d(3, 3, 1)
+        if config.stage == 1:
+            self.ffn_aux = nn.Sequential(PointwiseConv(width, patch_values))
+            self.conv_out_aux = nn.Conv2d(3, 3, 1)
+
+    def forward(self, codes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """codes (B, N, code_dim) -> images (B, 3, H, W) in (0, 1), and in stage 1 the auxiliary strip."""
+        config = self.config
+        x = self._trunk(codes)
+        prefix, image = x.split([config.prefix_tokens, config.image_tokens], dim=1)
+        images = self._pixels(self.ffn(image), self.conv_out, config.grid)
+        if config.stage == 2:
+            return images, None
+        return images, self._pixels(self.ffn_aux(prefix), self.conv_out_aux, 1)
+
+    def rows(self, codes: Tensor) -> Tensor:
+        """The whole image rows that the first n tokens hold (stage 1): (B, 3, rows * patch, W)."""
+        config = self.config
+        rows = max(codes.shape[1] - config.prefix_tokens, 0) // config.grid
+        image = self._trunk(codes)[:, config.prefix_tokens :][:, : rows * config.grid]
+        return self._pixels(self.ffn(image), self.conv_out, rows)
+
+    def _trunk(self, codes: Tensor) -> Tensor:
+        """(B, n, code_dim) -> (B, n, width), the start tokens dropped."""
+        x = self.decoder_embed(codes)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(codes), -1, -1), x], dim=1)
+        x = self.ln_pre(x + self.latent_token_positional_embedding[: x.shape[1]].to(x.dtype))
+        prefix_len = 0 if self.config.stage == 1 else x.shape[1]
+        for layer in self.transformer:
+            x = layer(x, prefix_len)
+        return self.ln_post(x)[:, self.config.decoder_start_tokens :]
+
+    def _pixels(self, values: Tensor, conv: nn.Conv2d, rows: int) -> Tensor:
+        """(B, rows * columns, patch * patch * 3), channel order (p1, p2, c) -> (B, 3, rows * patch, columns * patch)."""
+        p = self.config.patch_size
+        columns = values.shape[1] // rows if rows else self.config.grid
+        values = values.unflatten(-1, (p, p, 3)).reshape(-1, rows, columns, p, p, 3)
+        pixels = values.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, rows * p, columns * p)
+        return torch.sigmoid(conv(pixels))
+
+
+class Tokenizer(nn.Module):
+    """Encoder, quantizer and decoder; `config.stage` says which decoder."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.latent_tokens = nn.Parameter(torch.empty(config.tokens, config.encoder_width))
+        self.encoder = Encoder(config)
+        self.quantize = Quantizer(config)
+        self.decoder = Decoder(config)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("latent_tokens", "positional_embedding", "class_embedding")):
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        for head in ("conv_out", "conv_out_aux"):  # start as the identity on colours
+            if hasattr(self.decoder, head):
+                nn.init.dirac_(getattr(self.decoder, head).weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.latent_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.latent_tokens.dtype
+
+    def features(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> z (B, N, code_dim), before quantizing."""
+        return self.encoder(images.to(self.dtype), self.latent_tokens)
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """One training pass over images (B, 3, H, W) in [0, 1]; see `TokenizerOutput`."""
+        z = self.features(images)
+        flat = z.flatten(0, 1).float()
+        vq = self.quantize(flat)
+        reconstruction, aux = self.decoder(vq.quantized.view(z.shape).to(self.dtype))
+        return TokenizerOutput(reconstruction, aux, flat, vq)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W), finite floats in [0, 1] -> tokens (B, N) int64 in [0, codebook_size).
+
+        Raises TypeError or ValueError for another dtype, shape, device or range.
+        """
+        size = self.config.image_size
+        check_tensor("images", images, None, ("B", 3, size, size), self.device)
+        check_range("images", images, 0, 1, closed=True)
+        z = self.features(images)
+        return self.quantize(z.flatten(0, 1)).indices.view(z.shape[:2])
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N) int64 -> images (B, 3, H, W) in [0, 1], in the model's dtype.
+
+        Raises TypeError or ValueError for another dtype, shape, device or range.
+        """
+        check_tensor("tokens", tokens, torch.int64, ("B", self.config.tokens), self.device)
+        check_range("tokens", tokens, 0, self.config.codebook_size)
+        return self.decoder(self.quantize.embedding(tokens))[0]
+
+    @torch.no_grad()
+    def decode_rows(self, tokens: Tensor) -> Tensor:
+        """The image rows so far from the first n tokens, (B, n <= N) -> (B, 3, rows * patch, W); stage 1 only."""
+        if self.config.stage != 1:
+            raise ValueError(f"decode_rows: expected a stage-1 (causal) tokenizer, got stage {self.config.stage}")
+        check_tensor("tokens", tokens, torch.int64, ("B", f"n <= {self.config.tokens}"), self.device)
+        if tokens.shape[1] > self.config.tokens:
+            raise ValueError(f"tokens: expected at most {self.config.tokens} a row, got {tokens.shape[1]}")
+        check_range("tokens", tokens, 0, self.config.codebook_size)
+        return self.decoder.rows(self.quantize.embedding(tokens))
+
+
+def stage2_from_stage1(stage1: Tokenizer, buffer_tokens: int | None = None) -> Tokenizer:
+    """A stage-2 tokenizer with the encoder, latent tokens and codebook of `stage1`, frozen, and a fresh decoder."""
+    if stage1.config.stage != 1:
+        raise ValueError(f"stage1: expected a stage-1 tokenizer, got stage {stage1.config.stage}")
+    buffers = stage1.config.buffer_tokens if buffer_tokens is None else buffer_tokens
+    model = Tokenizer(replace(stage1.config, stage=2, buffer_tokens=buffers)).to(stage1.device, stage1.dtype)
+    model.latent_tokens.data.copy_(stage1.latent_tokens)
+    model.encoder.load_state_dict(stage1.encoder.state_dict())
+    model.quantize.embedding.load_state_dict(stage1.quantize.embedding.state_dict())
+    for frozen in (model.encoder, model.quantize):
+        frozen.requires_grad_(False)
+    model.latent_tokens.requires_grad_(False)
+    return model
+
+
+def aux_target(images: Tensor, config: TokenizerConfig) -> Tensor:
+    """What the prefix stands for: the first patch, then the first row of patches.
+
+    images (B, 3, H, W) -> (B, 3, patch, prefix_tokens * patch).
+    """
+    p = config.patch_size
+    return torch.cat([images[:, :, :p, :p], images[:, :, :p, :]], dim=3)
