@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from alitok_fast.config import GeneratorConfig
 from alitok_fast.models.checks import check_range, check_tensor
+from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.models.layers import GeneratorBlock, RMSNorm
 from alitok_fast.models.rope import rope_table
 
@@ -69,6 +70,23 @@ class Generator(nn.Module):
         for block in self.blocks:
             x = block(x, rope)
         return self.output(self.norm(x))
+
+    def extend(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Append ids (R, T), rows of the embedding, to the cached sequences; logits (R, K) after the last of them.
+
+        The first id of a sequence is its condition (`condition_ids`), the others are tokens.
+        """
+        if ids.shape[0] != cache.rows or cache.length + ids.shape[1] > cache.capacity:
+            raise ValueError(
+                f"ids: expected shape ({cache.rows}, T <= {cache.capacity - cache.length}) for this cache, "
+                f"got {tuple(ids.shape)}"
+            )
+        rope = self.rope[cache.length : cache.length + ids.shape[1]]
+        x = self.embeddings(ids)
+        for layer, block in enumerate(self.blocks):
+            x = block.extend(x, rope, cache, layer)
+        cache.length += ids.shape[1]
+        return self.output(self.norm(x[:, -1]))
 
     def condition_ids(self, labels: Tensor | None, batch: int) -> Tensor:
         """Embedding rows (B,) of the labels, or of "no condition" where labels is None."""

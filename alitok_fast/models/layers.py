@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alitok_fast.ops.prefix_attention import prefix_attention
+from alitok_fast.models.kv_cache import KVCache
+from alitok_fast.ops.prefix_attention import prefix_attention, rotate
 
 NORM_EPS = 1e-5
 
@@ -122,6 +123,15 @@ class GeneratorAttention(nn.Module):
         )
         return self.proj(out.flatten(-2))
 
+    def extend(self, x: Tensor, rope: Tensor, cache: KVCache, layer: int) -> Tensor:
+        """Attention of T new positions (R, T, width) over the cached ones and themselves; `rope` holds their rows."""
+        q, k, v = (part.transpose(1, 2) for part in self.project(x).unbind(2))
+        keys, values = cache.append(layer, rotate(self.k_norm(k), rope), v)
+        new, seen = q.shape[2], keys.shape[2]
+        mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new) if new > 1 else None
+        out = F.scaled_dot_product_attention(rotate(self.q_norm(q), rope), keys, values, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(-2))
+
 
 class GeneratorBlock(nn.Module):
     """x + attn(rms(x)), then x + mlp(rms(x))."""
@@ -137,3 +147,7 @@ class GeneratorBlock(nn.Module):
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         x = x + self.dropout(self.attn(self.norm1(x), rope))
         return x + self.dropout(self.mlp(self.norm2(x)))
+
+    def extend(self, x: Tensor, rope: Tensor, cache: KVCache, layer: int) -> Tensor:
+        x = x + self.attn.extend(self.norm1(x), rope, cache, layer)
+        return x + self.mlp(self.norm2(x))

@@ -74,7 +74,7 @@ def prefix_attention_reference(
         if q_norm_weight is not None:
             q, k = _rms_norm(q, q_norm_weight, norm_eps), _rms_norm(k, k_norm_weight, norm_eps)
         if rope is not None:
-            q, k = _rotate(q, rope), _rotate(k, rope)
+            q, k = rotate(q, rope), rotate(k, rope)
         logits = scale * (q.to(compute) @ k.to(compute).transpose(-1, -2))
         logits = logits.masked_fill(~visible(length, prefix_len, qkv.device), -torch.inf)
         probabilities = logits.softmax(-1)
@@ -97,7 +97,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight.to(x.dtype)
 
 
-def _rotate(x: Tensor, rope: Tensor) -> Tensor:
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     (even, odd), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), rope.to(wide.dtype).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
