@@ -32,7 +32,7 @@ struct PrefixAttentionParams {
   // Drop probability (b, h, i, j) where its 16 random bits are below the threshold, multiply the rest by
   // dropout_scale = 1 / (1 - threshold / 65536). Threshold 0: no dropout, seed may be null. Bits: half part % 2
   // (0 is the low one) of word part / 2, part = j % 128 / 16, of Philox4x32-10 with key (seed low, seed high) and
-  // counter (kDomainDropout + j / 128 * 16 + j % 16, i, b * heads + h, 0); kDomainDropout = 1 << 30, see philox.h.
+  // counter (kPhiloxDropout + j / 128 * 16 + j % 16, i, b * heads + h, 0).
   uint32_t dropout_threshold;
   float dropout_scale;
   const int64_t* seed;  // one element, on the device of qkv

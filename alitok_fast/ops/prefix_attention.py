@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alitok_fast.ops.philox import DOMAIN_DROPOUT, philox4x32
+
 
 def prefix_attention(
     qkv: Tensor,
@@ -108,29 +110,17 @@ def dropout_keep_mask(seed: Tensor, batch: int, heads: int, length: int, dropout
 
     Element (b, h, i, j) is dropped when its 16 random bits are below round(dropout * 2**16). The bits are part
     p = j % 128 // 16 of Philox4x32-10 under key (seed low, seed high) and counter
-    (j // 128 * 16 + j % 16, i, b * H + h, 0): half p % 2 (0 is the low one) of word p // 2. Sixteen neighbouring
-    counters so give 128 neighbouring columns, in vector registers and without a transpose.
+    (DOMAIN_DROPOUT + j // 128 * 16 + j % 16, i, b * H + h, 0): half p % 2 (0 is the low one) of word p // 2.
+    Sixteen neighbouring counters so give 128 neighbouring columns, in vector registers and without a transpose.
     """
     device = seed.device
     blocks = -(-length // 128)
-    column = torch.arange(blocks * 16, device=device)
+    column = DOMAIN_DROPOUT + torch.arange(blocks * 16, device=device)
     row = torch.arange(length, device=device)[:, None]
     head = torch.arange(batch * heads, device=device)[:, None, None]
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    words = torch.stack(_philox4x32(seed.reshape(()), column, row, head, zero), -1)  # (B H, L, 16 blocks, 4)
+    words = torch.stack(philox4x32(seed.reshape(()), column, row, head, zero), -1)  # (B H, L, 16 blocks, 4)
     halves = torch.stack((words & 0xFFFF, words >> 16), -1).reshape(batch * heads, length, blocks, 16, 8)
     bits = halves.transpose(-1, -2).reshape(batch, heads, length, blocks * 128)[..., :length]
     threshold = round(dropout * 65536)
     return bits >= threshold, 1 - threshold / 65536
-
-
-def _philox4x32(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al. 2011): four uint32 words, held in int64."""
-    low = 0xFFFFFFFF
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = seed & low, (seed >> 32) & low
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
-        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return c0, c1, c2, c3
