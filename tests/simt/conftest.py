@@ -1,0 +1,124 @@
+"""Compiles CUDA kernels as C++ against the SIMT emulation and runs them; see README.md."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fsanitize-sections=simt_shared", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=3",
+    "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=3",
+    "TSAN_OPTIONS": "exitcode=3:halt_on_error=1:report_signal_unsafe=0",
+}
+
+
+class KernelFailure(AssertionError):
+    """The emulation or a sanitizer stopped the kernel; the message is its report."""
+
+
+@dataclass
+class Result:
+    outputs: dict[str, torch.Tensor]
+    bank_conflicts: int
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.outputs[name]
+
+
+class Program:
+    """One tests/simt/<op>.cpp compiled with one sanitizer."""
+
+    def __init__(self, executable: Path, folder: Path):
+        self.executable, self.folder = executable, folder
+
+    def run(
+        self,
+        inputs: dict[str, torch.Tensor | int | float | bool | None],
+        outputs: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        schedules: int = 3,
+    ) -> Result:
+        """Run the case under `schedules` thread orders; None inputs reach the kernel as null pointers."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        scalars = []
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                (self.folder / f"{name}.bin").write_bytes(_to_bytes(value))
+            elif value is not None:
+                scalars.append(f"{name} {float(value)!r}\n")
+        (self.folder / "scalars.txt").write_text("".join(scalars))
+        command = [str(self.executable), str(self.folder), str(schedules)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+        if done.returncode != 0:
+            raise KernelFailure(f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[:6000]}")
+        tensors = {name: _from_bytes(self.folder / f"{name}.out", *spec) for name, spec in outputs.items()}
+        return Result(tensors, int(done.stdout.split()[-1]))
+
+
+class Simt:
+    """Builds programs once per session and content; `patch` is an edit to a copy of a csrc file."""
+
+    Failure = KernelFailure
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def program(self, op: str, sanitizer: str = "address", patch: tuple[str, str, str] | None = None) -> Program:
+        """patch = (file in csrc, text that occurs exactly once in it, its replacement)."""
+        key = hashlib.sha256(repr((op, sanitizer, patch)).encode()).hexdigest()[:16]
+        folder = self.folder / f"{op}-{key}"
+        executable = folder / "program"
+        if not executable.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            includes = [f"-I{HERE}", f"-I{CSRC}"]
+            if patch is not None:
+                includes.insert(0, f"-I{_patched(folder / 'csrc', *patch)}")
+            _compile(HERE / f"{op}.cpp", executable, includes, SANITIZERS[sanitizer])
+        return Program(executable, folder / "case")
+
+
+@pytest.fixture(scope="session")
+def simt(tmp_path_factory: pytest.TempPathFactory) -> Simt:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    return Simt(tmp_path_factory.mktemp("simt"))
+
+
+def _compile(source: Path, executable: Path, includes: list[str], flags: list[str]) -> None:
+    command = ["g++", "-x", "c++", "-std=c++17", "-O1", "-g1", "-DALITOK_SIMT", "-ftrivial-auto-var-init=pattern"]
+    command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-sign-compare", "-Werror", "-ffp-contract=off", *flags, *includes]
+    command += [str(source), "-o", str(executable)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:6000]}"
+
+
+def _patched(folder: Path, name: str, old: str, new: str) -> Path:
+    shutil.copytree(CSRC, folder)
+    text = (folder / name).read_text()
+    assert text.count(old) == 1, f"the text to replace occurs {text.count(old)} times in {name}, expected once: {old!r}"
+    (folder / name).write_text(text.replace(old, new))
+    return folder
+
+
+def _to_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _from_bytes(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    content = bytearray(path.read_bytes())
+    flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    return flat.view(shape)

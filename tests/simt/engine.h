@@ -1,0 +1,470 @@
+// A grid of CUDA threads on one CPU thread. Every thread of a block is a fiber with a stack of its own; a fiber runs
+// until a barrier or a warp-wide instruction, where it waits for the others as it would on a device. Blocks run one
+// after another. The order of blocks and of runnable threads is chosen by a seed, so a kernel that leans on an order
+// fails under some seed; built with -fsanitize=thread every fiber is a thread to the race detector and only
+// __syncthreads and __syncwarp order memory, so a missing barrier is found in any order.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" void AnnotateIgnoreReadsBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreReadsEnd(const char* file, int line);
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+// The built-in variables: plain globals that the scheduler sets when it switches.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+inline constexpr int warpSize = 32;
+
+// Static __shared__ arrays, all in one section so that they can be poisoned when a block starts.
+extern "C" __attribute__((weak)) unsigned char __start_simt_shared[], __stop_simt_shared[];
+
+#if defined(__x86_64__)
+// Save the callee-saved registers on this stack, its top in *from, and go on where `to` left off.
+extern "C" void simt_switch(void** from, void* to);
+asm(R"(
+.text
+.globl simt_switch
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+#endif
+
+// A fiber's frames belong to its own stack: code that leaves it is neither inlined nor checked.
+#define SIMT_SWITCHES __attribute__((no_sanitize("thread", "address"), noinline))
+
+namespace simt {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kMaxSharedBytes = 163 * 1024;    // of a block, compute capability 8.0
+constexpr unsigned char kPoison = 0xFF;           // NaN in fp32, fp16 and bf16, -1 in integers
+
+// A meeting point of `expected` fibers. The last one to come wakes the others.
+struct Meeting {
+  int arrived = 0;
+  uint64_t generation = 0;
+  std::vector<int> waiting;
+};
+
+// One set of lanes that executes warp-wide instructions together. Two sets of slots: a lane may enter the next
+// instruction, but not the one after it, before all have read this one's values.
+struct Convergence {
+  Meeting meeting;
+  struct Slot {
+    int instruction;
+    uint32_t words[8];
+  } slots[2][kWarp];
+};
+
+struct Copy {
+  unsigned char* target;
+  const unsigned char* source;  // null: zeros
+  int bytes;
+};
+
+struct Fiber {
+  void* stack = nullptr;
+  uint3 index{};
+  std::vector<std::vector<Copy>> committed;
+  std::vector<Copy> open;
+#if defined(__x86_64__)
+  void* context = nullptr;
+#else
+  ucontext_t context;
+#endif
+#if defined(__SANITIZE_THREAD__)
+  void* tsan = nullptr;
+#endif
+};
+
+struct Engine {
+  uint64_t seed = 0;
+  const char* kernel = "(no kernel)";
+  std::function<void()> body;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  int threads = 0;              // of the running block
+  int current = -1;             // index of the running fiber
+  int unfinished = 0;
+  std::vector<int> runnable;
+  Meeting barrier;
+  std::vector<std::map<uint32_t, Convergence>> warps;  // by lane mask
+  unsigned char* dynamic_shared = nullptr;
+  std::map<const void*, size_t> allowed_shared;
+  std::mt19937_64 random;
+  uint64_t bank_conflicts = 0;  // extra passes that ldmatrix needs, over all launches
+  char start_order = 0, end_order = 0, barrier_order = 0;  // only their addresses matter, to the race detector
+#if defined(__x86_64__)
+  void* scheduler = nullptr;
+#else
+  ucontext_t scheduler;
+#endif
+#if defined(__SANITIZE_THREAD__)
+  void* scheduler_tsan = nullptr;
+#endif
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+};
+
+inline Engine& engine = *new Engine;  // never destroyed: fibers are still suspended at exit
+
+[[noreturn]] inline void fail(const char* format, ...) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "simt: kernel %s, block (%u, %u, %u), thread (%u, %u, %u): ", engine.kernel, blockIdx.x,
+               blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fputc('\n', stderr);
+  std::fflush(stderr);
+  std::_Exit(3);
+}
+
+// While one lives, the race detector overlooks what this fiber does: the engine's own state is shared by all.
+struct Untracked {
+#if defined(__SANITIZE_THREAD__)
+  Untracked() { AnnotateIgnoreReadsBegin(__FILE__, __LINE__); }
+  ~Untracked() { AnnotateIgnoreReadsEnd(__FILE__, __LINE__); }
+#else
+  Untracked() {}
+#endif
+};
+
+// Plain stores that no sanitizer sees.
+__attribute__((no_sanitize("thread", "address"))) inline void poison(volatile unsigned char* begin, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) begin[i] = kPoison;
+}
+
+inline void release(char* order) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(order);
+#endif
+  (void)order;
+}
+inline void acquire(char* order) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(order);
+#endif
+  (void)order;
+}
+
+// ---- switching -------------------------------------------------------------------------------------------------
+
+SIMT_SWITCHES inline void yield_to_scheduler() {
+  Fiber& fiber = *engine.fibers[engine.current];
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, engine.scheduler_stack, engine.scheduler_stack_bytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(engine.scheduler_tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+#if defined(__x86_64__)
+  simt_switch(&fiber.context, engine.scheduler);
+#else
+  swapcontext(&fiber.context, &engine.scheduler);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
+#endif
+}
+
+SIMT_SWITCHES inline void resume(int index) {
+  Fiber& fiber = *engine.fibers[index];
+  engine.current = index;
+  threadIdx = fiber.index;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, fiber.stack, kStackBytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+  engine.scheduler_tsan = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(fiber.tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+#if defined(__x86_64__)
+  simt_switch(&engine.scheduler, fiber.context);
+#else
+  swapcontext(&engine.scheduler, &fiber.context);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+inline void run_body() {
+  acquire(&engine.start_order);
+  engine.body();
+  release(&engine.end_order);
+  Untracked untracked;
+  Fiber& fiber = *engine.fibers[engine.current];
+  if (!fiber.open.empty() || !fiber.committed.empty()) fail("cp.async still under way when the thread ended");
+  engine.unfinished -= 1;
+}
+
+// A fiber outlives its block: it runs one thread, waits, and runs a thread of the next block.
+SIMT_SWITCHES inline void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
+#endif
+  for (;;) {
+    run_body();
+    yield_to_scheduler();
+  }
+}
+
+inline void add_fiber() {
+  auto fiber = std::make_unique<Fiber>();
+  fiber->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (fiber->stack == MAP_FAILED) fail("no memory for a stack");
+#if defined(__SANITIZE_THREAD__)
+  fiber->tsan = __tsan_create_fiber(0);
+#endif
+#if defined(__x86_64__)
+  void** top = reinterpret_cast<void**>(static_cast<char*>(fiber->stack) + kStackBytes);
+  *--top = nullptr;  // keeps the stack aligned as after a call
+  *--top = reinterpret_cast<void*>(&fiber_main);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  fiber->context = top;
+#else
+  getcontext(&fiber->context);
+  fiber->context.uc_stack = {fiber->stack, 0, kStackBytes};
+  fiber->context.uc_link = nullptr;
+  makecontext(&fiber->context, fiber_main, 0);
+#endif
+  engine.fibers.push_back(std::move(fiber));
+}
+
+// ---- scheduling ------------------------------------------------------------------------------------------------
+
+// Seed 0 runs threads first come, first served; 1 always the last to become runnable (one warp races ahead of the
+// others as far as it can); others at random.
+inline int take_runnable() {
+  std::vector<int>& runnable = engine.runnable;
+  size_t at = 0;
+  if (engine.seed == 1) at = runnable.size() - 1;
+  if (engine.seed > 1) at = engine.random() % runnable.size();
+  const int index = runnable[at];
+  if (engine.seed == 0) {
+    runnable.erase(runnable.begin());
+  } else {
+    runnable[at] = runnable.back();
+    runnable.pop_back();
+  }
+  return index;
+}
+
+inline void meet(Meeting& meeting, int expected) {
+  meeting.arrived += 1;
+  if (meeting.arrived == expected) {
+    meeting.arrived = 0;
+    meeting.generation += 1;
+    engine.runnable.insert(engine.runnable.end(), meeting.waiting.begin(), meeting.waiting.end());
+    meeting.waiting.clear();
+    return;
+  }
+  meeting.waiting.push_back(engine.current);
+  yield_to_scheduler();
+}
+
+inline void report_deadlock() {
+  int at_barrier = static_cast<int>(engine.barrier.waiting.size());
+  int in_warp = 0;
+  for (auto& warp : engine.warps) {
+    for (auto& [mask, convergence] : warp) in_warp += static_cast<int>(convergence.meeting.waiting.size());
+  }
+  fail("deadlock: of %d threads %d have ended, %d wait at __syncthreads and %d in a warp-wide instruction",
+       engine.threads, engine.threads - engine.unfinished, at_barrier, in_warp);
+}
+
+inline void run_block(size_t shared_bytes) {
+  // Exactly as many bytes as asked for, so that the address sanitizer guards both ends.
+  if (shared_bytes > 0 && posix_memalign(reinterpret_cast<void**>(&engine.dynamic_shared), 128, shared_bytes) != 0) {
+    fail("no memory for %zu bytes of shared memory", shared_bytes);
+  }
+  poison(engine.dynamic_shared, shared_bytes);
+  poison(__start_simt_shared, static_cast<size_t>(__stop_simt_shared - __start_simt_shared));
+  engine.barrier = Meeting{};
+  engine.warps.assign((engine.threads + kWarp - 1) / kWarp, {});
+  engine.runnable.clear();
+  for (int i = 0; i < engine.threads; ++i) {
+    Fiber& fiber = *engine.fibers[i];
+    const unsigned x = blockDim.x, y = blockDim.y, n = static_cast<unsigned>(i);
+    fiber.index = uint3{n % x, n / x % y, n / (x * y)};
+    engine.runnable.push_back(i);
+  }
+  engine.unfinished = engine.threads;
+  release(&engine.start_order);
+  while (engine.unfinished > 0) {
+    if (engine.runnable.empty()) report_deadlock();
+    resume(take_runnable());
+  }
+  acquire(&engine.end_order);
+  std::free(engine.dynamic_shared);
+  engine.dynamic_shared = nullptr;
+}
+
+inline void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                   std::function<void()> body) {
+  Untracked untracked;
+  engine.kernel = name;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  const auto allowed = engine.allowed_shared.find(kernel);
+  const size_t limit = allowed == engine.allowed_shared.end() ? 48 * 1024 : allowed->second;
+  blockIdx = threadIdx = uint3{};
+  if (threads == 0 || threads > 1024) fail("%llu threads a block", static_cast<unsigned long long>(threads));
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+    fail("grid (%u, %u, %u)", grid.x, grid.y, grid.z);
+  }
+  if (shared_bytes > limit) fail("%zu bytes of dynamic shared memory, %zu allowed", shared_bytes, limit);
+  engine.body = std::move(body);
+  engine.threads = static_cast<int>(threads);
+  gridDim = grid;
+  blockDim = block;
+  while (engine.fibers.size() < threads) add_fiber();
+  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
+  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = engine.seed == 1 ? blocks.size() - 1 - i : i;
+  engine.random.seed(engine.seed);
+  if (engine.seed > 1) std::shuffle(blocks.begin(), blocks.end(), engine.random);
+  for (const uint64_t i : blocks) {
+    blockIdx = uint3{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                     static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))};
+    run_block(shared_bytes);
+  }
+  engine.kernel = "(no kernel)";
+}
+
+// ---- instructions ----------------------------------------------------------------------------------------------
+
+inline int lane() { return engine.current % kWarp; }
+
+inline void sync_block() {
+  release(&engine.barrier_order);
+  {
+    Untracked untracked;
+    meet(engine.barrier, engine.threads);
+  }
+  acquire(&engine.barrier_order);
+}
+
+enum Instruction { kSyncWarp, kShuffle, kVote, kReduce, kMatch, kLdmatrix, kMma };
+
+// What each lane of `mask` brought to this instruction. Like the instructions themselves this orders no memory.
+template <class T>
+const Convergence::Slot* exchange(Instruction instruction, uint32_t mask, const T& mine) {
+  static_assert(sizeof(T) <= sizeof(Convergence::Slot::words));
+  Untracked untracked;
+  const int warp = engine.current / kWarp;
+  const int lanes = std::min(kWarp, engine.threads - warp * kWarp);
+  if (lanes < kWarp) mask &= (1u << lanes) - 1;  // a last, partial warp
+  if (!(mask >> lane() & 1)) fail("the mask %08x of a warp-wide instruction lacks the calling lane", mask);
+  Convergence& convergence = engine.warps[warp][mask];
+  Convergence::Slot* slots = convergence.slots[convergence.meeting.generation & 1];
+  slots[lane()].instruction = instruction;
+  __builtin_memcpy(slots[lane()].words, &mine, sizeof(T));
+  meet(convergence.meeting, __builtin_popcount(mask));
+  for (int i = 0; i < kWarp; ++i) {
+    if ((mask >> i & 1) && slots[i].instruction != instruction) fail("lanes of a warp meet in different instructions");
+  }
+  return slots;
+}
+
+template <class T>
+T value_of(const Convergence::Slot* slots, int lane) {
+  Untracked untracked;
+  T value;
+  __builtin_memcpy(&value, slots[lane].words, sizeof(T));
+  return value;
+}
+
+inline void sync_warp(uint32_t mask) {
+  static char orders[1024 / kWarp];
+  char* order = &orders[engine.current / kWarp];
+  release(order);
+  exchange(kSyncWarp, mask, 0);
+  acquire(order);
+}
+
+// cp.async: the target is poison until the wait that covers the copy.
+inline void copy_async(void* target, const void* source, int bytes, bool valid) {
+  if (reinterpret_cast<uintptr_t>(target) % bytes || (valid && reinterpret_cast<uintptr_t>(source) % bytes)) {
+    fail("cp.async of %d bytes with a misaligned address", bytes);
+  }
+  std::memset(target, kPoison, bytes);
+  Untracked untracked;
+  engine.fibers[engine.current]->open.push_back(
+      {static_cast<unsigned char*>(target), valid ? static_cast<const unsigned char*>(source) : nullptr, bytes});
+}
+
+inline void commit_copies() {
+  Untracked untracked;
+  Fiber& fiber = *engine.fibers[engine.current];
+  fiber.committed.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+inline std::vector<Copy> finished_copies(size_t pending) {
+  Untracked untracked;
+  std::vector<Copy> finished;
+  auto& groups = engine.fibers[engine.current]->committed;
+  while (groups.size() > pending) {
+    finished.insert(finished.end(), groups.front().begin(), groups.front().end());
+    groups.erase(groups.begin());
+  }
+  return finished;
+}
+
+inline void wait_copies(size_t pending) {
+  for (const Copy& copy : finished_copies(pending)) {
+    if (copy.source == nullptr) {
+      std::memset(copy.target, 0, copy.bytes);
+    } else {
+      std::memcpy(copy.target, copy.source, copy.bytes);
+    }
+  }
+}
+
+}  // namespace simt
