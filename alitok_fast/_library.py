@@ -1,0 +1,70 @@
+"""The native extension, and the one switch between native and reference operators."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch  # noqa: F401  (the extension finds libtorch among the libraries that this has loaded)
+
+REBUILD = f"{Path(sys.executable).name} -m pip install --force-reinstall --no-deps ."
+"""The command that mends a missing or broken extension, for a source checkout."""
+
+class _Mode:
+    """The switch. A plain attribute, because torch.compile guards on those: code compiled for one setting is compiled
+    anew for the other. Context variables it cannot trace, thread-local ones it would not notice change."""
+
+    reference = False
+
+
+_mode = _Mode()
+
+
+def _load() -> ImportError | None:
+    try:
+        import alitok_fast._C  # noqa: F401  (importing it registers torch.ops.alitok)
+    except ImportError as error:
+        return error
+    return None
+
+
+load_error: ImportError | None = _load()
+"""Why the extension could not be loaded; None when it is there."""
+
+
+def explain(error: ImportError) -> str:
+    """What is wrong with the extension, and the command that mends it."""
+    folder = Path(__file__).parent
+    built = sorted(path.name for path in folder.glob("_C*.so"))
+    state = f"{built[0]} cannot be loaded ({error})" if built else f"no _C*.so in {folder}"
+    return (
+        f"alitok_fast: its native extension is {'broken' if built else 'missing'}: {state}.\n"
+        f"Mend it from a source checkout with: {REBUILD}    (or in place: make build)\n"
+        "Slow PyTorch operators instead: with alitok_fast.use_reference(): ..."
+    )
+
+
+def native_enabled() -> bool:
+    """Whether operators run natively here; False inside `use_reference`.
+
+    Raises:
+        ImportError: when native operators are wanted and the extension is missing or broken.
+    """
+    if _mode.reference:
+        return False
+    if load_error is not None:
+        raise ImportError(explain(load_error)) from load_error
+    return True
+
+
+@contextlib.contextmanager
+def use_reference(enabled: bool = True) -> Iterator[None]:
+    """Run the pure-PyTorch reference operators inside this block, in all threads."""
+    before = _mode.reference
+    _mode.reference = enabled
+    try:
+        yield
+    finally:
+        _mode.reference = before
