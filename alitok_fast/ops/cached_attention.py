@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alitok_fast._library import native_enabled
+from alitok_fast._library import native_enabled, register_fake
 from alitok_fast.ops.prefix_attention import rms_norm, rotate
 
 E4M3_MAX = 448.0
@@ -90,6 +90,6 @@ def _store(cache: Tensor, row: Tensor, x: Tensor) -> None:
     cache.index_copy_(2, row, x.to(cache.dtype))
 
 
-@torch.library.register_fake("alitok::cached_attention")
+@register_fake("cached_attention")
 def _(qkv, keys, values, position, q_norm_weight, k_norm_weight, norm_eps, rope, scale):
     return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
