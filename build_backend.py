@@ -1,15 +1,18 @@
-"""PEP 517 backend: setuptools, plus the torch that is already installed.
+"""PEP 517 backend: setuptools, plus the torch and the tools that are already installed.
 
 A build runs in an environment of its own, where torch would be downloaded again: gigabytes, and maybe another release
 than the one in use. The extension is written on torch's stable ABI and needs only headers and one library to link with,
-so this backend finds the torch of the environment that pip installs into, and asks for torch as a build requirement
-only where there is none.
+so this backend finds the torch of the environment that is being installed into, and asks for torch, cmake or ninja as
+build requirements only where there is none.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
+import site
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -19,6 +22,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they are)
 
 OLDEST_TORCH = (2, 10)
+OLDEST_CMAKE = (3, 22)
 
 
 class Torch(NamedTuple):
@@ -28,35 +32,60 @@ class Torch(NamedTuple):
 
 
 def search_path() -> list[str]:
-    """Where to look for torch: ALITOK_TORCH, this interpreter's path, then the environment being installed into.
+    """Folders of packages in which to look for torch, best first.
 
-    Under build isolation pip removes that environment from sys.path, but `sysconfig` still names it. uv runs the build
-    in a virtual environment of its own; it keeps VIRTUAL_ENV, which names the user's.
+    ALITOK_TORCH (the folder of a torch package) decides alone. Otherwise: this interpreter's own folders, which
+    `sysconfig` names even under pip's build isolation, where they are missing from sys.path; sys.path, where a torch
+    installed as a build requirement is; then, for uv, which isolates builds in another interpreter, the environments
+    whose `bin` is on PATH and .venv beside this file.
     """
-    places = [os.environ.get("ALITOK_TORCH", ""), *sys.path]
-    places += [sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
-    if environment := os.environ.get("VIRTUAL_ENV"):
-        places += [sysconfig.get_path(name, "venv", {"base": environment, "platbase": environment}) for name in ("purelib", "platlib")]
-    return [place for place in dict.fromkeys(places) if place]
+    if torch := os.environ.get("ALITOK_TORCH"):
+        return [str(Path(torch).parent)]
+    own = [sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"], site.getusersitepackages()]
+    environments = [Path(folder).parent for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    environments = [env for env in environments if (env / "pyvenv.cfg").is_file()]
+    environments.append(Path(__file__).resolve().parent / ".venv")
+    others = [str(folder) for env in environments for folder in sorted(env.glob("lib/python3*/site-packages"))]
+    return [folder for folder in dict.fromkeys(own + sys.path + others) if folder]
 
 
 def find_torch() -> Torch | None:
     """The first torch >= 2.10 on `search_path`, without importing it."""
     for found in importlib.metadata.distributions(name="torch", path=search_path()):
         folder = Path(str(found.locate_file("torch")))
-        numbers = tuple(int(part) for part in found.version.split("+")[0].split(".")[:2])
-        if numbers >= OLDEST_TORCH and (folder / "include").is_dir():
+        if _numbers(found.version) >= OLDEST_TORCH and (folder / "include").is_dir():
             return Torch(folder, found.version)
     return None
 
 
-def _torch_requirement() -> list[str]:
-    return [] if find_torch() else ["torch>=" + ".".join(map(str, OLDEST_TORCH))]
+def requirements() -> list[str]:
+    """What a build needs beyond setuptools and is not here."""
+    missing = []
+    if find_torch() is None:
+        missing.append("torch>=" + ".".join(map(str, OLDEST_TORCH)))
+    if _tool_version("cmake") < OLDEST_CMAKE:
+        missing.append("cmake>=" + ".".join(map(str, OLDEST_CMAKE)))
+    if not _tool_version("ninja"):
+        missing.append("ninja")
+    return missing
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    match = re.search(r"(\d+)\.(\d+)", text)
+    return tuple(map(int, match.groups())) if match else ()
+
+
+def _tool_version(name: str) -> tuple[int, ...]:
+    """Empty when the tool is missing, or fails: a script on PATH may belong to an environment that is hidden here."""
+    try:
+        return _numbers(subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return ()
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_requirement()
+    return build_meta.get_requires_for_build_wheel(config_settings) + requirements()
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()
+    return build_meta.get_requires_for_build_editable(config_settings) + requirements()

@@ -4,6 +4,7 @@ Environment variables:
     ALITOK_CUDA: 0 builds without CUDA kernels, 1 requires them; by default they are built when nvcc is found.
     CMAKE_CUDA_ARCHITECTURES, TORCH_CUDA_ARCH_LIST: GPUs to build for (default: sm_80, sm_90 and PTX).
     MAX_JOBS: compilations at a time (default: by cores and free memory).
+    ALITOK_TORCH: folder of the torch package to build against (default: the one that is installed).
     CMAKE_ARGS: further arguments to CMake.
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -47,6 +50,14 @@ def cuda_mode() -> str:
     return modes[value]
 
 
+class FreshBuild(build):
+    """Collects the files of a wheel anew: one that was deleted from the sources must not linger."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Configures and builds in build/, which is kept, so that a rebuild compiles only what changed."""
 
@@ -58,6 +69,7 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.version}"
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # that of the last build may be gone: isolated builds
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DALITOK_TORCH={torch.folder}",
@@ -74,4 +86,4 @@ class CMakeBuild(build_ext):
         os.replace(staged, target)
 
 
-setup(ext_modules=[Extension("alitok_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("alitok_fast._C", sources=[])], cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})
