@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
-import torch  # noqa: F401  (the extension finds libtorch among the libraries that this has loaded)
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 REBUILD = f"{Path(sys.executable).name} -m pip install --force-reinstall --no-deps ."
 """The command that mends a missing or broken extension, for a source checkout."""
@@ -68,3 +71,16 @@ def use_reference(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _mode.reference = before
+
+
+def register_fake(operator: str) -> Callable[[F], F]:
+    """Decorator: the fake (meta) kernel of `alitok::<operator>`; does nothing where the extension is not loaded."""
+    if load_error is not None:
+        return lambda function: function
+    return torch.library.register_fake(f"alitok::{operator}")
+
+
+def register_autograd(operator: str, backward: Callable[..., object], setup_context: Callable[..., None]) -> None:
+    """The derivative of `alitok::<operator>`; does nothing where the extension is not loaded."""
+    if load_error is None:
+        torch.library.register_autograd(f"alitok::{operator}", backward, setup_context=setup_context)

@@ -6,18 +6,17 @@ Everything read here is data. Pickles are opened with `weights_only=True`, so a 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -75,7 +74,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a plain dictionary of tensors, got a pickle that needs code to run, or a damaged one; "
             f"refused, nothing was executed ({_first_line(error)})"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, ValueError) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # fed garbage, the unpickler raises nearly anything: KeyError, UnicodeDecodeError, ...
         raise ValueError(
             f"{path}: expected a complete {path.suffix} checkpoint, got a truncated or foreign file of "
             f"{path.stat().st_size} bytes ({_first_line(error)})"
@@ -85,9 +86,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def recognise(state: Mapping[str, Tensor], source: str = "state") -> Config:
     """The configuration whose model has these tensors: presets first, then what the shapes say."""
-    if "encoder.patch_embed.weight" in state and "quantize.embedding.weight" in state:
-        return _recognise_tokenizer(state)
-    if "embeddings.weight" in state and "blocks.0.attn.q_norm.weight" in state:
+    if "encoder.patch_embed.weight" in state:
+        return _recognise_tokenizer(state, source)
+    if "embeddings.weight" in state:
         return _recognise_generator(state, source)
     sample = ", ".join(list(state)[:3]) or "nothing"
     raise ValueError(f"{source}: expected an AliTok tokenizer or generator, got tensors named {sample}, ...")
@@ -133,7 +134,9 @@ def write_atomically(path: Path, write) -> None:
 def _read_folder(folder: Path, config: Config | None) -> Checkpoint:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
-            raise ValueError(f"path: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got {folder} without {name}")
+            raise ValueError(
+                f"path: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got {folder} without {name}"
+            )
     try:
         description = json.loads((folder / CONFIG_NAME).read_text())
     except ValueError as error:
@@ -141,7 +144,11 @@ def _read_folder(folder: Path, config: Config | None) -> Checkpoint:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f'{folder / CONFIG_NAME}: expected "format": "{FORMAT}", got a file without it')
     if description.get("kind") not in _CONFIGS:
-        raise ValueError(f"{folder / CONFIG_NAME}: kind: expected one of {list(_CONFIGS)}, got {description.get('kind')!r}")
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: kind: expected one of {list(_CONFIGS)}, got {description.get('kind')!r}"
+        )
+    if not isinstance(description.get("config"), dict):
+        raise ValueError(f"{folder / CONFIG_NAME}: config: expected a dictionary, got {description.get('config')!r}")
     stored = _CONFIGS[description["kind"]].from_dict(description["config"])
     return Checkpoint(config or stored, read_state(folder / WEIGHTS_NAME), description.get("provenance", {}))
 
@@ -162,15 +169,24 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return len(numbers)
 
 
-def _recognise_tokenizer(state: Mapping[str, Tensor]) -> TokenizerConfig:
-    patch = state["encoder.patch_embed.weight"].shape[-1]
-    encoder_width = state["encoder.patch_embed.weight"].shape[0]
-    decoder_width = state["decoder.decoder_embed.weight"].shape[0]
-    codebook_size, code_dim = state["quantize.embedding.weight"].shape
+def _shape(state: Mapping[str, Tensor], source: str, name: str, ndim: int) -> tuple[int, ...]:
+    """The shape of a tensor that tells the model's size."""
+    shape = tuple(state[name].shape) if name in state else None
+    if shape is None or len(shape) != ndim or 0 in shape:
+        found = "no such tensor" if shape is None else f"shape {shape}"
+        raise ValueError(f"{source}: {name}: expected a tensor of {ndim} dimensions, got {found}")
+    return shape
+
+
+def _recognise_tokenizer(state: Mapping[str, Tensor], source: str) -> TokenizerConfig:
+    encoder_width, _, _, patch = _shape(state, source, "encoder.patch_embed.weight", 4)
+    patches, _ = _shape(state, source, "encoder.positional_embedding", 2)
+    decoder_width, _ = _shape(state, source, "decoder.decoder_embed.weight", 2)
+    codebook_size, code_dim = _shape(state, source, "quantize.embedding.weight", 2)
+    start, _ = _shape(state, source, "decoder.class_embedding", 2)
     stage = 1 if "decoder.ffn_aux.0.weight" in state else 2
-    start = state["decoder.class_embedding"].shape[0]
     fields = dict(
-        image_size=round(state["encoder.positional_embedding"].shape[0] ** 0.5) * patch,
+        image_size=math.isqrt(patches) * patch,
         patch_size=patch,
         codebook_size=codebook_size,
         code_dim=code_dim,
@@ -190,13 +206,15 @@ def _recognise_tokenizer(state: Mapping[str, Tensor]) -> TokenizerConfig:
 
 
 def _recognise_generator(state: Mapping[str, Tensor], source: str) -> GeneratorConfig:
-    rows, width = state["embeddings.weight"].shape
-    codebook_size = state["output.weight"].shape[0]
+    rows, width = _shape(state, source, "embeddings.weight", 2)
+    codebook_size, _ = _shape(state, source, "output.weight", 2)
+    (head_dim,) = _shape(state, source, "blocks.0.attn.q_norm.weight", 1)
+    hidden, _ = _shape(state, source, "blocks.0.mlp.w1.weight", 2)
     found = dict(
         width=width,
         layers=_count(state, r"blocks\.(\d+)\."),
-        heads=width // state["blocks.0.attn.q_norm.weight"].shape[0],
-        hidden=state["blocks.0.mlp.w1.weight"].shape[0],
+        heads=width // head_dim,
+        hidden=hidden,
         codebook_size=codebook_size,
         classes=rows - codebook_size - 2,
     )

@@ -55,7 +55,12 @@ class TokenizerConfig(_Config):
             if field.type == "int":
                 value = getattr(self, field.name)
                 _require(isinstance(value, int) and value > 0, field.name, "a positive integer", value)
-        _require(self.image_size % self.patch_size == 0, "image_size", f"a multiple of patch_size {self.patch_size}", self.image_size)
+        _require(
+            self.image_size % self.patch_size == 0,
+            "image_size",
+            f"a multiple of patch_size {self.patch_size}",
+            self.image_size,
+        )
         _require(self.stage in (1, 2), "stage", "1 or 2", self.stage)
         for side in ("encoder", "decoder"):
             width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
@@ -109,7 +114,9 @@ class GeneratorConfig(_Config):
                 value = getattr(self, field.name)
                 _require(isinstance(value, int) and value > 0, field.name, "a positive integer", value)
         _require(self.width % self.heads == 0, "width", f"a multiple of heads {self.heads}", self.width)
-        _require(self.head_dim % 4 == 0, "width", "a head dimension that is a multiple of 4 (2-D rotary pairs)", self.width)
+        _require(
+            self.head_dim % 4 == 0, "width", "a head dimension that is a multiple of 4 (2-D rotary pairs)", self.width
+        )
         for name in ("dropout", "class_dropout"):
             _require(0.0 <= getattr(self, name) < 1.0, name, "a probability in [0, 1)", getattr(self, name))
 

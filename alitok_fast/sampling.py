@@ -54,7 +54,9 @@ def sample(
     """
     config, device = gen.config, gen.device
     labels = _as_ids("labels", labels, device)
-    image_ids = torch.arange(len(labels), device=device) if image_ids is None else _as_ids("image_ids", image_ids, device)
+    image_ids = (
+        torch.arange(len(labels), device=device) if image_ids is None else _as_ids("image_ids", image_ids, device)
+    )
     if image_ids.shape != labels.shape:
         raise ValueError(f"image_ids: expected shape {tuple(labels.shape)}, got {tuple(image_ids.shape)}")
     if gen.training:
@@ -64,6 +66,10 @@ def sample(
     _check_at_least("guidance_scale", scale, 0)
     _check_at_least("guidance_power", power, 0, strictly=True)
     _check_at_least("temperature", temperature, 0)
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: expected None or an integer >= 1, got {top_k!r}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p!r}")
 
     guided = scale != 0
     schedule = guidance_schedule(config.tokens, scale, power).to(device) if guided else None

@@ -53,6 +53,10 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, bool 
   }
 }
 
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid = true) {
+  cp_async<16>(shared, global, valid);
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Wait until at most Pending of this thread's most recent groups are still under way.

@@ -6,6 +6,9 @@
 #include "cpu_isa.h"
 
 STABLE_TORCH_LIBRARY(alitok, m) {
+  m.def(
+      "cached_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? q_norm_weight, "
+      "Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import torch
+
+from alitok_fast.config import GeneratorConfig, TokenizerConfig
+from alitok_fast.models import Generator, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_ISAS = ("scalar", "avx2", "avx512", "amx")
@@ -13,7 +18,7 @@ CPU_ISAS = ("scalar", "avx2", "avx512", "amx")
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder of reference outputs: $ALITOK_GOLDEN, else ../shared/golden; skips where there is none."""
+    """Folder of reference outputs: $ALITOK_GOLDEN, else shared/golden beside the checkout; none skips the test."""
     folder = Path(os.environ.get("ALITOK_GOLDEN", ROOT.parent / "shared" / "golden"))
     if not folder.is_dir():
         pytest.skip(f"no golden outputs in {folder} (set ALITOK_GOLDEN)")
@@ -30,3 +35,66 @@ def cpu_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setenv("ALITOK_CPU_ISA", request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def recipe(golden: Path):
+    """recipe(name) -> {key: tensor}: the weights behind the golden outputs, drawn from their names."""
+    spec = importlib.util.spec_from_file_location("golden_recipe", golden / "recipe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda name: {key: torch.from_numpy(value) for key, value in module.state_dict(name).items()}
+
+
+TINY_TOKENIZER = TokenizerConfig(
+    image_size=16,
+    patch_size=4,
+    codebook_size=32,
+    code_dim=8,
+    encoder_width=16,
+    encoder_layers=2,
+    encoder_heads=2,
+    decoder_width=24,
+    decoder_layers=2,
+    decoder_heads=3,
+    buffer_tokens=3,
+)
+TINY_GENERATOR = GeneratorConfig(
+    width=32,
+    layers=2,
+    heads=2,
+    grid=4,
+    codebook_size=32,
+    classes=10,
+    hidden_multiple=8,
+    guidance_scale=3.0,
+    guidance_power=1.0,
+)
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """tiny_tokenizer(stage=2, **changes) -> Tokenizer for 16x16 images, random weights, evaluation mode."""
+
+    def make(stage: int = 2, **changes) -> Tokenizer:
+        torch.manual_seed(0)
+        model = Tokenizer(TokenizerConfig.from_dict({**TINY_TOKENIZER.to_dict(), "stage": stage, **changes}))
+        torch.nn.init.normal_(model.quantize.embedding.weight)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_generator():
+    """tiny_generator(**changes) -> Generator of 21 tokens, random weights, evaluation mode."""
+
+    def make(**changes) -> Generator:
+        torch.manual_seed(0)
+        model = Generator(GeneratorConfig.from_dict({**TINY_GENERATOR.to_dict(), **changes}))
+        for parameter in model.parameters():  # the output layer starts at zero, which would hide every mistake
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        return model.eval()
+
+    return make

@@ -41,7 +41,7 @@ class Generator(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        # The table follows the model to its device but stays float32, exact: rounding angles to bf16 turns heads wrongly.
+        # The table follows the model to its device but stays float32: angles rounded to bf16 turn heads wrongly.
         self.rope = rope_table(self.config).to(self.rope.device)
         return self
 
@@ -54,7 +54,7 @@ class Generator(nn.Module):
         return self.output.weight.dtype
 
     def forward(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
-        """tokens (B, n <= N) int64, labels (B,) int64 in [0, classes) or None for unconditional -> (B, n + 1, K) logits.
+        """tokens (B, n <= N) int64, labels (B,) int64 in [0, classes) or None: unconditional -> (B, n + 1, K) logits.
 
         Position i's logits predict token i. In training mode each label is dropped to "no condition" with probability
         `config.class_dropout`. Raises TypeError or ValueError for another dtype, shape, device or range

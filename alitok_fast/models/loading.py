@@ -45,7 +45,9 @@ def load_generator(
     return _load("generator", path_or_name, device, dtype, config)
 
 
-def save_model(folder: str | os.PathLike, model: Tokenizer | Generator, provenance: dict[str, Any] | None = None) -> Path:
+def save_model(
+    folder: str | os.PathLike, model: Tokenizer | Generator, provenance: dict[str, Any] | None = None
+) -> Path:
     """Write `model` as a folder of ours: config.json (with `provenance`) and model.safetensors."""
     return checkpoint.write_checkpoint(folder, Checkpoint(model.config, model.state_dict(), provenance or {}))
 
@@ -68,7 +70,8 @@ def resolve(path_or_name: str | os.PathLike, kind: str) -> Path:
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not path.suffix:
         return resolve(_fetch(name, kind), kind)
     raise FileNotFoundError(
-        f"path_or_name: expected 'demo', a checkpoint file or folder, or a hub repository id, got {name!r}, which does not exist"
+        "path_or_name: expected 'demo', a checkpoint file or folder, or a hub repository id, "
+        f"got {name!r}, which does not exist"
     )
 
 
@@ -80,7 +83,8 @@ def _fetch(repository: str, kind: str) -> Path:
             f"{repository!r} is no local path, and fetching it from the hub needs huggingface_hub: "
             "pip install 'alitok_fast[hub]'"
         ) from None
-    patterns = [f"{prefix}{name}" for prefix in ("", f"{kind}/") for name in (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)]
+    names = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
+    patterns = [f"{prefix}{name}" for prefix in ("", f"{kind}/") for name in names]
     return Path(snapshot_download(repository, allow_patterns=patterns))
 
 

@@ -76,10 +76,10 @@ class Decoder(nn.Module):
         self.ln_post = nn.LayerNorm(width, NORM_EPS)
         patch_values = 3 * config.patch_size**2
         self.ffn = nn.Sequential(PointwiseConv(width, patch_values))
-        self.conv_out = nn.Conv2d(3, 3, 1)
+        self.conv_out = PointwiseConv(3, 3)
         if config.stage == 1:
             self.ffn_aux = nn.Sequential(PointwiseConv(width, patch_values))
-            self.conv_out_aux = nn.Conv2d(3, 3, 1)
+            self.conv_out_aux = PointwiseConv(3, 3)
 
     def forward(self, codes: Tensor) -> tuple[Tensor, Tensor | None]:
         """codes (B, N, code_dim) -> images (B, 3, H, W) in (0, 1), and in stage 1 the auxiliary strip."""
@@ -108,13 +108,12 @@ class Decoder(nn.Module):
             x = layer(x, prefix_len)
         return self.ln_post(x)[:, self.config.decoder_start_tokens :]
 
-    def _pixels(self, values: Tensor, conv: nn.Conv2d, rows: int) -> Tensor:
-        """(B, rows * columns, patch * patch * 3), channel order (p1, p2, c) -> (B, 3, rows * patch, columns * patch)."""
+    def _pixels(self, values: Tensor, conv: PointwiseConv, rows: int) -> Tensor:
+        """(B, rows * columns, patch * patch * 3), channels (p1, p2, c) -> (B, 3, rows * patch, columns * patch)."""
         p = self.config.patch_size
         columns = values.shape[1] // rows if rows else self.config.grid
-        values = values.unflatten(-1, (p, p, 3)).reshape(-1, rows, columns, p, p, 3)
-        pixels = values.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, rows * p, columns * p)
-        return torch.sigmoid(conv(pixels))
+        values = conv(values.reshape(len(values), rows, columns, p, p, 3))  # mixes colours: the order of pixels is free
+        return torch.sigmoid(values).permute(0, 5, 1, 3, 2, 4).reshape(len(values), 3, rows * p, columns * p)
 
 
 class Tokenizer(nn.Module):

@@ -74,7 +74,7 @@ def prefix_attention_reference(
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, H, L, D)
         if q_norm_weight is not None:
-            q, k = _rms_norm(q, q_norm_weight, norm_eps), _rms_norm(k, k_norm_weight, norm_eps)
+            q, k = rms_norm(q, q_norm_weight, norm_eps), rms_norm(k, k_norm_weight, norm_eps)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         logits = scale * (q.to(compute) @ k.to(compute).transpose(-1, -2))
@@ -93,7 +93,7 @@ def visible(length: int, prefix_len: int, device: torch.device | str = "cpu") ->
     return (position[None] < prefix_len) | (position[None] <= position[:, None])
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight.to(x.dtype)

@@ -1,0 +1,110 @@
+// cached_attention: checks, allocation, dispatch.
+#include "cached_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "cuda_stream.h"
+#include "torch_parallel.h"
+
+namespace alitok {
+namespace {
+
+CachedAttentionDtype cached_attention_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16: return CachedAttentionDtype::bfloat16;
+    case ScalarType::Half: return CachedAttentionDtype::float16;
+    case ScalarType::Float8_e4m3fn: return CachedAttentionDtype::e4m3;
+    default: return CachedAttentionDtype::float32;
+  }
+}
+
+void check_cache(const Tensor& cache, const char* argument, const Tensor& qkv) {
+  check_dim(cache, argument, 4);
+  check_same_device(cache, argument, qkv, "qkv");
+  check_dtype(cache, argument, {qkv.scalar_type(), ScalarType::Float8_e4m3fn});
+  check_size(cache, argument, 0, qkv.size(0));
+  check_size(cache, argument, 1, qkv.size(2));
+  check_size(cache, argument, 3, qkv.size(3));
+  check(cache.stride(3) == 1 && cache.stride(2) == cache.size(3), argument, "dense last two dimensions",
+        "strides that are not");
+}
+
+const float* check_weight(const std::optional<Tensor>& weight, const char* argument, const Tensor& qkv) {
+  if (!weight) return nullptr;
+  check_same_device(*weight, argument, qkv, "qkv");
+  check_dtype(*weight, argument, {ScalarType::Float});
+  check_shape(*weight, argument, {qkv.size(3)});
+  check_contiguous(*weight, argument);
+  return static_cast<const float*>(weight->const_data_ptr());
+}
+
+Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Tensor& position,
+                        const std::optional<Tensor>& q_norm_weight, const std::optional<Tensor>& k_norm_weight,
+                        double norm_eps, const std::optional<Tensor>& rope, double scale) {
+  check_dtype(qkv, "qkv", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  check_dim(qkv, "qkv", 4);
+  check_size(qkv, "qkv", 1, 3);
+  check_contiguous(qkv, "qkv");
+  const int64_t rows = qkv.size(0), heads = qkv.size(2), head_dim = qkv.size(3);
+  check(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 128, "qkv", "a head dimension that is a multiple of 8 in 8..128",
+        head_dim);
+  check_cache(keys, "keys", qkv);
+  check_cache(values, "values", qkv);
+  check(keys.scalar_type() == values.scalar_type(), "values", "the dtype of keys", dtype_name(values.scalar_type()));
+  for (int64_t axis = 0; axis < 4; ++axis) {
+    check_size(values, "values", axis, keys.size(axis));
+    check(keys.stride(axis) == values.stride(axis), "values", "the strides of keys", "others");
+  }
+  check_dtype(position, "position", {ScalarType::Long});
+  check(position.numel() == 1, "position", "one element", shape_name(position));
+  check_same_device(position, "position", qkv, "qkv");
+  check(q_norm_weight.has_value() == k_norm_weight.has_value(), "k_norm_weight", "given exactly when q_norm_weight is",
+        "one of the two");
+  if (rope) {
+    check_same_device(*rope, "rope", qkv, "qkv");
+    check_dtype(*rope, "rope", {ScalarType::Float});
+    check_dim(*rope, "rope", 3);
+    check(rope->size(0) >= keys.size(2) && rope->size(1) == head_dim / 2 && rope->size(2) == 2, "rope",
+          "shape (at least " + std::to_string(keys.size(2)) + ", " + std::to_string(head_dim / 2) + ", 2)",
+          shape_name(*rope));
+    check_contiguous(*rope, "rope");
+  }
+
+  Tensor out = torch::stable::new_empty(qkv, {rows, heads, head_dim});
+  if (out.numel() == 0) return out;
+  CachedAttentionParams p{};
+  p.dtype = cached_attention_dtype(qkv.scalar_type());
+  p.cache_dtype = cached_attention_dtype(keys.scalar_type());
+  p.rows = rows;
+  p.heads = heads;
+  p.head_dim = head_dim;
+  p.capacity = keys.size(2);
+  p.qkv = qkv.const_data_ptr();
+  p.keys = keys.mutable_data_ptr();
+  p.values = values.mutable_data_ptr();
+  p.row_stride = keys.stride(0);
+  p.head_stride = keys.stride(1);
+  p.position = static_cast<const int64_t*>(position.const_data_ptr());
+  p.q_norm_weight = check_weight(q_norm_weight, "q_norm_weight", qkv);
+  p.k_norm_weight = check_weight(k_norm_weight, "k_norm_weight", qkv);
+  p.norm_eps = static_cast<float>(norm_eps);
+  p.rope = rope ? static_cast<const float*>(rope->const_data_ptr()) : nullptr;
+  p.scale = static_cast<float>(scale);
+  p.out = out.mutable_data_ptr();
+  if (qkv.is_cuda()) {
+    ALITOK_DISPATCH_CUDA(cached_attention_cuda, qkv.get_device_index(), p);
+  } else {
+    ALITOK_DISPATCH_ISA(cached_attention_cpu, p, torch_parallel());
+  }
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alitok, CPU, m) { m.impl("cached_attention", TORCH_BOX(&cached_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(alitok, CUDA, m) { m.impl("cached_attention", TORCH_BOX(&cached_attention)); }
+
+}  // namespace
+}  // namespace alitok

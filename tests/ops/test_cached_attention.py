@@ -1,0 +1,120 @@
+"""cached_attention: native against the reference, and against prefix_attention over the whole sequence."""
+
+import pytest
+import torch
+
+from alitok_fast._library import use_reference
+from alitok_fast.ops.cached_attention import cached_attention
+from alitok_fast.ops.prefix_attention import prefix_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def make(rows=2, heads=3, dim=48, capacity=20, dtype=torch.float32, cache_dtype=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    angles = torch.randn(capacity, dim // 2, generator=generator)
+    rope = torch.stack([angles.cos(), angles.sin()], -1)
+    rope[0] = 0
+    caches = torch.full((2, rows, heads, capacity, dim), torch.nan).to(cache_dtype or dtype)
+    weights = 1 + 0.1 * torch.randn(2, dim, generator=generator)
+    qkv = torch.randn(rows, capacity, 3, heads, dim, generator=generator).to(dtype)
+    return qkv, caches, {"q_norm_weight": weights[0], "k_norm_weight": weights[1], "rope": rope}
+
+
+def run(qkv, caches, options):
+    """Every position in turn; (R, L, H, D)."""
+    steps = [
+        cached_attention(qkv[:, i].contiguous(), caches[0], caches[1], torch.tensor(i), **options)
+        for i in range(qkv.shape[1])
+    ]
+    return torch.stack(steps, 1)
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "heads", "dim", "capacity"), [(1, 1, 8, 1), (2, 3, 48, 20), (3, 1, 80, 37), (1, 2, 128, 5)])
+def test_all_steps_equal_causal_attention(monkeypatch, isa, dtype, rows, heads, dim, capacity):
+    monkeypatch.setenv("ALITOK_CPU_ISA", isa)
+    qkv, caches, options = make(rows, heads, dim, capacity, dtype)
+    try:
+        got = run(qkv, caches, options)
+    except RuntimeError as error:
+        if "ALITOK_CPU_ISA" not in str(error):
+            raise
+        pytest.skip(f"this machine has no {isa}")
+    with use_reference():
+        expected = prefix_attention(qkv.double(), 0, **options)
+        rounded = prefix_attention(qkv, 0, **options)
+    bound = 3 * (rounded.double() - expected).abs().max() + EPSILON[dtype]
+    assert (got.double() - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantised_cache_equals_reference(dtype):
+    qkv, caches, options = make(dtype=dtype, cache_dtype=torch.float8_e4m3fn)
+    other = caches.clone()
+    got = run(qkv, caches, options)
+    with use_reference():
+        expected = run(qkv, other, options)
+    torch.testing.assert_close(got, expected, rtol=EPSILON[dtype], atol=0.05)
+    # Against exact caches the error is that of rounding to four significant bits, no more.
+    qkv, exact, options = make(dtype=dtype)
+    assert (got.float() - run(qkv, exact, options).float()).abs().max() < 0.25
+
+
+def test_e4m3_rounding_is_torchs():
+    values = torch.cat([torch.linspace(-460, 460, 4001), torch.linspace(-0.04, 0.04, 4001), torch.logspace(-12, 3, 8000)])
+    values = torch.cat([values, values.new_zeros(-len(values) % 8)]).view(-1, 1, 1, 8)
+    rows = len(values)
+    caches = torch.zeros(2, rows, 1, 1, 8, dtype=torch.float8_e4m3fn)
+    qkv = values.unsqueeze(1).expand(rows, 3, 1, 1, 8).reshape(rows, 3, 1, 8).contiguous()
+    cached_attention(qkv, caches[0], caches[1], torch.tensor(0))
+    expected = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(caches[0].view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_position_outside_gives_nan_and_writes_nothing():
+    qkv, caches, options = make()
+    caches.zero_()
+    for position in (-1, 20):
+        out = cached_attention(qkv[:, 0].contiguous(), caches[0], caches[1], torch.tensor(position), **options)
+        assert out.isnan().all() and not caches.any()
+
+
+def test_strided_cache_and_no_rows():
+    qkv, caches, options = make()
+    wide = torch.full((2, 4, 3, 25, 48), torch.nan)
+    view = wide[:, ::2, :, :20]
+    torch.testing.assert_close(run(qkv, view, options), run(qkv, caches, options), rtol=0, atol=0)
+    assert wide[:, 1::2].isnan().all() and wide[:, :, :, 20:].isnan().all()
+    empty = cached_attention(qkv[:0, 0].contiguous(), caches[0, :0], caches[1, :0], torch.tensor(0), **options)
+    assert empty.shape == (0, 3, 48)
+
+
+def test_opcheck():
+    qkv, caches, options = make()
+    arguments = (qkv[:, 0].contiguous(), caches[0].zero_(), caches[1].zero_(), torch.tensor(3))
+    arguments += (options["q_norm_weight"], options["k_norm_weight"], 1e-5, options["rope"], 0.2)
+    torch.library.opcheck(torch.ops.alitok.cached_attention.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(qkv=a["qkv"].double()), "qkv: expected float32 or bfloat16 or float16, got float64"),
+        (lambda a: a.update(qkv=a["qkv"][0]), "qkv: expected 4 dimensions"),
+        (lambda a: a.update(keys=a["keys"][:1]), "keys: expected size 2 along dimension 0"),
+        (lambda a: a.update(values=a["values"].to(torch.float8_e4m3fn)), "values: expected the dtype of keys"),
+        (lambda a: a.update(position=torch.tensor(0, dtype=torch.int32)), "position: expected int64, got int32"),
+        (lambda a: a.update(k_norm_weight=None), "k_norm_weight: expected given exactly when q_norm_weight is"),
+        (lambda a: a.update(rope=a["rope"][:5]), r"rope: expected shape \(at least 20, 24, 2\), got \(5, 24, 2\)"),
+    ],
+)
+def test_messages(change, message):
+    qkv, caches, options = make()
+    arguments = {"qkv": qkv[:, 0].contiguous(), "keys": caches[0], "values": caches[1], "position": torch.tensor(0)}
+    arguments |= options
+    change(arguments)
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        cached_attention(**arguments)

@@ -1,0 +1,27 @@
+#include "case.h"
+#include "cached_attention_cuda.cu"
+
+void run_case(simt::Case& test) {
+  using alitok::CachedAttentionDtype;
+  alitok::CachedAttentionParams p{};
+  p.dtype = static_cast<CachedAttentionDtype>(test.integer("dtype"));
+  p.cache_dtype = static_cast<CachedAttentionDtype>(test.integer("cache_dtype"));
+  p.rows = test.integer("rows");
+  p.heads = test.integer("heads");
+  p.head_dim = test.integer("head_dim");
+  p.capacity = test.integer("capacity");
+  p.qkv = test.input<void>("qkv");
+  p.keys = test.inout<void>("keys");
+  p.values = test.inout<void>("values");
+  p.head_stride = p.capacity * p.head_dim;
+  p.row_stride = p.heads * p.head_stride;
+  p.position = test.input<int64_t>("position");
+  p.q_norm_weight = test.input<float>("q_norm_weight");
+  p.k_norm_weight = test.input<float>("k_norm_weight");
+  p.norm_eps = 1e-5f;
+  p.rope = test.input<float>("rope");
+  p.scale = static_cast<float>(test.number("scale"));
+  const int64_t element = p.dtype == CachedAttentionDtype::float32 ? 4 : 2;
+  p.out = test.output<unsigned char>("out", p.rows * p.heads * p.head_dim * element);
+  alitok::cached_attention_cuda(p, nullptr);
+}

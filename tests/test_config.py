@@ -1,0 +1,81 @@
+"""Configurations: derived sizes, presets, refused values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from alitok_fast.config import (
+    GENERATORS,
+    TOKENIZERS,
+    GeneratorConfig,
+    TokenizerConfig,
+    generator_preset,
+    tokenizer_preset,
+)
+
+
+@pytest.mark.parametrize(
+    "name, grid, prefix, tokens", [("256", 16, 17, 273), ("512", 32, 33, 1057), ("demo", 8, 9, 73)]
+)
+def test_lengths_derive_from_the_image(name, grid, prefix, tokens):
+    config = tokenizer_preset(name)
+    assert (config.grid, config.prefix_tokens, config.tokens) == (grid, prefix, tokens)
+
+
+@pytest.mark.parametrize(
+    "name, head_dim, hidden, scale, power, seed",
+    [("b", 48, 2048, 16.0, 1.8, 42), ("l", 64, 2816, 6.0, 0.7, 42), ("xl", 80, 3584, 13.0, 1.4, 2)],
+)
+def test_published_generators(name, head_dim, hidden, scale, power, seed):
+    config = generator_preset(name)
+    assert (config.head_dim, config.hidden, config.tokens) == (head_dim, hidden, 273)
+    assert (config.guidance_scale, config.guidance_power, config.seed) == (scale, power, seed)
+    assert (config.vocabulary, config.first_class, config.no_condition) == (5098, 4097, 5097)
+
+
+@pytest.mark.parametrize("config", [*TOKENIZERS.values(), *GENERATORS.values()])
+def test_round_trip_through_a_dictionary(config):
+    assert type(config).from_dict(config.to_dict()) == config
+
+
+def test_demo_generator_fits_the_demo_tokenizer():
+    tokenizer, generator = tokenizer_preset("demo"), generator_preset("demo")
+    assert (tokenizer.grid, tokenizer.codebook_size) == (generator.grid, generator.codebook_size)
+
+
+def test_unknown_key_raises():
+    with pytest.raises(ValueError, match="GeneratorConfig: unknown key 'depth'; expected one of .*'layers'"):
+        GeneratorConfig.from_dict({"width": 64, "depth": 3})
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(ValueError, match="expected a generator preset out of .*'xl'.*, got 'xxl'"):
+        generator_preset("xxl")
+    with pytest.raises(ValueError, match="expected a tokenizer preset out of .*'256'.*, got '128'"):
+        tokenizer_preset("128")
+
+
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        (TokenizerConfig, {"image_size": 250}, "image_size: expected a multiple of patch_size 16, got 250"),
+        (TokenizerConfig, {"stage": 3}, "stage: expected 1 or 2, got 3"),
+        (TokenizerConfig, {"encoder_width": 770}, "encoder_width: expected a multiple of encoder_heads 12, got 770"),
+        (TokenizerConfig, {"codebook_size": 0}, "codebook_size: expected a positive integer, got 0"),
+        (TokenizerConfig, {"code_dim": 1.5}, "code_dim: expected a positive integer, got 1.5"),
+        (GeneratorConfig, {"width": 770}, "width: expected a multiple of heads 16, got 770"),
+        (GeneratorConfig, {"width": 96}, "width: expected a head dimension that is a multiple of 4"),
+        (GeneratorConfig, {"layers": -1}, "layers: expected a positive integer, got -1"),
+        (GeneratorConfig, {"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+    ],
+)
+def test_impossible_values_raise(kind, changes, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**changes)
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        generator_preset("b").width = 1
