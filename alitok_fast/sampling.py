@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from alitok_fast.models.generator import Generator
+from alitok_fast.config import GeneratorConfig
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.sample_tokens import sample_tokens
 
@@ -19,9 +20,113 @@ def guidance_schedule(tokens: int, scale: float, power: float) -> Tensor:
     return (1 + (scale - 1) * (1 - torch.cos(math.pi * steps**power)) / 2).float()
 
 
-@torch.inference_mode()
+class StepModel(Protocol):
+    """What the loop needs of a model: `models.Generator` has it."""
+
+    config: GeneratorConfig
+    device: torch.device
+    training: bool
+
+    def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache: ...
+    def step(self, ids: Tensor, cache: KVCache) -> Tensor: ...
+    def condition_ids(self, labels: Tensor | None, batch: int) -> Tensor: ...
+
+
+class SamplingLoop:
+    """One batch being drawn. All that a step reads or writes are tensors that stay where they are.
+
+    On a CUDA device the first run captures a step as a CUDA graph and replays it: no launch overhead, nothing read
+    back. A loop can be run again with other labels, seeds and schedules.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        batch: int,
+        guided: bool,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.batch, self.guided = model, batch, guided
+        self.options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        rows, steps, device = batch * (2 if guided else 1), model.config.tokens, model.device
+        self.cache = model.new_cache(rows, kv_dtype)
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(batch, steps, dtype=torch.int64, device=device)
+        self.prompt_length = torch.zeros((), dtype=torch.int64, device=device)
+        self.schedule = torch.zeros(steps, dtype=torch.float32, device=device)
+        self.seed = torch.zeros((), dtype=torch.int64, device=device)
+        self.image_ids = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def run(
+        self,
+        labels: Tensor,
+        schedule: Tensor | None,
+        seed: int,
+        image_ids: Tensor,
+        prompt_tokens: Tensor | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """tokens (B, N); arguments as in `sample`, already checked. Rows without a distribution hold -1."""
+        if self.model.device.type == "cuda" and self._graph is None:
+            self._start(labels, schedule, seed, image_ids, prompt_tokens)
+            self._capture()
+        self._start(labels, schedule, seed, image_ids, prompt_tokens)
+        for step in range(self.tokens.shape[1]):
+            self.step() if self._graph is None else self._graph.replay()
+            if on_step is not None:
+                on_step(step, self.tokens[:, : step + 1])
+        return self.tokens.clone()
+
+    def step(self) -> None:
+        """Feed the current ids, draw the next token of each image and make it current."""
+        position = self.cache.position.clone()
+        logits = self.model.step(self.ids, self.cache)
+        drawn = sample_tokens(
+            logits,
+            guidance_scale=self.schedule[position] if self.guided else None,
+            seed=self.seed,
+            image_ids=self.image_ids,
+            step=position,
+            **self.options,
+        )
+        column = position.reshape(1)
+        given = self.tokens.index_select(1, column).squeeze(1)
+        drawn = torch.where(position < self.prompt_length, given, drawn)
+        self.tokens.index_copy_(1, column, drawn.unsqueeze(1))
+        # A row without a distribution is marked -1; it is reported at the end, so that no step waits for the device.
+        self.ids.copy_(drawn.clamp(min=0).repeat(2 if self.guided else 1))
+
+    def _start(self, labels, schedule, seed, image_ids, prompt_tokens) -> None:
+        condition = self.model.condition_ids(labels, self.batch)
+        if self.guided:
+            condition = torch.cat([condition, self.model.condition_ids(None, self.batch)])
+            self.schedule.copy_(schedule)
+        self.ids.copy_(condition)
+        self.cache.position.zero_()
+        self.seed.fill_(seed)
+        self.image_ids.copy_(image_ids)
+        self.prompt_length.fill_(0 if prompt_tokens is None else prompt_tokens.shape[1])
+        if prompt_tokens is not None:
+            self.tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream(self.model.device)
+        stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(stream):  # libraries set themselves up outside the graph
+            self.step()
+        torch.cuda.current_stream(self.model.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self.step()
+
+
+@torch.no_grad()
 def sample(
-    gen: Generator,
+    gen: StepModel,
     labels: Tensor | Sequence[int],
     guidance_scale: float | None = None,
     guidance_power: float | None = None,
@@ -29,8 +134,12 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    *,
     image_ids: Tensor | Sequence[int] | None = None,
+    prompt_tokens: Tensor | None = None,
+    kv_dtype: torch.dtype | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
+    loop: SamplingLoop | None = None,
 ) -> Tensor:
     """Draw one token sequence per label: (B, N) int64 in [0, codebook_size).
 
@@ -46,7 +155,10 @@ def sample(
         top_p: keep the smallest set with this mass, in (0, 1]; None keeps all.
         seed: key of the noise.
         image_ids: (B,) ids keying each image's noise; None takes 0..B-1.
+        prompt_tokens: (B, n <= N) tokens to keep; the image is completed from there. None starts from nothing.
+        kv_dtype: of the key/value cache; None is the model's, torch.float8_e4m3fn stores it in 8 bits.
         on_step: called as on_step(step, tokens so far (B, step + 1)) after each token.
+        loop: a `SamplingLoop` to run again, made for this batch and these settings; None makes one for this call.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -70,46 +182,47 @@ def sample(
         raise ValueError(f"top_k: expected None or an integer >= 1, got {top_k!r}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p!r}")
-
+    if prompt_tokens is not None:
+        prompt_tokens = _check_prompt(prompt_tokens, len(labels), config, device)
     guided = scale != 0
-    schedule = guidance_schedule(config.tokens, scale, power).to(device) if guided else None
-    condition = gen.condition_ids(labels, len(labels))
-    if guided:
-        condition = torch.cat([condition, gen.condition_ids(None, len(labels))])
-    cache = KVCache(config, len(condition), device, gen.dtype)
-    tokens = torch.empty(len(labels), config.tokens, dtype=torch.int64, device=device)
-    ids = condition.unsqueeze(1)
-    for step in range(config.tokens):
-        tokens[:, step] = sample_tokens(
-            gen.extend(ids, cache),
-            guidance_scale=schedule[step] if guided else None,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            image_ids=image_ids,
-            step=step,
+    if loop is None:
+        loop = SamplingLoop(gen, len(labels), guided, temperature, top_k, top_p, kv_dtype)
+    elif (loop.batch, loop.guided) != (len(labels), guided):
+        raise ValueError(
+            f"loop: expected one for batch {len(labels)}, guided {guided}, got batch {loop.batch}, guided {loop.guided}"
         )
-        # A row without a distribution is marked -1; it is reported at the end, so that no step waits for the device.
-        ids = tokens[:, step : step + 1].clamp(min=0).repeat(2 if guided else 1, 1)
-        if on_step is not None:
-            on_step(step, tokens[:, : step + 1])
+    schedule = guidance_schedule(config.tokens, scale, power) if guided else None
+    tokens = loop.run(labels, schedule, seed, image_ids, prompt_tokens, on_step)
     _check_drawn(tokens)
     return tokens
 
 
 def _as_ids(name: str, value: Tensor | Sequence[int], device: torch.device) -> Tensor:
     ids = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    if ids.dtype == torch.bool or ids.is_floating_point() and len(ids):
-        raise TypeError(f"{name}: expected integers, got {str(ids.dtype).removeprefix('torch.')}")
     if ids.ndim != 1 or not len(ids):
         raise ValueError(f"{name}: expected shape (B,) with B >= 1, got {tuple(ids.shape)}")
+    if ids.dtype == torch.bool or ids.is_floating_point():
+        raise TypeError(f"{name}: expected integers, got {str(ids.dtype).removeprefix('torch.')}")
     return ids.to(device, torch.int64)
 
 
 def _check_at_least(name: str, value: float, low: float, strictly: bool = False) -> None:
     if not math.isfinite(value) or value < low or (strictly and value == low):
         raise ValueError(f"{name}: expected a finite number {'>' if strictly else '>='} {low:g}, got {value!r}")
+
+
+def _check_prompt(prompt: Tensor, batch: int, config: GeneratorConfig, device: torch.device) -> Tensor:
+    if prompt.ndim != 2 or len(prompt) != batch or prompt.shape[1] > config.tokens:
+        raise ValueError(
+            f"prompt_tokens: expected shape ({batch}, n <= {config.tokens}), got {tuple(prompt.shape)}"
+        )
+    if prompt.dtype != torch.int64:
+        raise TypeError(f"prompt_tokens: expected int64, got {str(prompt.dtype).removeprefix('torch.')}")
+    if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < config.codebook_size:
+        raise ValueError(
+            f"prompt_tokens: expected values in [0, {config.codebook_size}), got {int(prompt.min())}..{int(prompt.max())}"
+        )
+    return prompt.to(device)
 
 
 def _check_drawn(tokens: Tensor) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alitok_fast.ops.sample_tokens import guided_logits, sample_tokens
-from alitok_fast.sampling import guidance_schedule, sample
+from alitok_fast.sampling import SamplingLoop, guidance_schedule, sample
 
 
 def sample_uncached(gen, labels, scale, power, seed=0, **settings):
@@ -45,11 +45,11 @@ def test_guided_logits_of_the_loop_match_a_full_pass(tiny_generator, monkeypatch
     """float32 cached logits equal uncached ones to 1e-4, guidance included, along a whole drawn sequence."""
     gen = tiny_generator()
     seen = []
-    extend = gen.extend
-    monkeypatch.setattr(gen, "extend", lambda ids, cache: seen.append(extend(ids, cache)) or seen[-1])
+    step = gen.step
+    monkeypatch.setattr(gen, "step", lambda ids, cache: seen.append(step(ids, cache)) or seen[-1])
     tokens = sample(gen, [3, 4], 8.0, 1.0)
     if not seen:
-        pytest.skip("the native decode step does not go through Generator.extend; its own tests compare logits")
+        pytest.skip("the native decode step does not go through Generator.step; its own tests compare logits")
     schedule = guidance_schedule(gen.config.tokens, 8.0, 1.0)
     with torch.no_grad():
         full = torch.cat([gen(tokens, torch.tensor([3, 4])), gen(tokens, None)])
@@ -143,3 +143,35 @@ def test_bad_arguments(tiny_generator, labels, settings, error, message):
 def test_training_mode_is_refused(tiny_generator):
     with pytest.raises(ValueError, match="gen: expected evaluation mode, got training mode"):
         sample(tiny_generator().train(), [1])
+
+
+def test_prompt_is_kept_and_completed_as_it_would_have_been(tiny_generator):
+    gen = tiny_generator()
+    whole = sample(gen, [1, 2], seed=3)
+    for length in (0, 1, 7, gen.config.tokens):
+        assert torch.equal(sample(gen, [1, 2], seed=3, prompt_tokens=whole[:, :length]), whole)
+    changed = (whole[:, :9] + 1) % gen.config.codebook_size
+    assert torch.equal(sample(gen, [1, 2], seed=3, prompt_tokens=changed)[:, :9], changed)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (torch.zeros(1, 3, dtype=torch.int64), r"prompt_tokens: expected shape \(2, n <= 21\), got \(1, 3\)"),
+        (torch.zeros(2, 22, dtype=torch.int64), r"prompt_tokens: expected shape \(2, n <= 21\), got \(2, 22\)"),
+        (torch.zeros(2, 3), "prompt_tokens: expected int64, got float32"),
+        (torch.full((2, 3), -1), "prompt_tokens: expected values in"),
+    ],
+)
+def test_bad_prompts(tiny_generator, prompt, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        sample(tiny_generator(), [1, 2], prompt_tokens=prompt)
+
+
+def test_a_loop_runs_again_with_other_labels_and_seeds(tiny_generator):
+    gen = tiny_generator()
+    loop = SamplingLoop(gen, 2, guided=True)
+    for seed, labels in ((0, [1, 2]), (5, [3, 3])):
+        assert torch.equal(sample(gen, labels, seed=seed, loop=loop), sample(gen, labels, seed=seed))
+    with pytest.raises(ValueError, match="loop: expected one for batch 1, guided True, got batch 2, guided True"):
+        sample(gen, [1], loop=loop)

@@ -71,22 +71,22 @@ class Generator(nn.Module):
             x = block(x, rope)
         return self.output(self.norm(x))
 
-    def extend(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Append ids (R, T), rows of the embedding, to the cached sequences; logits (R, K) after the last of them.
+    def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `rows` sequences; `dtype` None is the model's, torch.float8_e4m3fn halves bfloat16's size."""
+        return KVCache(self.config, rows, self.device, dtype or self.dtype)
 
-        The first id of a sequence is its condition (`condition_ids`), the others are tokens.
+    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Append one id to each cached sequence, ids (R,) rows of the embedding; logits (R, K) of what follows.
+
+        A sequence begins with its condition (`condition_ids`), tokens follow. Nothing is read back from the device,
+        so a step can be captured in a CUDA graph; past the cache's end the logits are NaN.
         """
-        if ids.shape[0] != cache.rows or cache.length + ids.shape[1] > cache.capacity:
-            raise ValueError(
-                f"ids: expected shape ({cache.rows}, T <= {cache.capacity - cache.length}) for this cache, "
-                f"got {tuple(ids.shape)}"
-            )
-        rope = self.rope[cache.length : cache.length + ids.shape[1]]
+        check_tensor("ids", ids, torch.int64, (cache.rows,), self.device)
         x = self.embeddings(ids)
-        for layer, block in enumerate(self.blocks):
-            x = block.extend(x, rope, cache, layer)
-        cache.length += ids.shape[1]
-        return self.output(self.norm(x[:, -1]))
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+            x = block.step(x, self.rope, keys, values, cache.position)
+        cache.position += 1
+        return self.output(self.norm(x))
 
     def condition_ids(self, labels: Tensor | None, batch: int) -> Tensor:
         """Embedding rows (B,) of the labels, or of "no condition" where labels is None."""

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alitok_fast.models.kv_cache import KVCache
-from alitok_fast.ops.prefix_attention import prefix_attention, rotate
+from alitok_fast.ops.cached_attention import cached_attention
+from alitok_fast.ops.prefix_attention import prefix_attention
 
 NORM_EPS = 1e-5
 
@@ -123,14 +123,19 @@ class GeneratorAttention(nn.Module):
         )
         return self.proj(out.flatten(-2))
 
-    def extend(self, x: Tensor, rope: Tensor, cache: KVCache, layer: int) -> Tensor:
-        """Attention of T new positions (R, T, width) over the cached ones and themselves; `rope` holds their rows."""
-        q, k, v = (part.transpose(1, 2) for part in self.project(x).unbind(2))
-        keys, values = cache.append(layer, rotate(self.k_norm(k), rope), v)
-        new, seen = q.shape[2], keys.shape[2]
-        mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new) if new > 1 else None
-        out = F.scaled_dot_product_attention(rotate(self.q_norm(q), rope), keys, values, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).flatten(-2))
+    def step(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """One new position of each row, (R, width); its layer's part of the cache is appended to."""
+        out = cached_attention(
+            self.project(x),
+            keys,
+            values,
+            position,
+            q_norm_weight=self.q_norm.weight,
+            k_norm_weight=self.k_norm.weight,
+            norm_eps=NORM_EPS,
+            rope=rope,
+        )
+        return self.proj(out.flatten(-2))
 
 
 class GeneratorBlock(nn.Module):
@@ -148,6 +153,6 @@ class GeneratorBlock(nn.Module):
         x = x + self.dropout(self.attn(self.norm1(x), rope))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-    def extend(self, x: Tensor, rope: Tensor, cache: KVCache, layer: int) -> Tensor:
-        x = x + self.attn.extend(self.norm1(x), rope, cache, layer)
+    def step(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        x = x + self.attn.step(self.norm1(x), rope, keys, values, position)
         return x + self.mlp(self.norm2(x))

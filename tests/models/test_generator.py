@@ -9,7 +9,6 @@ import torch
 from alitok_fast.checkpoint import Checkpoint, recognise
 from alitok_fast.config import generator_preset
 from alitok_fast.models import Generator
-from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.models.loading import build
 from alitok_fast.models.rope import rope_table
 from alitok_fast.ops.sample_tokens import guided_logits
@@ -106,27 +105,25 @@ def test_a_token_moves_only_later_logits(tiny_generator):
     assert difference[7 + 1 :].min() > 0
 
 
-@pytest.mark.parametrize("chunks", [[1] * 21, [21], [1, 5, 2, 13]])
-def test_cached_logits_equal_uncached(tiny_generator, chunks):
+def test_cached_logits_equal_uncached(tiny_generator):
     gen = tiny_generator()
     tokens = torch.randint(gen.config.codebook_size, (3, gen.config.tokens))
     labels = torch.tensor([0, 4, 9])
     ids = torch.cat([gen.condition_ids(labels, 3).unsqueeze(1), tokens], dim=1)
-    cache = KVCache(gen.config, 3, gen.device, gen.dtype)
+    cache = gen.new_cache(3)
     with torch.inference_mode():
         expected = gen(tokens, labels)
-        for chunk in chunks:
-            logits = gen.extend(ids[:, cache.length : cache.length + chunk], cache)
-            assert relative_error(logits, expected[:, cache.length - 1]) < TOLERANCE
+        for step in range(gen.config.tokens):
+            assert relative_error(gen.step(ids[:, step], cache), expected[:, step]) < TOLERANCE
 
 
-def test_cache_refuses_more_than_it_holds(tiny_generator):
+def test_step_refuses_other_rows_and_ends_in_nan(tiny_generator):
     gen = tiny_generator()
-    cache = KVCache(gen.config, 2, gen.device, gen.dtype)
-    with pytest.raises(ValueError, match=r"ids: expected shape \(2, T <= 21\) for this cache, got \(2, 22\)"):
-        gen.extend(torch.zeros(2, 22, dtype=torch.int64), cache)
-    with pytest.raises(ValueError, match=r"ids: expected shape \(2, T <= 21\) for this cache, got \(3, 1\)"):
-        gen.extend(torch.zeros(3, 1, dtype=torch.int64), cache)
+    cache = gen.new_cache(2)
+    with pytest.raises(ValueError, match=r"ids: expected shape \(2,\), got \(3,\)"):
+        gen.step(torch.zeros(3, dtype=torch.int64), cache)
+    cache.position.fill_(gen.config.tokens)
+    assert gen.step(torch.zeros(2, dtype=torch.int64), cache).isnan().all()
 
 
 def test_labels_are_dropped_in_training_only(tiny_generator):
