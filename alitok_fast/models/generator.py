@@ -75,6 +75,7 @@ class Generator(nn.Module):
         """An empty cache for `rows` sequences; `dtype` None is the model's, torch.float8_e4m3fn halves bfloat16's size."""
         return KVCache(self.config, rows, self.device, dtype or self.dtype)
 
+    @torch.no_grad()
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Append one id to each cached sequence, ids (R,) rows of the embedding; logits (R, K) of what follows.
 

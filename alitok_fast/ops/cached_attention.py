@@ -65,6 +65,8 @@ def cached_attention_reference(
     scale: float,
 ) -> Tensor:
     """The definition of `cached_attention`."""
+    if not 0 <= int(position) < keys.shape[2]:
+        return qkv.new_full((qkv.shape[0], *qkv.shape[2:]), torch.nan)
     q, k, v = qkv.unsqueeze(3).unbind(1)  # (R, H, 1, D)
     row = position.reshape(1)
     if q_norm_weight is not None:
