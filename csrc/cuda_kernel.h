@@ -65,6 +65,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// A read that may race with atomics on the same address: some value that was there, past the first-level cache.
+__device__ __forceinline__ unsigned long long relaxed_load(const unsigned long long* global) {
+  unsigned long long value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(global) : "memory");
+  return value;
+}
+
 // Load 2 or 4 matrices of 8 x 8 16-bit elements. Lane 8 i + r gives the 16-byte aligned address of row r of matrix i
 // (x2: lanes 16..31 give valid addresses that are not used). Register i of lane l receives elements 2 (l % 4) and
 // 2 (l % 4) + 1 of row l / 4 of matrix i, or of column l / 4 for the _trans forms.

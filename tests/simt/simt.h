@@ -326,6 +326,10 @@ void cp_async_wait() {
   simt::wait_copies(Pending);
 }
 
+inline unsigned long long relaxed_load(const unsigned long long* global) {
+  return __atomic_load_n(global, __ATOMIC_RELAXED);
+}
+
 template <int Matrices, bool Transposed>
 void ldmatrix(uint32_t (&r)[Matrices], const void* row) {
   struct Row {
