@@ -9,6 +9,12 @@ STABLE_TORCH_LIBRARY(alitok, m) {
   m.def(
       "cached_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? q_norm_weight, "
       "Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale) -> Tensor");
+  m.def(
+      "vq_lookup(Tensor z, Tensor codebook, float commitment, bool with_closest) "
+      "-> (Tensor quantized, Tensor indices, Tensor loss, Tensor usage, Tensor closest)");
+  m.def(
+      "vq_lookup_backward(Tensor grad_quantized, Tensor grad_loss, Tensor z, Tensor codebook, Tensor indices, "
+      "float commitment) -> (Tensor grad_z, Tensor grad_codebook)");
 }
 
 PYBIND11_MODULE(_C, m) {

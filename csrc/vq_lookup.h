@@ -4,8 +4,8 @@
 // Both searches compare halves of squared distances, less the term that is the same for all candidates:
 //   |e|^2 / 2 - z.e         for the nearest code,
 //   |z|^2 / 2 + that        for the closest feature,
-// the norms summed in double and rounded, the products subtracted channel after channel with fused multiply-adds. The
-// order never depends on position, threads or device, so equal codes tie exactly and the lowest index wins.
+// the norms summed in double and rounded, the products subtracted channel after channel. The order never depends on
+// position or threads, so equal codes tie exactly and the lowest index wins.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct VqLookupParams {
   float* loss;            // one element
   int64_t* usage;         // (K)
   int64_t* closest;       // (K), or null when it is not wanted
-  void* workspace;        // CUDA: vq_lookup_workspace_cuda() bytes, aligned to 8
+  void* workspace;        // CUDA: as much as vq_lookup_workspace_cuda() says; CPU: unused
 };
 
 struct VqLookupBackwardParams {
@@ -57,8 +57,16 @@ constexpr int64_t closest_feature(uint64_t key, int64_t features) {
 ALITOK_DECLARE_PER_ISA(void vq_lookup_cpu(const VqLookupParams&, const Parallel&));
 ALITOK_DECLARE_PER_ISA(void vq_lookup_backward_cpu(const VqLookupBackwardParams&, const Parallel&));
 
+// Features of one CUDA block.
+constexpr int64_t kVqLookupBlock = 128;
+
+// Bytes, aligned to 8: a partial loss (double) for each block, and the half norm of each code.
+inline int64_t vq_lookup_workspace_cuda(const VqLookupParams& p) {
+  const int64_t blocks = (p.features + kVqLookupBlock - 1) / kVqLookupBlock;
+  return blocks * static_cast<int64_t>(sizeof(double)) + p.codes * static_cast<int64_t>(sizeof(float));
+}
+
 // Outputs are the same in every run: integer atomics only, sums in a fixed order.
-int64_t vq_lookup_workspace_cuda(const VqLookupParams&);  // bytes: K half norms, and one partial loss a block
 void vq_lookup_cuda(const VqLookupParams&, void* stream);
 void vq_lookup_backward_cuda(const VqLookupBackwardParams&, void* stream);
 

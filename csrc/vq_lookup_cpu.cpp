@@ -2,9 +2,8 @@
 // scores in registers, and goes straight from there into the running minima of its features and of its codes.
 #include "vq_lookup.h"
 
-#include <cmath>
-#include <cstring>
 #include <limits>
+#include <vector>
 
 #include "simd.h"
 
@@ -20,26 +19,21 @@ static_assert(kBlock % kTile == 0);
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Smallest score of each lane so far, and where it was. The index travels as a bit pattern: blends leave it alone.
+// Smallest score of each lane so far, and where it was. The index is an int32 in the bits of a lane, which blends leave
+// as they are.
 struct Best {
-  Vec score = broadcast(kInfinity);
-  Vec index = broadcast_bits(0);
+  Vec score = kInfinity;
+  Vec index = index_bits(0);
+
+  static float index_bits(int32_t index) { return bits_as<float>(index); }
 
   // Strictly smaller: of equals the first one stays. A NaN is never smaller.
-  void update(Vec candidate, Vec candidate_index) {
+  void update(Vec candidate, int32_t candidate_index) {
     const Mask smaller = candidate < score;
     score = select(smaller, candidate, score);
-    index = select(smaller, candidate_index, index);
+    index = select(smaller, index_bits(candidate_index), index);
   }
 };
-
-int32_t index_of(const Best& best, int lane) {
-  float lanes[Vec::lanes];
-  store(lanes, best.index);
-  int32_t index;
-  std::memcpy(&index, &lanes[lane], sizeof(index));
-  return index;
-}
 
 float half_norm(const float* row, int64_t channels) {
   double sum = 0;
@@ -48,51 +42,56 @@ float half_norm(const float* row, int64_t channels) {
 }
 
 // The codebook in panels of kPanel codes: (panels, channels, kPanel), and each code's half norm. Codes that fill up the
-// last panel have an infinite one, so that they are never the nearest.
+// last panel are zero with an infinite norm, so that they are never the nearest.
 struct Codebook {
   int64_t panels;
-  Buffer<float> codes, half_norms;
+  std::vector<Vec> codes, half_norms;  // of Vec, not float, for the alignment
 
   Codebook(const VqLookupParams& p, const Parallel& parallel)
-      : panels((p.codes + kPanel - 1) / kPanel), codes(panels * p.channels * kPanel), half_norms(panels * kPanel) {
-    parallel(0, panels * kPanel, 16 * kPanel, [&](int64_t begin, int64_t end) {
+      : panels((p.codes + kPanel - 1) / kPanel),
+        codes(static_cast<size_t>(panels * p.channels * kVectors)),
+        half_norms(static_cast<size_t>(panels * kVectors), Vec(kInfinity)) {
+    float* columns = reinterpret_cast<float*>(codes.data());
+    float* norms = reinterpret_cast<float*>(half_norms.data());
+    parallel(0, p.codes, 16 * kPanel, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        const bool filler = k >= p.codes;
         const float* code = p.codebook + k * p.channels;
-        float* column = codes.data() + k / kPanel * p.channels * kPanel + k % kPanel;
-        for (int64_t c = 0; c < p.channels; ++c) column[c * kPanel] = filler ? 0.0f : code[c];
-        half_norms[k] = filler ? kInfinity : half_norm(code, p.channels);
+        float* column = columns + k / kPanel * p.channels * kPanel + k % kPanel;
+        for (int64_t c = 0; c < p.channels; ++c) column[c * kPanel] = code[c];
+        norms[k] = half_norm(code, p.channels);
       }
     });
   }
+
+  const Vec* panel(int64_t index, int64_t channels) const { return codes.data() + index * channels * kVectors; }
 };
 
 // Score kTile features, packed as (channels, kTile), against one panel.
 template <bool kClosest>
 void score_tile(const float* features, const float* feature_half_norms, int32_t first_feature, int64_t channels,
-                const float* panel, const float* half_norms, int32_t first_vector, Best* rows, Best* columns) {
+                const Vec* panel, const Vec* half_norms, int32_t first_vector, Best* rows, Best* columns) {
   Vec score[kTile][kVectors];
 #pragma GCC unroll 8
   for (int f = 0; f < kTile; ++f) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) score[f][v] = load(half_norms + v * Vec::lanes);
+    for (int v = 0; v < kVectors; ++v) score[f][v] = half_norms[v];
   }
   for (int64_t c = 0; c < channels; ++c) {
     Vec code[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) code[v] = load(panel + c * kPanel + v * Vec::lanes);
+    for (int v = 0; v < kVectors; ++v) code[v] = panel[c * kVectors + v];
 #pragma GCC unroll 8
     for (int f = 0; f < kTile; ++f) {
-      const Vec feature = broadcast(features[c * kTile + f]);
+      const Vec feature = features[c * kTile + f];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) score[f][v] = fnmadd(feature, code[v], score[f][v]);
+      for (int v = 0; v < kVectors; ++v) score[f][v] = fnma(feature, code[v], score[f][v]);
     }
   }
 #pragma GCC unroll 8
   for (int f = 0; f < kTile; ++f) {
     Best row = rows[f];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) row.update(score[f][v], broadcast_bits(first_vector + v));
+    for (int v = 0; v < kVectors; ++v) row.update(score[f][v], first_vector + v);
     rows[f] = row;
   }
   if constexpr (kClosest) {
@@ -101,7 +100,7 @@ void score_tile(const float* features, const float* feature_half_norms, int32_t 
       Best column = columns[v];
 #pragma GCC unroll 8
       for (int f = 0; f < kTile; ++f) {
-        column.update(score[f][v] + broadcast(feature_half_norms[f]), broadcast_bits(first_feature + f));
+        column.update(score[f][v] + feature_half_norms[f], first_feature + f);
       }
       columns[v] = column;
     }
@@ -115,10 +114,8 @@ class Search {
   Search(const VqLookupParams& p, const Codebook& codebook)
       : p_(p),
         codebook_(codebook),
-        features_(kBlock * p.channels),
-        columns_(kClosest ? codebook.panels * kVectors : 0) {
-    for (Best& column : columns_) column = Best{};
-  }
+        features_(static_cast<size_t>(kBlock * p.channels)),
+        columns_(static_cast<size_t>(kClosest ? codebook.panels * kVectors : 0)) {}
 
   // Returns the block's sum of squared distances between feature and code.
   double block(int64_t first) {
@@ -126,8 +123,8 @@ class Search {
     for (int64_t panel = 0; panel < codebook_.panels; ++panel) {
       for (int f = 0; f < kBlock && first + f < p_.features; f += kTile) {
         score_tile<kClosest>(features_.data() + f * p_.channels, half_norms_ + f, static_cast<int32_t>(first + f),
-                             p_.channels, codebook_.codes.data() + panel * p_.channels * kPanel,
-                             codebook_.half_norms.data() + panel * kPanel, static_cast<int32_t>(panel * kVectors),
+                             p_.channels, codebook_.panel(panel, p_.channels),
+                             codebook_.half_norms.data() + panel * kVectors, static_cast<int32_t>(panel * kVectors),
                              rows_ + f, columns_.data() + panel * kVectors);
       }
     }
@@ -138,18 +135,19 @@ class Search {
 
   // Lower each code's key to this thread's candidate.
   void merge_columns(uint64_t* keys) const {
-    for (int64_t k = 0; k < p_.codes; ++k) {
-      const Best& column = columns_[k / Vec::lanes];
-      const int lane = static_cast<int>(k % Vec::lanes);
-      float scores[Vec::lanes];
-      store(scores, column.score + broadcast(0.0f));  // -0 becomes 0
-      if (scores[lane] == kInfinity) continue;
-      uint32_t bits;
-      std::memcpy(&bits, &scores[lane], sizeof(bits));
-      const uint64_t key = closest_key(bits, static_cast<uint32_t>(index_of(column, lane)));
-      uint64_t current = __atomic_load_n(&keys[k], __ATOMIC_RELAXED);
-      while (key < current && !__atomic_compare_exchange_n(&keys[k], &current, key, false, __ATOMIC_RELAXED,
-                                                           __ATOMIC_RELAXED)) {
+    for (int64_t first = 0; first < p_.codes; first += Vec::lanes) {
+      const Best& column = columns_[static_cast<size_t>(first / Vec::lanes)];
+      float scores[Vec::lanes], indices[Vec::lanes];
+      (column.score + 0.0f).store(scores);  // -0 becomes 0
+      column.index.store(indices);
+      for (int lane = 0; lane < Vec::lanes && first + lane < p_.codes; ++lane) {
+        if (scores[lane] == kInfinity) continue;
+        const uint64_t key = closest_key(bits_as<uint32_t>(scores[lane]), bits_as<uint32_t>(indices[lane]));
+        uint64_t* target = keys + first + lane;
+        uint64_t current = __atomic_load_n(target, __ATOMIC_RELAXED);
+        while (key < current &&
+               !__atomic_compare_exchange_n(target, &current, key, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        }
       }
     }
   }
@@ -168,18 +166,19 @@ class Search {
   }
 
   static int64_t nearest(const Best& row) {
-    float scores[Vec::lanes];
-    store(scores, row.score);
+    float scores[Vec::lanes], vectors[Vec::lanes];
+    row.score.store(scores);
+    row.index.store(vectors);
     float score = kInfinity;
     int64_t code = 0;
     for (int lane = 0; lane < Vec::lanes; ++lane) {
-      const int64_t candidate = int64_t{index_of(row, lane)} * Vec::lanes + lane;
+      const int64_t candidate = int64_t{bits_as<int32_t>(vectors[lane])} * Vec::lanes + lane;
       if (scores[lane] < score || (scores[lane] == score && candidate < code)) {
         score = scores[lane];
         code = candidate;
       }
     }
-    return score < kInfinity ? code : 0;
+    return code;
   }
 
   double finish(int64_t n, int64_t k) {
@@ -199,8 +198,8 @@ class Search {
 
   const VqLookupParams& p_;
   const Codebook& codebook_;
-  Buffer<float> features_;  // (kBlock / kTile, channels, kTile)
-  Buffer<Best> columns_;
+  std::vector<float> features_;  // (kBlock / kTile, channels, kTile)
+  std::vector<Best> columns_;
   float half_norms_[kBlock];
   Best rows_[kBlock];
 };
@@ -209,14 +208,14 @@ template <bool kClosest>
 void lookup(const VqLookupParams& p, const Parallel& parallel) {
   const Codebook codebook(p, parallel);
   const int64_t blocks = (p.features + kBlock - 1) / kBlock;
-  Buffer<double> squares(blocks);
+  std::vector<double> squares(static_cast<size_t>(blocks));
   for (int64_t k = 0; k < p.codes; ++k) p.usage[k] = 0;
   uint64_t* keys = reinterpret_cast<uint64_t*>(p.closest);
   for (int64_t k = 0; kClosest && k < p.codes; ++k) keys[k] = kNoFeature;
 
   parallel(0, blocks, 1, [&](int64_t begin, int64_t end) {
     Search<kClosest> search(p, codebook);
-    for (int64_t b = begin; b < end; ++b) squares[b] = search.block(b * kBlock);
+    for (int64_t b = begin; b < end; ++b) squares[static_cast<size_t>(b)] = search.block(b * kBlock);
     if constexpr (kClosest) search.merge_columns(keys);
   });
 

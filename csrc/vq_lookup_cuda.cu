@@ -13,6 +13,7 @@ constexpr int kSide = 16;  // threads along features and along codes
 constexpr int kThreadFeatures = 8, kThreadCodes = 4;
 constexpr int kFeatures = kSide * kThreadFeatures;
 constexpr int kCodes = kSide * kThreadCodes;
+static_assert(kFeatures == kVqLookupBlock);
 constexpr int kChannels = 16;           // in shared memory at a time
 constexpr int kStride = kChannels + 4;  // floats; eight threads reading float4 of eight rows meet no bank twice
 constexpr int kWarps = kThreads / 32;
@@ -45,7 +46,7 @@ __global__ void prepare(VqLookupParams p, Workspace workspace) {
 }
 
 // One step's operands: rows of kChannels channels; zeros beyond the last row and the last channel.
-struct Stage {
+struct alignas(16) Stage {
   float features[kFeatures * kStride];
   float codes[kCodes * kStride];
 };
@@ -119,7 +120,7 @@ __device__ double block_sum(double value) {
 
 template <int Width, bool kClosest>
 __global__ void __launch_bounds__(kThreads, 2) lookup(VqLookupParams p, Workspace workspace) {
-  __shared__ alignas(16) Stage stages[2];
+  __shared__ Stage stages[2];
   __shared__ float feature_half_norms[kFeatures];
   __shared__ int nearest[kFeatures];
 
@@ -290,10 +291,6 @@ bool aligned_rows(const VqLookupParams& p) {
 unsigned grid_of(int64_t items, int64_t per_block) { return static_cast<unsigned>((items + per_block - 1) / per_block); }
 
 }  // namespace
-
-int64_t vq_lookup_workspace_cuda(const VqLookupParams& p) {
-  return blocks_of(p.features) * static_cast<int64_t>(sizeof(double)) + p.codes * static_cast<int64_t>(sizeof(float));
-}
 
 void vq_lookup_cuda(const VqLookupParams& p, void* stream) {
   const Workspace workspace = workspace_of(p);

@@ -13,8 +13,8 @@ def features_and_codes(features, codes, channels, seed=0):
     z = torch.randn(features, channels, generator=generator)
     codebook = torch.randn(codes, channels, generator=generator)
     # Equal codes and equal features, some of them in other tiles: ties that have one right answer.
-    codebook[codes // 2 :: 3] = codebook[: len(codebook[codes // 2 :: 3])]
-    z[features // 2 :: 3] = z[: len(z[features // 2 :: 3])]
+    codebook[codes // 2 :: 3] = codebook[: len(codebook[codes // 2 :: 3])].clone()
+    z[features // 2 :: 3] = z[: len(z[features // 2 :: 3])].clone()
     return z, codebook
 
 
