@@ -51,7 +51,7 @@ struct alignas(16) Stage {
   float codes[kCodes * kStride];
 };
 
-// Start copying kRows rows from `first` on of a (rows, channels) matrix. Width: floats a copy, 4 where rows are aligned.
+// Start copying kRows rows of a (rows, channels) matrix, from `first` on. Width: floats a copy, 4 where rows allow it.
 template <int kRows, int Width>
 __device__ void load_rows(float* shared, const float* matrix, int64_t first, int64_t rows, int64_t first_channel,
                           int64_t channels) {
@@ -288,7 +288,7 @@ bool aligned_rows(const VqLookupParams& p) {
   return p.channels % 4 == 0 && address % 16 == 0;
 }
 
-unsigned grid_of(int64_t items, int64_t per_block) { return static_cast<unsigned>((items + per_block - 1) / per_block); }
+unsigned grid_of(int64_t items, int64_t block) { return static_cast<unsigned>((items + block - 1) / block); }
 
 }  // namespace
 

@@ -18,11 +18,13 @@ class VQLookup(NamedTuple):
     indices: Tensor
     """(N,) int64 in [0, K): the nearest code, the lowest index on a tie."""
     loss: Tensor
-    """() float32: mean((e - sg(z))^2) + commitment * mean((sg(e) - z)^2), e = quantized, sg = stop gradient; 0 for N = 0."""
+    """() float32: mean((e - sg(z))^2) + commitment * mean((sg(e) - z)^2) with e = quantized, sg = stop gradient; 0 for
+    N = 0."""
     usage: Tensor
     """(K,) int64: how many features chose each code."""
     closest: Tensor | None
-    """(K,) int64 in [0, N): the feature nearest to each code, the lowest index on a tie; -1 for N = 0. None if not asked for."""
+    """(K,) int64 in [0, N): the feature nearest to each code, the lowest index on a tie; -1 for N = 0. None when not
+    asked for."""
 
 
 def vq_lookup_reference(z: Tensor, codebook: Tensor, commitment: float = 0.25, with_closest: bool = True) -> VQLookup:
