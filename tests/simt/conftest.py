@@ -16,7 +16,11 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 
 SANITIZERS = {
-    "address": ["-fsanitize=address,undefined", "-fsanitize-sections=simt_shared", "-fno-sanitize-recover=all"],
+    "address": [
+        "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+        "-fsanitize-sections=simt_shared",
+        "-fno-sanitize-recover=all",
+    ],
     "thread": ["-fsanitize=thread"],
 }
 ENVIRONMENT = {
@@ -100,7 +104,8 @@ def simt(tmp_path_factory: pytest.TempPathFactory) -> Simt:
 
 def _compile(source: Path, executable: Path, includes: list[str], flags: list[str]) -> None:
     command = ["g++", "-x", "c++", "-std=c++17", "-O1", "-g1", "-DALITOK_SIMT", "-ftrivial-auto-var-init=pattern"]
-    command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-sign-compare", "-Werror", "-ffp-contract=off", *flags, *includes]
+    command += ["-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    command += ["-Wno-sign-compare", "-Wno-maybe-uninitialized", "-Werror", *flags, *includes]
     command += [str(source), "-o", str(executable)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:6000]}"

@@ -1,0 +1,121 @@
+"""The CUDA kernels of prefix_attention under the SIMT emulation, against the PyTorch reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alitok_fast.ops.prefix_attention import prefix_attention_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = 1e-5
+
+
+def make_case(dtype, batch, length, heads, head_dim, prefix_len, norm, rope, dropout):
+    generator = torch.Generator().manual_seed(length * 131 + head_dim)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    weights = [1 + 0.1 * randn(head_dim) for _ in range(2)] if norm else [None, None]
+    angle = 3 * randn(length, head_dim // 2)
+    table = torch.stack((angle.cos(), angle.sin()), -1)
+    table[0] = 0  # the condition's row: query and key are zero vectors
+    seed = torch.tensor([0x1234567_89ABCDEF]) if dropout else None
+    return {
+        "qkv": randn(batch, length, 3, heads, head_dim).to(dtype),
+        "prefix_len": prefix_len,
+        "q_norm_weight": weights[0],
+        "k_norm_weight": weights[1],
+        "norm_eps": EPS,
+        "rope": table if rope else None,
+        "scale": head_dim**-0.5,
+        "dropout": dropout,
+        "seed": seed,
+    }
+
+
+def inputs_of(case, storage=None, offset=0, row_stride=None):
+    """What the program reads; `storage` holds qkv at `offset` with rows `row_stride` apart."""
+    batch, length, _, heads, head_dim = case["qkv"].shape
+    row_stride = row_stride or 3 * heads * head_dim
+    threshold = round(case["dropout"] * 65536)
+    tensors = {k: case[k] for k in ("q_norm_weight", "k_norm_weight", "norm_eps", "rope", "scale", "seed", "prefix_len")}
+    return tensors | {
+        "qkv": case["qkv"] if storage is None else storage,
+        "offset": offset,
+        "row_stride": row_stride,
+        "batch_stride": row_stride * length,
+        "batch": batch,
+        "length": length,
+        "heads": heads,
+        "head_dim": head_dim,
+        "dtype": DTYPES.index(case["qkv"].dtype),
+        "dropout_threshold": threshold,
+        "dropout_scale": 1 / (1 - threshold / 65536),
+    }
+
+
+def outputs_of(case):
+    batch, length, _, heads, head_dim = case["qkv"].shape
+    return {
+        "out": ((batch, length, heads, head_dim), case["qkv"].dtype),
+        "lse": ((batch, heads, length), torch.float32),
+    }
+
+
+def reference(case, dtype):
+    """In `dtype`: float64 for the truth, the case's own for the error that a good kernel may have."""
+    qkv = case["qkv"].to(dtype)
+    return prefix_attention_reference(**{**case, "qkv": qkv})
+
+
+def assert_close(name, got, case, index):
+    exact, low = reference(case, torch.float64)[index], reference(case, case["qkv"].dtype)[index].double()
+    bound = 3 * (low - exact).abs().max() + 2e-6 * exact.abs().max()
+    error = (got.double() - exact).abs().max()
+    assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+
+
+def check(simt, case, sanitizer="address", schedules=2, **layout):
+    program = simt.program("prefix_attention", sanitizer)
+    result = program.run(inputs_of(case, **layout), outputs_of(case), schedules)
+    assert_close("out", result["out"], case, 0)
+    assert_close("lse", result["lse"], case, 1)
+    return result
+
+
+# (dtype, batch, length, heads, head_dim, prefix_len, norm, rope, dropout)
+CASES = [
+    (torch.bfloat16, 1, 70, 2, 48, 0, True, True, 0.0),
+    (torch.bfloat16, 2, 137, 1, 64, 17, False, False, 0.0),
+    (torch.bfloat16, 1, 140, 1, 80, 0, True, True, 0.1),
+    (torch.float16, 1, 67, 1, 64, 67, True, False, 0.0),
+    (torch.float16, 1, 130, 1, 128, 65, False, True, 0.25),
+    (torch.float16, 2, 1, 3, 8, 0, True, True, 0.0),
+    (torch.float32, 1, 70, 2, 48, 0, True, True, 0.0),
+    (torch.float32, 1, 133, 1, 64, 133, False, False, 0.1),
+    (torch.float32, 1, 33, 1, 104, 5, True, False, 0.0),
+    (torch.float32, 1, 66, 1, 72, 1, False, True, 0.0),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c))
+def test_forward(simt, case):
+    result = check(simt, make_case(*case))
+    assert result.bank_conflicts == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_and_strided_qkv(simt, dtype):
+    case = make_case(dtype, 2, 19, 2, 24, 3, True, True, 0.0)
+    rows = case["qkv"].flatten(2)  # (2, 19, 144)
+    storage = torch.full((2, 19, rows.shape[2] + 5), torch.nan, dtype=dtype)
+    storage[..., : rows.shape[2]] = rows
+    storage = torch.cat((torch.full((1,), torch.nan, dtype=dtype), storage.flatten()))
+    check(simt, case, storage=storage, offset=1, row_stride=rows.shape[2] + 5)
+
+
+def test_forward_has_no_races(simt):
+    check(simt, make_case(torch.bfloat16, 1, 140, 1, 48, 20, True, True, 0.1), "thread", schedules=1)
+    check(simt, make_case(torch.float32, 1, 70, 1, 64, 0, True, True, 0.1), "thread", schedules=1)
