@@ -1,3 +1,39 @@
-"""AliTok image tokenizer and generator with native CPU and CUDA kernels."""
+"""AliTok image tokenizer and generator with native CPU and CUDA kernels.
+
+Importing the package is light: torch and the native extension load with the first name that is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Generator": "alitok_fast.models",
+    "GeneratorConfig": "alitok_fast.config",
+    "Pipeline": "alitok_fast.pipeline",
+    "Tokenizer": "alitok_fast.models",
+    "TokenizerConfig": "alitok_fast.config",
+    "load_generator": "alitok_fast.models",
+    "load_tokenizer": "alitok_fast.models",
+    "sample": "alitok_fast.sampling",
+    "save_model": "alitok_fast.models",
+    "on_rows": "alitok_fast.streaming",
+    "use_reference": "alitok_fast._library",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the names that __getattr__ knows
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'alitok_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

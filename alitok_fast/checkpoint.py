@@ -114,6 +114,16 @@ def write_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
     return folder
 
 
+def write_released(path: str | os.PathLike, state: Mapping[str, Tensor]) -> Path:
+    """Write one file in the released format, whole or not at all; its suffix chooses safetensors or pickle."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"path: expected a file ending in one of {', '.join(SUFFIXES)}, got {path.name}")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_atomically(path, lambda file: (save_file if path.suffix == ".safetensors" else torch.save)(tensors, file))
+    return path
+
+
 def write_atomically(path: Path, write) -> None:
     """Call `write(temporary_path)`, flush to disk, rename onto `path`; on any failure the old file stays."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

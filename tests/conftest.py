@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
-from alitok_fast.models import Generator, Tokenizer
+from alitok_fast.models import Generator, Tokenizer, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_ISAS = ("scalar", "avx2", "avx512", "amx")
@@ -98,3 +98,12 @@ def tiny_generator():
         return model.eval()
 
     return make
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, tiny_tokenizer, tiny_generator) -> Path:
+    """A pipeline folder with both tiny models and class names c0 .. c9."""
+    folder = tmp_path / "tiny"
+    save_model(folder / "tokenizer", tiny_tokenizer())
+    save_model(folder / "generator", tiny_generator(), {"classes": [f"c{i}" for i in range(10)]})
+    return folder

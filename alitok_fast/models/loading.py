@@ -17,6 +17,7 @@ from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, Tokenize
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.tokenizer import Tokenizer
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OPTIONAL_KEYS = {"quantize.embed_prob"}  # training statistics: absent from released stage-2 files
 
 
@@ -52,15 +53,45 @@ def save_model(
     return checkpoint.write_checkpoint(folder, Checkpoint(model.config, model.state_dict(), provenance or {}))
 
 
+def dtype_from_name(name: str) -> torch.dtype:
+    """torch.float32, torch.bfloat16 or torch.float16."""
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def convert(
+    source: str | os.PathLike, target: str | os.PathLike, kind: str | None = None, dtype: torch.dtype | None = None
+) -> Path:
+    """Write a checkpoint as a file in the released format (a `target` with its suffix) or as a folder of ours.
+
+    `kind`, "tokenizer" or "generator", is needed where `source` holds both. `dtype` None keeps the precision.
+    Returns `target`. Raises as `load_tokenizer` does, before anything is written.
+    """
+    if kind not in (None, "tokenizer", "generator"):
+        raise ValueError(f"kind: expected 'tokenizer' or 'generator', got {kind!r}")
+    original = read_checkpoint(resolve(source, kind or ""))
+    if kind not in (None, original.kind):
+        raise ValueError(f"source: expected a {kind}, got a {original.kind} in {source}")
+    state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in original.state.items()}
+    converted = Checkpoint(original.config, state, original.provenance)
+    build(converted)  # raises where tensors do not fit
+    return (
+        checkpoint.write_released(target, state)
+        if Path(target).suffix
+        else checkpoint.write_checkpoint(target, converted)
+    )
+
+
 def resolve(path_or_name: str | os.PathLike, kind: str) -> Path:
     """The local path of a `kind` ("tokenizer" or "generator"), fetched from the hub where it is a repository id."""
+    name = str(path_or_name)
+    if name == "demo":  # a folder of that name is "./demo"
+        return Path(str(resources.files("alitok_fast") / "weights" / "demo" / kind))
     path = Path(path_or_name)
     if path.exists():
         part = path / kind
         return part if part.is_dir() else path
-    name = str(path_or_name)
-    if name == "demo":
-        return Path(str(resources.files("alitok_fast") / "weights" / "demo" / kind))
     presets = TOKENIZERS if kind == "tokenizer" else GENERATORS
     if name in presets:
         raise ValueError(
@@ -88,11 +119,18 @@ def _fetch(repository: str, kind: str) -> Path:
     return Path(snapshot_download(repository, allow_patterns=patterns))
 
 
-def _load(kind: str, path_or_name, device, dtype, config) -> Any:
+def open_checkpoint(
+    kind: str, path_or_name: str | os.PathLike, config: TokenizerConfig | GeneratorConfig | None = None
+) -> Checkpoint:
+    """The checkpoint that `load_tokenizer` or `load_generator` builds, with its provenance."""
     source = read_checkpoint(resolve(path_or_name, kind), config)
     if source.kind != kind:
         raise ValueError(f"path_or_name: expected a {kind}, got a {source.kind} in {path_or_name}")
-    return build(source).to(device, dtype).eval()
+    return source
+
+
+def _load(kind: str, path_or_name, device, dtype, config) -> Any:
+    return build(open_checkpoint(kind, path_or_name, config)).to(device, dtype).eval()
 
 
 def build(source: Checkpoint) -> Tokenizer | Generator:

@@ -1,0 +1,118 @@
+"""Pictures in and out: tensors to uint8, labelled grids, PNG and npz files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from alitok_fast.checkpoint import write_atomically
+
+MARGIN = 4
+BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) floats to (B, H, W, 3) uint8: clamped to [0, 1], times 255, truncated (as published)."""
+    return (images.float().clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 arrays; infinite where they are equal."""
+    error = np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def grid(
+    images: Sequence[np.ndarray | Image.Image],
+    columns: int,
+    captions: Sequence[str] | None = None,
+    scale: int | None = None,
+) -> Image.Image:
+    """A sheet of equally large RGB images ((H, W, 3) uint8 or PIL), row by row, each with its caption above it.
+
+    `scale` enlarges every image by a whole factor; None picks one that makes images at least 96 pixels wide.
+    """
+    if not len(images):
+        raise ValueError("images: expected at least one image, got none")
+    if columns < 1:
+        raise ValueError(f"columns: expected at least 1, got {columns}")
+    pictures = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
+    width, height = pictures[0].size
+    factor = scale if scale is not None else max(1, -(-96 // width))
+    cell_width, cell_height = width * factor, height * factor
+    font = ImageFont.load_default(size=12)
+    caption_height = 18 if captions else 0
+    rows, columns = -(-len(images) // columns), min(columns, len(images))
+    size = (columns * (cell_width + MARGIN) + MARGIN, rows * (cell_height + caption_height + MARGIN) + MARGIN)
+    sheet = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        left = MARGIN + column * (cell_width + MARGIN)
+        top = MARGIN + row * (cell_height + caption_height + MARGIN)
+        if captions:
+            text = _shorten(captions[index], cell_width, font)
+            draw.text((left + cell_width / 2, top + 1), text, fill=INK, font=font, anchor="ma")
+        enlarged = picture.resize((cell_width, cell_height), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (left, top + caption_height))
+    return sheet
+
+
+def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def check_image_name(path: Path) -> str:
+    """The format that the suffix of `path` names; ValueError for a suffix that is no picture's, or a missing folder."""
+    formats = Image.registered_extensions()
+    if path.suffix.lower() not in formats:
+        raise ValueError(f"path: expected the name of a picture, such as {path.stem}.png, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"path: expected a file in a folder that exists, got {path}")
+    return formats[path.suffix.lower()]
+
+
+def write_image(path: Path, image: np.ndarray | Image.Image) -> None:
+    """Write one picture in the format that the suffix names."""
+    kind = check_image_name(path)
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    write_atomically(path, lambda temporary: picture.save(temporary, format=kind))
+
+
+def write_npz(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int, int], labels: np.ndarray) -> None:
+    """Write ADM's sample file, uncompressed: `arr_0` (n, H, W, 3) uint8 and `labels` (n,) int64.
+
+    `images` yields pieces (b, H, W, 3) in order, which are written as they come, so that 50,000 images need the memory
+    of one piece. Raises ValueError when the pieces do not add up to `shape`.
+    """
+
+    def write(temporary: Path) -> None:
+        written = 0
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                npy.write_array_header_1_0(file, header)
+                for piece in images:
+                    if piece.dtype != np.uint8 or piece.shape[1:] != shape[1:]:
+                        raise ValueError(
+                            f"images: expected uint8 pieces of {shape[1:]}, got {piece.dtype} {piece.shape[1:]}"
+                        )
+                    file.write(np.ascontiguousarray(piece).data)
+                    written += len(piece)
+            with archive.open("labels.npy", "w") as file:
+                npy.write_array(file, np.asarray(labels, dtype=np.int64))
+        if written != shape[0]:
+            raise ValueError(f"images: expected {shape[0]} in all, got {written}")
+
+    write_atomically(path, write)

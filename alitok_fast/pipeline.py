@@ -1,0 +1,173 @@
+"""Class labels in, pictures out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alitok_fast import __version__
+from alitok_fast.images import to_uint8
+from alitok_fast.models import Generator, Tokenizer
+from alitok_fast.models.loading import build, open_checkpoint
+from alitok_fast.sampling import sample
+
+Label = int | str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`images` (PIL, RGB), their `tokens` (B, N) int64, and all that is needed to draw them again."""
+
+    images: list[Image.Image]
+    tokens: Tensor
+    metadata: dict[str, Any]
+
+
+class Pipeline:
+    """A generator, the tokenizer that it was trained on, and the names of its classes."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        generator: Generator,
+        class_names: Sequence[str] | None = None,
+        source: str = "memory",
+    ) -> None:
+        """`class_names`: one a class, or None where classes go by number. `source`: a name for the metadata.
+
+        Raises ValueError when the two models do not fit together.
+        """
+        for name in ("grid", "codebook_size"):
+            have, want = getattr(generator.config, name), getattr(tokenizer.config, name)
+            if have != want:
+                raise ValueError(f"generator: expected {name} {want} as in the tokenizer, got {have}")
+        if tokenizer.device != generator.device:
+            raise ValueError(f"tokenizer: expected device {generator.device}, got {tokenizer.device}")
+        self.tokenizer = tokenizer
+        self.generator = generator
+        self.class_names = tuple(class_names) if class_names else None
+        self.source = source
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        tokenizer: str | os.PathLike | None = None,
+    ) -> Pipeline:
+        """Load both models.
+
+        `name_or_path`: "demo" (shipped with the package), a folder that holds `tokenizer/` and `generator/`, a hub
+        repository of that layout, or a generator's checkpoint, for which `tokenizer` names the tokenizer's.
+        Raises FileNotFoundError or ValueError saying what was expected and found.
+        """
+        generator = open_checkpoint("generator", name_or_path)
+        tokenizer = open_checkpoint("tokenizer", name_or_path if tokenizer is None else tokenizer)
+        models = [build(part).to(device, dtype).eval() for part in (tokenizer, generator)]
+        return cls(*models, class_names=generator.provenance.get("classes"), source=str(name_or_path))
+
+    def label_ids(self, labels: Label | Sequence[Label] | Tensor) -> list[int]:
+        """Class numbers of labels given by number or by name; ValueError lists the names there are."""
+        if isinstance(labels, Tensor):
+            labels = labels.tolist()
+        if isinstance(labels, int | str):
+            labels = [labels]
+        return [self._label_id(label) for label in labels]
+
+    def _label_id(self, label: Label) -> int:
+        names = [name.casefold() for name in self.class_names or ()]
+        if isinstance(label, str) and label.strip().casefold() in names:
+            return names.index(label.strip().casefold())
+        classes = self.generator.config.classes
+        try:
+            number = int(label) if isinstance(label, str) else label
+        except ValueError:
+            expected = ", ".join(self.class_names) if names else "no name (this model has none)"
+            raise ValueError(f"labels: expected one of 0..{classes - 1} or {expected}, got {label!r}") from None
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"labels: expected integers or names, got {type(label).__name__}")
+        if not 0 <= number < classes:
+            raise ValueError(f"labels: expected values in [0, {classes}), got {number}")
+        return number
+
+    def label_name(self, label: int) -> str:
+        """The class's name, or its number where it has none."""
+        known = self.class_names is not None and label < len(self.class_names)
+        return self.class_names[label] if known else str(label)
+
+    def __call__(
+        self,
+        labels: Label | Sequence[Label] | Tensor,
+        seed: int = 0,
+        guidance_scale: float | None = None,
+        guidance_power: float | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        batch_size: int | None = None,
+        image_ids: Sequence[int] | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Samples:
+        """Draw one picture per label; settings as for `alitok_fast.sample`, None takes the model's default.
+
+        Args:
+            labels: class numbers or names.
+            batch_size: pictures drawn together; None draws all at once. It does not change the pictures beyond
+                rounding.
+            image_ids: key each picture's noise; None counts from 0.
+            on_batch: called with the number of pictures of each batch, once it is drawn.
+        """
+        ids = self.label_ids(labels)
+        keys = list(range(len(ids))) if image_ids is None else list(image_ids)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size: expected None or at least 1, got {batch_size}")
+        settings = self.settings(guidance_scale, guidance_power, temperature, top_k, top_p, seed)
+        size = batch_size or max(len(ids), 1)
+        tokens, images = [], []
+        for start in range(0, max(len(ids), 1), size):  # no label at all: let `sample` say so
+            tokens.append(
+                sample(self.generator, ids[start : start + size], image_ids=keys[start : start + size], **settings)
+            )
+            images += [Image.fromarray(image) for image in to_uint8(self.tokenizer.decode(tokens[-1]))]
+            if on_batch is not None:
+                on_batch(len(tokens[-1]))
+        metadata = {**self.metadata(settings), "labels": ids, "image_ids": keys}
+        return Samples(images, torch.cat(tokens), metadata)
+
+    def settings(
+        self,
+        guidance_scale: float | None = None,
+        guidance_power: float | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Arguments of `alitok_fast.sample`, with the model's defaults filled in."""
+        config = self.generator.config
+        return {
+            "guidance_scale": config.guidance_scale if guidance_scale is None else guidance_scale,
+            "guidance_power": config.guidance_power if guidance_power is None else guidance_power,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        }
+
+    def metadata(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What decides about a picture besides its label and its id: JSON values only."""
+        return {
+            **settings,
+            "model": self.source,
+            "class_names": list(self.class_names) if self.class_names else None,
+            "dtype": str(self.generator.dtype).removeprefix("torch."),
+            "device": str(self.generator.device),
+            "versions": {"alitok_fast": __version__, "torch": torch.__version__},
+        }

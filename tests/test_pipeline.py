@@ -1,0 +1,138 @@
+"""Pipeline: labels in, pictures and everything needed to draw them again out. Streaming, public API."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import alitok_fast
+from alitok_fast import Pipeline, on_rows, sample, save_model
+from alitok_fast.images import to_uint8
+
+
+@pytest.fixture
+def pipe(tiny_folder) -> Pipeline:
+    return Pipeline.from_pretrained(tiny_folder)
+
+
+def test_pictures_are_the_decoded_tokens(pipe):
+    out = pipe([1, "c2", "3"], seed=4)
+    assert torch.equal(out.tokens, sample(pipe.generator, [1, 2, 3], seed=4))
+    expected = to_uint8(pipe.tokenizer.decode(out.tokens))
+    assert np.array_equal(np.stack([np.asarray(image) for image in out.images]), expected)
+
+
+def test_metadata_says_how_to_draw_again(pipe):
+    out = pipe(["c5"], seed=9, guidance_scale=2.0, top_k=7)
+    metadata = json.loads(json.dumps(out.metadata))
+    assert metadata["versions"] == {"alitok_fast": alitok_fast.__version__, "torch": torch.__version__}
+    assert (metadata["dtype"], metadata["device"], metadata["labels"]) == ("float32", "cpu", [5])
+    keys = ("seed", "guidance_scale", "guidance_power", "temperature", "top_k", "top_p", "image_ids")
+    again = pipe(metadata["labels"], **{key: metadata[key] for key in keys})
+    assert torch.equal(again.tokens, out.tokens)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_batch_size_does_not_change_the_pictures(pipe, batch_size):
+    drawn = []
+    out = pipe([0, 1, 2, 3, 4], batch_size=batch_size, on_batch=drawn.append)
+    assert torch.equal(out.tokens, pipe([0, 1, 2, 3, 4]).tokens)
+    assert sum(drawn) == 5 and max(drawn) <= batch_size
+
+
+def test_labels_by_number_and_name(pipe):
+    assert pipe.label_ids("c7") == pipe.label_ids(7) == pipe.label_ids("7") == pipe.label_ids(torch.tensor([7])) == [7]
+    assert pipe.label_ids(["C1", " c2 ", 3]) == [1, 2, 3]
+    assert pipe.label_name(4) == "c4"
+
+
+@pytest.mark.parametrize(
+    "labels, error, message",
+    [
+        ("sofa", ValueError, r"labels: expected one of 0..9 or c0, c1, .*c9, got 'sofa'"),
+        (["c1", "10"], ValueError, r"labels: expected values in \[0, 10\), got 10"),
+        (-1, ValueError, r"labels: expected values in \[0, 10\), got -1"),
+        ([1.5], TypeError, "labels: expected integers or names, got float"),
+        ([True], TypeError, "labels: expected integers or names, got bool"),
+        ([], ValueError, r"labels: expected shape \(B,\) with B >= 1"),
+    ],
+)
+def test_bad_labels(pipe, labels, error, message):
+    with pytest.raises(error, match=message):
+        pipe(labels)
+
+
+def test_bad_batch_size(pipe):
+    with pytest.raises(ValueError, match="batch_size: expected None or at least 1, got 0"):
+        pipe([1], batch_size=0)
+
+
+def test_models_that_do_not_fit_together(tiny_tokenizer, tiny_generator):
+    with pytest.raises(ValueError, match="generator: expected grid 4 as in the tokenizer, got 5"):
+        Pipeline(tiny_tokenizer(), tiny_generator(grid=5))
+    with pytest.raises(ValueError, match="generator: expected codebook_size 32 as in the tokenizer, got 16"):
+        Pipeline(tiny_tokenizer(), tiny_generator(codebook_size=16))
+
+
+def test_generator_and_tokenizer_from_separate_files(tmp_path, tiny_folder, pipe):
+    other = Pipeline.from_pretrained(tiny_folder / "generator", tokenizer=tiny_folder / "tokenizer")
+    assert torch.equal(other([1]).tokens, pipe([1]).tokens)
+    with pytest.raises(ValueError, match="path_or_name: expected a tokenizer, got a generator"):
+        Pipeline.from_pretrained(tiny_folder / "generator")
+
+
+def test_half_precision_is_recorded(tiny_folder):
+    out = Pipeline.from_pretrained(tiny_folder, dtype=torch.bfloat16)([1, 2])
+    assert out.metadata["dtype"] == "bfloat16"
+    assert len(out.images) == 2
+
+
+# --- streaming ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_appear_as_they_are_determined(tiny_tokenizer, tiny_generator):
+    tokenizer, gen = tiny_tokenizer(1), tiny_generator()
+    shown = []
+    tokens = sample(gen, [1, 2], on_step=on_rows(tokenizer, lambda rows, images: shown.append((rows, images))))
+    assert [rows for rows, _ in shown] == [1, 2, 3, 4]
+    whole = tokenizer.decode(tokens)
+    for rows, images in shown:
+        torch.testing.assert_close(images, whole[:, :, : 4 * rows], atol=1e-5, rtol=0)
+
+
+def test_rows_need_the_causal_decoder(tiny_tokenizer):
+    with pytest.raises(ValueError, match=r"tokenizer: expected a stage-1 \(causal\) tokenizer, got stage 2"):
+        on_rows(tiny_tokenizer(2), print)
+
+
+# --- the package's face ---------------------------------------------------------------------------------------------
+
+
+def test_import_is_light():
+    program = "import sys, alitok_fast; print('torch' in sys.modules, alitok_fast.__version__)"
+    root = Path(__file__).resolve().parents[1]
+    out = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True).stdout
+    assert out.split() == ["False", alitok_fast.__version__]
+
+
+def test_public_names():
+    for name in alitok_fast.__all__:
+        assert getattr(alitok_fast, name) is not None
+        assert name in dir(alitok_fast)
+    with pytest.raises(AttributeError, match="module 'alitok_fast' has no attribute 'pipline'"):
+        alitok_fast.pipline  # noqa: B018
+
+
+def test_a_stage1_tokenizer_draws_too(tmp_path, tiny_folder, tiny_tokenizer, pipe):
+    stage1 = tiny_tokenizer(1)
+    assert stage1.config == replace(pipe.tokenizer.config, stage=1)
+    save_model(tmp_path / "stage1", stage1)
+    out = Pipeline.from_pretrained(tiny_folder, tokenizer=tmp_path / "stage1")([1])
+    assert out.images[0].size == (16, 16)
