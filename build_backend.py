@@ -23,6 +23,12 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they 
 
 OLDEST_TORCH = (2, 10)
 OLDEST_CMAKE = (3, 22)
+UV_CANNOT_SEE = """\
+alitok_fast: uv builds in an environment of its own and does not say which one it installs into, so the torch there
+cannot be found. Do one of these:
+    source <environment>/bin/activate    and run the same command again
+    ALITOK_TORCH=<environment>/lib/python3.X/site-packages/torch uv pip install .
+    uv pip install --no-build-isolation .    with setuptools, cmake and ninja installed"""
 
 
 class Torch(NamedTuple):
@@ -42,11 +48,15 @@ def search_path() -> list[str]:
     if torch := os.environ.get("ALITOK_TORCH"):
         return [str(Path(torch).parent)]
     own = [sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"], site.getusersitepackages()]
-    environments = [Path(folder).parent for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
-    environments = [env for env in environments if (env / "pyvenv.cfg").is_file()]
-    environments.append(Path(__file__).resolve().parent / ".venv")
-    others = [str(folder) for env in environments for folder in sorted(env.glob("lib/python3*/site-packages"))]
-    return [folder for folder in dict.fromkeys(own + sys.path + others) if folder]
+    others = [folder for env in visible_environments() for folder in sorted(env.glob("lib/python3*/site-packages"))]
+    return [folder for folder in dict.fromkeys(own + sys.path + list(map(str, others))) if folder]
+
+
+def visible_environments() -> list[Path]:
+    """Virtual environments whose `bin` is on PATH, then .venv beside this file; not the one that runs this build."""
+    folders = [Path(folder).parent for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    folders.append(Path(__file__).resolve().parent / ".venv")
+    return [env for env in folders if (env / "pyvenv.cfg").is_file() and env != Path(sys.prefix)]
 
 
 def find_torch() -> Torch | None:
@@ -62,6 +72,8 @@ def requirements() -> list[str]:
     """What a build needs beyond setuptools and is not here."""
     missing = []
     if find_torch() is None:
+        if "UV" in os.environ and not visible_environments():
+            raise SystemExit(UV_CANNOT_SEE)
         missing.append("torch>=" + ".".join(map(str, OLDEST_TORCH)))
     if _tool_version("cmake") < OLDEST_CMAKE:
         missing.append("cmake>=" + ".".join(map(str, OLDEST_CMAKE)))
