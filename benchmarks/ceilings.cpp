@@ -1,0 +1,88 @@
+// What this machine's cores can do at most, in one JSON line: fp32 fused multiply-adds in registers, and reads from main
+// memory. usage: ceilings THREADS
+// Compiled by ceilings.py with -march=native. Every figure is the best of several short windows in which all threads
+// run at once, so that a busy neighbour lowers it only when it never pauses.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#else
+constexpr int kBytes = 32;
+#endif
+typedef float Vec __attribute__((vector_size(kBytes)));
+constexpr int kLanes = kBytes / 4;
+constexpr int kChains = 10;  // independent: enough to hide the latency of two units
+constexpr int kWindows = 12;
+volatile float sink;
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Work done per second by all threads together, the best of kWindows windows.
+template <class Work>
+double best_rate(int threads, double work_of_one, const Work& work) {
+  double best = 0;
+  for (int window = 0; window < kWindows; ++window) {
+    std::atomic<int> ready{0};
+    std::vector<double> begin(threads), end(threads);
+    std::vector<std::thread> pool;
+    for (int t = 0; t < threads; ++t) {
+      pool.emplace_back([&, t] {
+        ++ready;
+        while (ready < threads) {
+        }
+        begin[t] = seconds();
+        work(t);
+        end[t] = seconds();
+      });
+    }
+    for (std::thread& thread : pool) thread.join();
+    const double elapsed = *std::max_element(end.begin(), end.end()) - *std::min_element(begin.begin(), begin.end());
+    best = std::max(best, threads * work_of_one / elapsed);
+  }
+  return best;
+}
+
+double fma_per_second(int threads) {
+  constexpr int64_t kSteps = 2'000'000;
+  volatile float factor = 0.5f, term = 0.25f;
+  return best_rate(threads, 2.0 * kLanes * kChains * kSteps, [&](int) {
+    Vec a[kChains] = {}, b = Vec{} + factor, c = Vec{} + term;
+    for (int64_t step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 16
+      for (Vec& chain : a) chain = chain * b + c;
+    }
+    Vec sum{};
+    for (const Vec& chain : a) sum += chain;
+    sink = sum[0];
+  });
+}
+
+double bytes_per_second(int threads) {
+  constexpr int64_t kVecs = (int64_t{256} << 20) / kBytes;  // of one thread: far beyond the caches
+  std::vector<Vec> memory(static_cast<size_t>(threads) * kVecs, Vec{} + 1.0f);
+  return best_rate(threads, static_cast<double>(kVecs) * kBytes, [&](int t) {
+    const Vec* begin = memory.data() + t * kVecs;
+    Vec sums[8] = {};
+    for (int64_t i = 0; i < kVecs; i += 8) {
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) sums[j] += begin[i + j];
+    }
+    Vec sum{};
+    for (const Vec& part : sums) sum += part;
+    sink = sum[0];
+  });
+}
+
+int main(int argc, char** argv) {
+  const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
+  const double fma = fma_per_second(threads);
+  std::printf("{\"fp32_flops\": %.4g, \"read_bytes\": %.4g}\n", fma, bytes_per_second(threads));
+}

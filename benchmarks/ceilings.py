@@ -1,0 +1,81 @@
+"""The most that this machine does, measured in the run whose results are compared with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("ceilings.cpp")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Per second, with all of torch's threads or the whole GPU."""
+
+    fp32_flops: float
+    """CPU: fused multiply-adds in registers. CUDA: torch's best float32 matrix product, without TF32."""
+    bf16_flops: float
+    """torch's best bfloat16 matrix product (AMX or AVX-512 on the CPU)."""
+    read_bytes: float
+    """Reading main memory."""
+
+    to_dict = asdict
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """Takes about five seconds. On the CPU it needs a C++ compiler, as building the extension does."""
+    bf16 = _matmul_flops(device, torch.bfloat16)
+    if device.type == "cpu":
+        return Ceilings(bf16_flops=bf16, **_cpu_program())
+    return Ceilings(_matmul_flops(device, torch.float32), bf16, _cuda_read_bytes(device))
+
+
+def _cpu_program() -> dict[str, float]:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        raise RuntimeError("c++: expected a C++ compiler on PATH, found none")
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "ceilings"
+        flags = ["-O3", "-march=native", "-std=c++17", "-pthread"]
+        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(program)], check=True)
+        done = subprocess.run([str(program), str(torch.get_num_threads())], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    best = 0.0
+    for size in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        seconds = _best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+        best = max(best, 2 * size**3 / seconds)
+    return best
+
+
+def _cuda_read_bytes(device: torch.device) -> float:
+    memory = torch.ones(2**30, device=device)
+    return memory.nbytes / _best_seconds(memory.sum, device)
+
+
+def _best_seconds(function, device: torch.device, rounds: int = 15) -> float:
+    times = []
+    for _ in range(rounds):
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
