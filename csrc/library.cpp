@@ -15,6 +15,13 @@ STABLE_TORCH_LIBRARY(alitok, m) {
   m.def(
       "vq_lookup_backward(Tensor grad_quantized, Tensor grad_loss, Tensor z, Tensor codebook, Tensor indices, "
       "float commitment) -> (Tensor grad_z, Tensor grad_codebook)");
+  m.def(
+      "prefix_attention(Tensor qkv, SymInt prefix_len, Tensor? q_norm_weight, Tensor? k_norm_weight, float norm_eps, "
+      "Tensor? rope, float scale, float dropout, Tensor? seed) -> (Tensor out, Tensor lse)");
+  m.def(
+      "prefix_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, SymInt prefix_len, "
+      "Tensor? q_norm_weight, Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale, float dropout, "
+      "Tensor? seed) -> (Tensor grad_qkv, Tensor grad_q_norm_weight, Tensor grad_k_norm_weight)");
 }
 
 PYBIND11_MODULE(_C, m) {

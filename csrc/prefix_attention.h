@@ -54,7 +54,11 @@ struct PrefixAttentionBackwardParams {
 // Each result is a function of the inputs alone, not of thread count or scheduling.
 ALITOK_DECLARE_PER_ISA(void prefix_attention_cpu(const PrefixAttentionParams&, const Parallel&));
 ALITOK_DECLARE_PER_ISA(void prefix_attention_backward_cpu(const PrefixAttentionBackwardParams&, const Parallel&));
-int64_t prefix_attention_backward_workspace_cpu(const PrefixAttentionParams&);
+
+// Each head's share of the gradients of the norm weights, summed in a fixed order at the end.
+inline int64_t prefix_attention_backward_workspace_cpu(const PrefixAttentionParams& p) {
+  return p.q_norm_weight == nullptr ? 0 : p.batch * p.heads * 2 * p.head_dim * static_cast<int64_t>(sizeof(float));
+}
 
 void prefix_attention_cuda(const PrefixAttentionParams&, void* stream);
 void prefix_attention_backward_cuda(const PrefixAttentionBackwardParams&, void* stream);

@@ -110,6 +110,21 @@ inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }  // a 2^n, integer n
+// Pairs of lanes (x0, x1) turned by those of turn = (c, s): (x0 c - x1 s, x0 s + x1 c), and back again.
+inline Vec rotate_pairs(Vec x, Vec turn) {
+  const __m512 across = _mm512_mul_ps(_mm512_permute_ps(x.v, 0xB1), _mm512_movehdup_ps(turn.v));
+  return _mm512_fmaddsub_ps(x.v, _mm512_moveldup_ps(turn.v), across);
+}
+inline Vec rotate_pairs_back(Vec x, Vec turn) {
+  const __m512 across = _mm512_mul_ps(_mm512_permute_ps(x.v, 0xB1), _mm512_movehdup_ps(turn.v));
+  return _mm512_fmsubadd_ps(x.v, _mm512_moveldup_ps(turn.v), across);
+}
+// The lanes of a and b in turn: a0 b0 a1 b1 ...
+inline void interleave(Vec a, Vec b, Vec* first, Vec* second) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  *first = _mm512_permutex2var_ps(a.v, low, b.v);
+  *second = _mm512_permutex2var_ps(a.v, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b.v);
+}
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float min(Vec a) { return _mm512_reduce_min_ps(a.v); }
 inline float max(Vec a) { return _mm512_reduce_max_ps(a.v); }
@@ -195,6 +210,19 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {  // in two steps, so that subno
   const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
   return a * power_of_two(half) * power_of_two(_mm256_sub_epi32(whole, half));
 }
+inline Vec rotate_pairs(Vec x, Vec turn) {
+  const __m256 across = _mm256_mul_ps(_mm256_permute_ps(x.v, 0xB1), _mm256_movehdup_ps(turn.v));
+  return _mm256_fmaddsub_ps(x.v, _mm256_moveldup_ps(turn.v), across);
+}
+inline Vec rotate_pairs_back(Vec x, Vec turn) {
+  const __m256 across = _mm256_mul_ps(_mm256_permute_ps(x.v, 0xB1), _mm256_movehdup_ps(turn.v));
+  return _mm256_fmsubadd_ps(x.v, _mm256_moveldup_ps(turn.v), across);
+}
+inline void interleave(Vec a, Vec b, Vec* first, Vec* second) {
+  const __m256 low = _mm256_unpacklo_ps(a.v, b.v), high = _mm256_unpackhi_ps(a.v, b.v);
+  *first = _mm256_permute2f128_ps(low, high, 0x20);
+  *second = _mm256_permute2f128_ps(low, high, 0x31);
+}
 inline float sum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -274,6 +302,20 @@ inline float max(Vec a) { return a.v; }
 
 inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 inline Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
+
+// A block of lanes x lanes: each round moves every element's (row, lane) by one bit, the last has exchanged the two.
+inline void transpose(Vec (&rows)[Vec::lanes]) {
+#if defined(__AVX2__)
+  for (int round = 1; round < Vec::lanes; round *= 2) {
+    Vec mixed[Vec::lanes];
+    for (int i = 0; i < Vec::lanes / 2; ++i)
+      interleave(rows[i], rows[i + Vec::lanes / 2], &mixed[2 * i], &mixed[2 * i + 1]);
+    for (int i = 0; i < Vec::lanes; ++i) rows[i] = mixed[i];
+  }
+#else
+  (void)rows;
+#endif
+}
 
 // e^x to 2 units in the last place; 0 at -infinity, infinity above 88.72, NaN at NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor series to r^7.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alitok_fast._library import native_enabled, register_autograd, register_fake
 from alitok_fast.ops.philox import DOMAIN_DROPOUT, philox4x32
 
 
@@ -38,13 +39,18 @@ def prefix_attention(
             `dropout_keep_mask`. None draws one from torch's default generator.
 
     Returns:
-        (B, L, H, D) in the dtype of `qkv`. Sums and softmax are float32.
+        (B, L, H, D) in the dtype of `qkv`, also under autocast. Sums and softmax are float32. Differentiable in `qkv`
+        and the norm weights; the gradients are the same in every run and for every number of threads.
+
+    Raises:
+        ValueError: for dtypes, shapes, devices or values that do not fit.
+        ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     seed = _seed_tensor(seed, qkv.device) if dropout > 0 else None
-    return prefix_attention_reference(
-        qkv, prefix_len, q_norm_weight, k_norm_weight, norm_eps, rope, scale, dropout, seed
-    )[0]
+    weights = [None if weight is None else weight.float() for weight in (q_norm_weight, k_norm_weight)]
+    attend = torch.ops.alitok.prefix_attention if native_enabled() else prefix_attention_reference
+    return attend(qkv, prefix_len, *weights, norm_eps, rope, scale, dropout, seed)[0]
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
@@ -124,3 +130,38 @@ def dropout_keep_mask(seed: Tensor, batch: int, heads: int, length: int, dropout
     bits = halves.transpose(-1, -2).reshape(batch, heads, length, blocks * 128)[..., :length]
     threshold = round(dropout * 65536)
     return bits >= threshold, 1 - threshold / 65536
+
+
+@register_fake("prefix_attention")
+def _(qkv, prefix_len, q_norm_weight, k_norm_weight, norm_eps, rope, scale, dropout, seed):
+    batch, length, _, heads, head_dim = qkv.shape
+    lse = qkv.new_empty((batch, heads, length), dtype=torch.float32)
+    return qkv.new_empty((batch, length, heads, head_dim)), lse
+
+
+@register_fake("prefix_attention_backward")
+def _(grad_out, qkv, out, lse, prefix_len, q_norm_weight, k_norm_weight, *rest):
+    weights = 0 if q_norm_weight is None else qkv.shape[-1]
+    grad_weights = (qkv.new_empty(weights, dtype=torch.float32) for _ in range(2))
+    return qkv.new_empty(qkv.shape), *grad_weights
+
+
+def _save_for_backward(ctx, inputs, output):
+    qkv, ctx.prefix_len, q_norm_weight, k_norm_weight, ctx.norm_eps, rope, ctx.scale, ctx.dropout, seed = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse, q_norm_weight, k_norm_weight, rope, seed)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    qkv, out, lse, q_norm_weight, k_norm_weight, rope, seed = ctx.saved_tensors
+    grad_qkv, *grad_weights = torch.ops.alitok.prefix_attention_backward(
+        grad_out, qkv, out, lse, ctx.prefix_len, q_norm_weight, k_norm_weight,
+        ctx.norm_eps, rope, ctx.scale, ctx.dropout, seed,
+    )  # fmt: skip
+    if q_norm_weight is None:
+        grad_weights = None, None
+    return grad_qkv, None, *grad_weights, None, None, None, None, None
+
+
+register_autograd("prefix_attention", _backward, _save_for_backward)

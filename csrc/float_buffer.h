@@ -1,0 +1,29 @@
+// Working memory of a task in a CPU kernel: zeroed floats, aligned to a cache line.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+namespace alitok::ALITOK_ISA {
+
+class FloatBuffer {
+ public:
+  explicit FloatBuffer(int64_t size)
+      : size_(size), data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))) {
+    zero();
+  }
+  ~FloatBuffer() { ::operator delete(data_, kAlignment); }
+  FloatBuffer(const FloatBuffer&) = delete;
+  FloatBuffer& operator=(const FloatBuffer&) = delete;
+
+  void zero() { std::memset(data_, 0, size_ * sizeof(float)); }
+  operator float*() { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  int64_t size_;
+  float* data_;
+};
+
+}  // namespace alitok::ALITOK_ISA

@@ -1,0 +1,433 @@
+// prefix_attention on CPU: one task per (batch, head). Keys and values of a head are normalised, rotated and packed
+// once as float32 (they fit the L2 cache); a tile of query rows then meets all keys it sees, so that the softmax is
+// over complete rows and only a tile of scores ever exists.
+#include "prefix_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "float_buffer.h"
+#include "philox.h"
+#include "simd.h"
+#include "tile_multiply.h"
+
+namespace alitok::ALITOK_ISA {
+namespace {
+
+constexpr int64_t kLanes = Vec::lanes;
+constexpr int64_t kTile = 24;  // query rows of one tile: a multiple of every register block of tile_multiply.h
+constexpr int64_t kMaxHeadDim = 128;
+constexpr int64_t kDropoutColumns = 128;  // columns that sixteen Philox counters serve
+
+enum Part { kQuery, kKey, kValue };
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// The first `count` of a vector's lanes, at most all; the others read as zero and are not written.
+Vec load_first(const float* p, int64_t count) { return count >= kLanes ? Vec::load(p) : Vec::load(p, int(count)); }
+Vec load_first(const bfloat16* p, int64_t count) {
+  return count >= kLanes ? Vec::load_bf16(&p->bits) : Vec::load_bf16(&p->bits, int(count));
+}
+Vec load_first(const float16* p, int64_t count) {
+  return count >= kLanes ? Vec::load_f16(&p->bits) : Vec::load_f16(&p->bits, int(count));
+}
+void store_first(Vec x, float* p, int64_t count) { count >= kLanes ? x.store(p) : x.store(p, int(count)); }
+void store_first(Vec x, bfloat16* p, int64_t count) {
+  count >= kLanes ? x.store_bf16(&p->bits) : x.store_bf16(&p->bits, int(count));
+}
+void store_first(Vec x, float16* p, int64_t count) {
+  count >= kLanes ? x.store_f16(&p->bits) : x.store_f16(&p->bits, int(count));
+}
+
+template <class T>
+Vec round_to(Vec x) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  T rounded[kLanes];
+  store_first(x, rounded, kLanes);
+  return load_first(rounded, kLanes);
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t vectors_over(int64_t n) { return (n + kLanes - 1) / kLanes; }
+
+// Row lengths of the working memory, in floats: whole cache lines, so whole vectors too. Between rows over all keys
+// lies an odd number of lines, which keeps a column of them out of a single cache set.
+struct Layout {
+  static constexpr int64_t kLine = 16;
+  int64_t row;   // a row over the head dimension
+  int64_t keys;  // a row over all keys
+
+  explicit Layout(const PrefixAttentionParams& p)
+      : row(round_up(p.head_dim, kLine)), keys((round_up(p.length, kLine) / kLine | 1) * kLine) {}
+  int64_t row_vectors() const { return row / kLanes; }
+  int64_t per_key() const { return keys * row; }  // both (keys, row) and its transpose
+  int64_t factors() const { return round_up(keys, kDropoutColumns); }
+};
+
+// How many keys position i sees: the first so many.
+int64_t visible_keys(const PrefixAttentionParams& p, int64_t i) { return std::max(p.prefix_len, i + 1); }
+
+template <class T>
+const T* input_row(const PrefixAttentionParams& p, int64_t head, int64_t i, Part part) {
+  const int64_t b = head / p.heads, h = head % p.heads;
+  return static_cast<const T*>(p.qkv) + b * p.qkv_batch_stride + i * p.qkv_row_stride +
+         (part * p.heads + h) * p.head_dim;
+}
+
+// Position of row i of `head` in a contiguous (B, L, H, D) tensor.
+int64_t output_offset(const PrefixAttentionParams& p, int64_t head, int64_t i) {
+  const int64_t b = head / p.heads, h = head % p.heads;
+  return ((b * p.length + i) * p.heads + h) * p.head_dim;
+}
+
+const float* norm_weight(const PrefixAttentionParams& p, Part part) {
+  return part == kQuery ? p.q_norm_weight : part == kKey ? p.k_norm_weight : nullptr;
+}
+
+float inverse_rms(const PrefixAttentionParams& p, Vec squares) {
+  return 1.0f / std::sqrt(sum(squares) / static_cast<float>(p.head_dim) + p.norm_eps);
+}
+
+// Turns each pair (y0, y1) of a row by its (cosine, sine), or back, and rounds to T.
+template <class T>
+void rotate_row(float* y, const float* turn, int64_t n, bool back) {
+#if defined(__AVX2__)
+  for (int64_t d = 0; d < n; d += kLanes) {
+    const Vec pairs = Vec::load(y + d), turns = load_first(turn + d, n - d);
+    round_to<T>(back ? rotate_pairs_back(pairs, turns) : rotate_pairs(pairs, turns)).store(y + d);
+  }
+#else
+  for (int64_t d = 0; d < n; d += 2) {
+    const float y0 = y[d], y1 = y[d + 1], cosine = turn[d], sine = back ? -turn[d + 1] : turn[d + 1];
+    round_to<T>(y0 * cosine - y1 * sine).store(y + d);
+    round_to<T>(y0 * sine + y1 * cosine).store(y + d + 1);
+  }
+#endif
+}
+
+// A row as attention sees it, as float32 and zero beyond head_dim: a query or key normalised and rotated, rounded to T
+// after each, and times `factor`.
+template <class T>
+void prepare_row(const PrefixAttentionParams& p, const T* x, Part part, int64_t i, float factor, float* y) {
+  const int64_t n = p.head_dim;
+  const float* weight = norm_weight(p, part);
+  const float* rope = part == kValue || p.rope == nullptr ? nullptr : p.rope + i * n;
+  Vec squares;
+  for (int64_t d = 0; d < n; d += kLanes) {
+    const Vec element = load_first(x + d, n - d);
+    squares = fma(element, element, squares);
+    element.store(y + d);
+  }
+  if (weight != nullptr) {
+    const Vec rstd = inverse_rms(p, squares);
+    for (int64_t d = 0; d < n; d += kLanes) {
+      const Vec normed = round_to<T>(Vec::load(y + d) * rstd);
+      round_to<T>(normed * round_to<T>(load_first(weight + d, n - d))).store(y + d);
+    }
+  }
+  if (rope != nullptr) rotate_row<T>(y, rope, n, false);
+  for (int64_t d = 0; d < n; d += kLanes) (Vec::load(y + d) * Vec(factor)).store(y + d);
+}
+
+// The gradient of a prepared row, as to `factor` 1, back through rotation and norm: writes the gradient of the input
+// row, adds to that of the weight. Roundings count as identity. `grad` is overwritten; both end in whole vectors.
+template <class T>
+void backward_row(const PrefixAttentionParams& p, const T* x, Part part, int64_t i, float* grad, float* grad_weight,
+                  T* grad_x) {
+  const int64_t n = p.head_dim;
+  const float* weight = norm_weight(p, part);
+  const float* rope = part == kValue || p.rope == nullptr ? nullptr : p.rope + i * n;
+  if (rope != nullptr) rotate_row<float>(grad, rope, n, true);
+  Vec squares, along;
+  if (weight != nullptr) {
+    for (int64_t d = 0; d < n; d += kLanes) {
+      const Vec element = load_first(x + d, n - d);
+      squares = fma(element, element, squares);
+    }
+    const Vec rstd = inverse_rms(p, squares);
+    for (int64_t d = 0; d < n; d += kLanes) {
+      const Vec normed = load_first(x + d, n - d) * rstd, above = Vec::load(grad + d);
+      fma(above, round_to<T>(normed), Vec::load(grad_weight + d)).store(grad_weight + d);
+      const Vec below = above * round_to<T>(load_first(weight + d, n - d));
+      along = fma(below, normed, along);
+      below.store(grad + d);
+    }
+    const Vec mean = sum(along) / static_cast<float>(n);
+    for (int64_t d = 0; d < n; d += kLanes) {
+      const Vec normed = load_first(x + d, n - d) * rstd;
+      (rstd * fnma(mean, normed, Vec::load(grad + d))).store(grad + d);
+    }
+  }
+  for (int64_t d = 0; d < n; d += kLanes) store_first(Vec::load(grad + d), grad_x + d, n - d);
+}
+
+// All keys or values of a head: (keys, row).
+template <class T>
+void pack(const PrefixAttentionParams& p, const Layout& layout, int64_t head, Part part, float* rows) {
+  for (int64_t j = 0; j < p.length; ++j)
+    prepare_row(p, input_row<T>(p, head, j, part), part, j, 1.0f, rows + j * layout.row);
+}
+
+// (keys, row) -> (row, keys)
+void transpose(const Layout& layout, const float* rows, float* columns) {
+  for (int64_t j = 0; j < layout.keys; j += kLanes)
+    for (int64_t d = 0; d < layout.row; d += kLanes) {
+      Vec block[kLanes];
+      for (int64_t r = 0; r < kLanes; ++r) block[r] = Vec::load(rows + (j + r) * layout.row + d);
+      transpose(block);
+      for (int64_t r = 0; r < kLanes; ++r) block[r].store(columns + (d + r) * layout.keys + j);
+    }
+}
+
+// For row i of the probabilities: 0 where dropout strikes, dropout_scale elsewhere. The header says which bits decide.
+void dropout_factors(const PrefixAttentionParams& p, int64_t head, int64_t i, int64_t keys, float* factors) {
+  for (int64_t block = 0; block * kDropoutColumns < keys; ++block) {
+    uint32_t words[4][16];
+    for (int lane = 0; lane < 16; lane += kPhiloxLanes) {
+      const auto column = static_cast<uint32_t>(kPhiloxDropout + block * 16 + lane);
+      const PhiloxWords random =
+          philox4x32_lanes(static_cast<uint64_t>(*p.seed), philox_add(philox_set(column), philox_iota()),
+                           static_cast<uint32_t>(i), static_cast<uint32_t>(head), 0);
+      for (int w = 0; w < 4; ++w) std::memcpy(&words[w][lane], &random.word[w], sizeof(PhiloxVec));
+    }
+    float* out = factors + block * kDropoutColumns;
+    for (int w = 0; w < 4; ++w)
+      for (int lane = 0; lane < 16; ++lane) {
+        out[w * 32 + lane] = (words[w][lane] & 0xFFFF) < p.dropout_threshold ? 0.0f : p.dropout_scale;
+        out[w * 32 + 16 + lane] = (words[w][lane] >> 16) < p.dropout_threshold ? 0.0f : p.dropout_scale;
+      }
+  }
+}
+
+// A row of scores becomes exp(score - max), and zero from the first invisible key to the end of `vectors`.
+struct RowSoftmax {
+  float max, sum;
+};
+RowSoftmax exponentiate_row(float* scores, int64_t visible, int64_t vectors) {
+  std::fill(scores + visible, scores + vectors * kLanes, -INFINITY);
+  const int64_t used = vectors_over(visible);
+  Vec top = Vec::load(scores);
+  for (int64_t v = 1; v < used; ++v) top = max(top, Vec::load(scores + v * kLanes));
+  const float row_max = max(top);
+  Vec total;
+  for (int64_t v = 0; v < used; ++v) {
+    const Vec e = exp(Vec::load(scores + v * kLanes) - Vec(row_max));
+    e.store(scores + v * kLanes);
+    total += e;
+  }
+  std::fill(scores + used * kLanes, scores + vectors * kLanes, 0.0f);
+  return {row_max, sum(total)};
+}
+
+struct ForwardBuffers {
+  FloatBuffer keys, keys_t, values, q, scores, out, factors;
+  explicit ForwardBuffers(const Layout& layout)
+      : keys(layout.per_key()),
+        keys_t(layout.per_key()),
+        values(layout.per_key()),
+        q(kTile * layout.row),
+        scores(kTile * layout.keys),
+        out(kTile * layout.row),
+        factors(layout.factors()) {}
+};
+
+template <class T>
+void forward_tile(const PrefixAttentionParams& p, const Layout& layout, int64_t head, int64_t i0,
+                  ForwardBuffers& buffers) {
+  const int64_t rows = std::min(kTile, p.length - i0), keys = visible_keys(p, i0 + rows - 1);
+  for (int64_t r = 0; r < rows; ++r)
+    prepare_row(p, input_row<T>(p, head, i0 + r, kQuery), kQuery, i0 + r, p.scale, buffers.q + r * layout.row);
+  multiply(rows, vectors_over(keys), p.head_dim, row_major(buffers.q, layout.row), buffers.keys_t, layout.keys,
+           buffers.scores, layout.keys);
+
+  float inverse_sum[kTile];
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = buffers.scores + r * layout.keys;
+    const RowSoftmax softmax = exponentiate_row(row, visible_keys(p, i0 + r), vectors_over(keys));
+    inverse_sum[r] = 1.0f / softmax.sum;
+    p.lse[head * p.length + i0 + r] = softmax.max + std::log(softmax.sum);
+    if (p.dropout_threshold > 0) {
+      dropout_factors(p, head, i0 + r, keys, buffers.factors);
+      for (int64_t j = 0; j < keys; j += kLanes)
+        (Vec::load(row + j) * Vec::load(buffers.factors + j)).store(row + j);
+    }
+  }
+
+  multiply(rows, layout.row_vectors(), keys, row_major(buffers.scores, layout.keys), buffers.values, layout.row,
+           buffers.out, layout.row);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* out = static_cast<T*>(p.out) + output_offset(p, head, i0 + r);
+    for (int64_t d = 0; d < p.head_dim; d += kLanes)
+      store_first(Vec::load(buffers.out + r * layout.row + d) * Vec(inverse_sum[r]), out + d, p.head_dim - d);
+  }
+}
+
+template <class T>
+void forward(const PrefixAttentionParams& p, const Parallel& parallel) {
+  const Layout layout(p);
+  const int64_t heads = p.batch * p.heads, tiles = (p.length + kTile - 1) / kTile;
+  // Few heads for many threads: several tasks share the tiles of a head, and each packs its keys for itself.
+  const int64_t parts = std::min(tiles, std::max<int64_t>(1, 2 * parallel.threads / heads));
+  parallel(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+    ForwardBuffers buffers(layout);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / parts;
+      pack<T>(p, layout, head, kKey, buffers.keys);
+      pack<T>(p, layout, head, kValue, buffers.values);
+      transpose(layout, buffers.keys, buffers.keys_t);
+      for (int64_t tile = task % parts; tile < tiles; tile += parts)
+        forward_tile<T>(p, layout, head, tile * kTile, buffers);
+    }
+  });
+}
+
+struct BackwardBuffers {
+  FloatBuffer keys, keys_t, values, values_t, grad_keys, grad_values, q, grad_out, grad_q;
+  FloatBuffer scores, grad_scores, factors, grad_weights;
+  explicit BackwardBuffers(const Layout& layout)
+      : keys(layout.per_key()),
+        keys_t(layout.per_key()),
+        values(layout.per_key()),
+        values_t(layout.per_key()),
+        grad_keys(layout.per_key()),
+        grad_values(layout.per_key()),
+        q(kTile * layout.row),
+        grad_out(kTile * layout.row),
+        grad_q(kTile * layout.row),
+        scores(kTile * layout.keys),
+        grad_scores(kTile * layout.keys),
+        factors(layout.factors()),
+        grad_weights(2 * layout.row) {}
+};
+
+// Where the gradient of an input row goes in the contiguous grad_qkv.
+template <class T>
+T* grad_row(const PrefixAttentionBackwardParams& p, int64_t head, int64_t i, Part part) {
+  const PrefixAttentionParams& f = p.forward;
+  const int64_t b = head / f.heads, h = head % f.heads;
+  return static_cast<T*>(p.grad_qkv) + (((b * f.length + i) * 3 + part) * f.heads + h) * f.head_dim;
+}
+
+// With P the probabilities, F the dropout factors, S the scaled scores:
+//   dV = (P F)^T dO,  dS = P (F (dO V^T) - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q.
+template <class T>
+void backward_tile(const PrefixAttentionBackwardParams& params, const Layout& layout, int64_t head, int64_t i0,
+                   BackwardBuffers& buffers) {
+  const PrefixAttentionParams& p = params.forward;
+  const int64_t n = p.head_dim, rows = std::min(kTile, p.length - i0), keys = visible_keys(p, i0 + rows - 1);
+  const int64_t vectors = vectors_over(keys);
+  float rowsum[kTile];
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t i = i0 + r, offset = output_offset(p, head, i);
+    prepare_row(p, input_row<T>(p, head, i, kQuery), kQuery, i, p.scale, buffers.q + r * layout.row);
+    const T* out = static_cast<const T*>(p.out) + offset;
+    const T* grad_out = static_cast<const T*>(params.grad_out) + offset;
+    Vec products;
+    for (int64_t d = 0; d < n; d += kLanes) {
+      const Vec grad = load_first(grad_out + d, n - d);
+      grad.store(buffers.grad_out + r * layout.row + d);
+      products = fma(grad, load_first(out + d, n - d), products);
+    }
+    rowsum[r] = sum(products);
+  }
+  multiply(rows, vectors, n, row_major(buffers.q, layout.row), buffers.keys_t, layout.keys, buffers.scores,
+           layout.keys);
+  multiply(rows, vectors, n, row_major(buffers.grad_out, layout.row), buffers.values_t, layout.keys,
+           buffers.grad_scores, layout.keys);
+
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = buffers.scores + r * layout.keys;
+    float* grad_row = buffers.grad_scores + r * layout.keys;
+    const int64_t visible = visible_keys(p, i0 + r);
+    std::fill(row + visible, row + vectors * kLanes, -INFINITY);
+    if (p.dropout_threshold > 0) dropout_factors(p, head, i0 + r, keys, buffers.factors);
+    const Vec lse = p.lse[head * p.length + i0 + r], mean = rowsum[r];
+    for (int64_t j = 0; j < vectors * kLanes; j += kLanes) {
+      const Vec probability = exp(Vec::load(row + j) - lse);
+      const Vec factor = p.dropout_threshold > 0 ? Vec::load(buffers.factors + j) : Vec(1.0f);
+      (probability * factor).store(row + j);
+      (probability * (factor * Vec::load(grad_row + j) - mean)).store(grad_row + j);
+    }
+  }
+
+  multiply<true>(keys, layout.row_vectors(), rows, transposed(buffers.scores, layout.keys), buffers.grad_out,
+                 layout.row, buffers.grad_values, layout.row);
+  multiply<true>(keys, layout.row_vectors(), rows, transposed(buffers.grad_scores, layout.keys), buffers.q, layout.row,
+                 buffers.grad_keys, layout.row);
+  multiply(rows, layout.row_vectors(), keys, row_major(buffers.grad_scores, layout.keys), buffers.keys, layout.row,
+           buffers.grad_q, layout.row);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* grad_q = buffers.grad_q + r * layout.row;
+    for (int64_t d = 0; d < n; d += kLanes) (Vec::load(grad_q + d) * Vec(p.scale)).store(grad_q + d);
+    backward_row(p, input_row<T>(p, head, i0 + r, kQuery), kQuery, i0 + r, grad_q, buffers.grad_weights,
+                 grad_row<T>(params, head, i0 + r, kQuery));
+  }
+}
+
+template <class T>
+void backward(const PrefixAttentionBackwardParams& params, const Parallel& parallel) {
+  const PrefixAttentionParams& p = params.forward;
+  const Layout layout(p);
+  const int64_t heads = p.batch * p.heads, n = p.head_dim;
+  float* partials = static_cast<float*>(p.workspace);  // (heads, 2, head_dim)
+  parallel(0, heads, 1, [&](int64_t begin, int64_t end) {
+    BackwardBuffers buffers(layout);
+    for (int64_t head = begin; head < end; ++head) {
+      buffers.grad_weights.zero();
+      pack<T>(p, layout, head, kKey, buffers.keys);
+      pack<T>(p, layout, head, kValue, buffers.values);
+      transpose(layout, buffers.keys, buffers.keys_t);
+      transpose(layout, buffers.values, buffers.values_t);
+      buffers.grad_keys.zero();
+      buffers.grad_values.zero();
+      for (int64_t i0 = 0; i0 < p.length; i0 += kTile) backward_tile<T>(params, layout, head, i0, buffers);
+      for (int64_t j = 0; j < p.length; ++j) {
+        backward_row(p, input_row<T>(p, head, j, kKey), kKey, j, buffers.grad_keys + j * layout.row,
+                     buffers.grad_weights + layout.row, grad_row<T>(params, head, j, kKey));
+        backward_row(p, input_row<T>(p, head, j, kValue), kValue, j, buffers.grad_values + j * layout.row, nullptr,
+                     grad_row<T>(params, head, j, kValue));
+      }
+      if (partials != nullptr) {
+        std::memcpy(partials + head * 2 * n, buffers.grad_weights, n * sizeof(float));
+        std::memcpy(partials + head * 2 * n + n, buffers.grad_weights + layout.row, n * sizeof(float));
+      }
+    }
+  });
+  if (partials == nullptr) return;
+  for (int64_t d = 0; d < n; ++d) {
+    double q_sum = 0, k_sum = 0;
+    for (int64_t head = 0; head < heads; ++head) {
+      q_sum += partials[head * 2 * n + d];
+      k_sum += partials[head * 2 * n + n + d];
+    }
+    params.grad_q_norm_weight[d] = static_cast<float>(q_sum);
+    params.grad_k_norm_weight[d] = static_cast<float>(k_sum);
+  }
+}
+
+}  // namespace
+
+void prefix_attention_cpu(const PrefixAttentionParams& p, const Parallel& parallel) {
+  switch (p.dtype) {
+    case AttentionDtype::float32: return forward<float>(p, parallel);
+    case AttentionDtype::bfloat16: return forward<bfloat16>(p, parallel);
+    case AttentionDtype::float16: return forward<float16>(p, parallel);
+  }
+}
+
+void prefix_attention_backward_cpu(const PrefixAttentionBackwardParams& p, const Parallel& parallel) {
+  switch (p.forward.dtype) {
+    case AttentionDtype::float32: return backward<float>(p, parallel);
+    case AttentionDtype::bfloat16: return backward<bfloat16>(p, parallel);
+    case AttentionDtype::float16: return backward<float16>(p, parallel);
+  }
+}
+
+}  // namespace alitok::ALITOK_ISA
