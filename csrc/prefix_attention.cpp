@@ -12,10 +12,6 @@
 #include "cuda_stream.h"
 #include "torch_parallel.h"
 
-#if defined(ALITOK_CUDA) && __has_include("prefix_attention_cuda.cu")
-#define ALITOK_PREFIX_ATTENTION_CUDA
-#endif
-
 namespace alitok {
 namespace {
 
