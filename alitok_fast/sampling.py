@@ -9,7 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from alitok_fast._library import native_enabled
 from alitok_fast.config import GeneratorConfig
+from alitok_fast.decoding import Decoder
+from alitok_fast.models.generator import Generator
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.sample_tokens import sample_tokens
 
@@ -21,7 +24,7 @@ def guidance_schedule(tokens: int, scale: float, power: float) -> Tensor:
 
 
 class StepModel(Protocol):
-    """What the loop needs of a model: `models.Generator` has it."""
+    """What the loop needs of a model: `models.Generator` and `decoding.Decoder` have it."""
 
     config: GeneratorConfig
     device: torch.device
@@ -37,6 +40,9 @@ class SamplingLoop:
 
     On a CUDA device the first run captures a step as a CUDA graph and replays it: no launch overhead, nothing read
     back. A loop can be run again with other labels, seeds and schedules.
+
+    A generator on the CPU is packed into a `Decoder` of its own dtype, for native steps; inside `use_reference` it
+    runs as it is.
     """
 
     def __init__(
@@ -49,6 +55,8 @@ class SamplingLoop:
         top_p: float | None = None,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
+        if isinstance(model, Generator) and model.device.type == "cpu" and native_enabled():
+            model = Decoder(model)
         self.model, self.batch, self.guided = model, batch, guided
         self.options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         rows, steps, device = batch * (2 if guided else 1), model.config.tokens, model.device
@@ -146,7 +154,8 @@ def sample(
     An image depends on (seed, its image id, its label, the settings) alone, not on the batch it is drawn in.
 
     Args:
-        gen: the generator, in evaluation mode.
+        gen: the generator, in evaluation mode, or a `Decoder` made from one on the CPU. Such a generator is packed
+            into a decoder of its own dtype for the length of the call: whoever samples more than once passes one.
         labels: (B,) classes in [0, classes).
         guidance_scale: >= 0; 0 switches guidance off and halves the work. None takes the preset's value.
         guidance_power: > 0, exponent of the schedule. None takes the preset's value.

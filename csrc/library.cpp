@@ -7,6 +7,9 @@
 
 STABLE_TORCH_LIBRARY(alitok, m) {
   m.def(
+      "decode(Tensor arena, Tensor vectors, Tensor embeddings, Tensor rope, Tensor ids, Tensor(a!) keys, "
+      "Tensor(b!) values, Tensor position, int hidden, int codes, int weight_bytes, float norm_eps) -> Tensor");
+  m.def(
       "cached_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? q_norm_weight, "
       "Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale) -> Tensor");
   m.def(

@@ -12,6 +12,18 @@ from alitok_fast.models.layers import GeneratorBlock, RMSNorm
 from alitok_fast.models.rope import rope_table
 
 
+def condition_ids(
+    config: GeneratorConfig, labels: Tensor | None, batch: int, device: torch.device, check: bool = True
+) -> Tensor:
+    """Embedding rows (batch,) of the labels, or of "no condition" where labels is None; `check` looks at the range."""
+    if labels is None:
+        return torch.full((batch,), config.no_condition, dtype=torch.int64, device=device)
+    check_tensor("labels", labels, torch.int64, (batch,), device)
+    if check:
+        check_range("labels", labels, 0, config.classes)
+    return labels + config.first_class
+
+
 class Generator(nn.Module):
     """Class label and tokens in, next-token logits out.
 
@@ -91,12 +103,8 @@ class Generator(nn.Module):
 
     def condition_ids(self, labels: Tensor | None, batch: int) -> Tensor:
         """Embedding rows (B,) of the labels, or of "no condition" where labels is None."""
-        if labels is None:
-            return torch.full((batch,), self.config.no_condition, dtype=torch.int64, device=self.device)
-        check_tensor("labels", labels, torch.int64, (batch,), self.device)
-        if not self.training:  # a training step must not wait for the device
-            check_range("labels", labels, 0, self.config.classes)
-        return labels + self.config.first_class
+        # A training step must not wait for the device to check a range.
+        return condition_ids(self.config, labels, batch, self.device, check=not self.training)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         check_tensor("tokens", tokens, torch.int64, ("B", f"n <= {self.config.tokens}"), self.device)

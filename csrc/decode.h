@@ -1,0 +1,75 @@
+// decode: one cached step of the generator for all rows, conditional and unconditional together.
+// The definition is decode_reference in alitok_fast/ops/decode.py.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu_isa.h"
+#include "parallel.h"
+
+namespace alitok {
+
+enum class WeightFormat : int { float32, bfloat16, int8 };
+enum class CacheFormat : int { float32, bfloat16 };
+
+// Every matrix (outputs, inputs) lies in the arena as panels of kPanelOutputs outputs, one after the other, in the order
+// in which a step reads them: for each layer qkv, proj, w1 with w3 (16 + 16 outputs in each panel), w2; then the head.
+// A panel holds (depth / g, kPanelOutputs, g) weights with g = 4 / sizeof(weight), so that four bytes of each output lie
+// together; depth is `inputs` rounded up to kDepthMultiple with zeros. A panel of int8 goes on with one float scale and
+// one int32 sum of its weights for each output. The head of an int8 generator is bfloat16.
+constexpr int64_t kPanelOutputs = 32;
+constexpr int64_t kDepthMultiple = 64;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t weight_bytes(WeightFormat format) {
+  return format == WeightFormat::float32 ? 4 : format == WeightFormat::bfloat16 ? 2 : 1;
+}
+constexpr int64_t panel_bytes(WeightFormat format, int64_t inputs) {
+  const int64_t extra = format == WeightFormat::int8 ? 8 : 0;
+  return kPanelOutputs * (round_up(inputs, kDepthMultiple) * weight_bytes(format) + extra);
+}
+constexpr int64_t panels(int64_t outputs) { return round_up(outputs, kPanelOutputs) / kPanelOutputs; }
+
+struct DecodeParams {
+  WeightFormat weights;
+  CacheFormat cache;
+  int64_t layers, rows, width, heads, head_dim, hidden, codes;
+  int64_t capacity, position;  // positions of the cache, and the one that this step appends
+
+  const uint8_t* arena;  // aligned to 64 bytes
+  // float32: for each layer norm1 (width), qkv bias (3 width), q norm (head_dim), k norm (head_dim), proj bias (width),
+  // norm2 (width); then the last norm (width) and the head's bias (codes).
+  const float* vectors;
+  const float* embeddings;  // (vocabulary, width)
+  const float* rope;        // (head_dim / 2, 2): cos, sin of this position
+  float norm_eps;
+
+  const int64_t* ids;   // (rows), in [0, vocabulary)
+  void *keys, *values;  // (layers, rows, heads, capacity, head_dim); keys normalised and rotated
+  float* logits;        // (rows, codes)
+};
+
+constexpr WeightFormat head_format(WeightFormat weights) {
+  return weights == WeightFormat::int8 ? WeightFormat::bfloat16 : weights;
+}
+constexpr int64_t layer_vectors(const DecodeParams& p) { return 6 * p.width + 2 * p.head_dim; }
+constexpr int64_t vectors_size(const DecodeParams& p) { return p.layers * layer_vectors(p) + p.width + p.codes; }
+
+// The matrices of one layer as offsets into its part of the arena.
+struct LayerArena {
+  int64_t qkv, proj, gate, down, bytes;
+};
+constexpr LayerArena layer_arena(const DecodeParams& p) {
+  const int64_t wide = panel_bytes(p.weights, p.width), tall = panel_bytes(p.weights, p.hidden);
+  const int64_t proj = panels(3 * p.width) * wide, gate = proj + panels(p.width) * wide;
+  const int64_t down = gate + panels(2 * round_up(p.hidden, kPanelOutputs / 2)) * wide;
+  return {0, proj, gate, down, down + panels(p.width) * tall};
+}
+constexpr int64_t arena_size(const DecodeParams& p) {
+  return p.layers * layer_arena(p).bytes + panels(p.codes) * panel_bytes(head_format(p.weights), p.width);
+}
+
+// A row's logits do not depend on the other rows nor on the number of threads, to the last bit.
+ALITOK_DECLARE_PER_ISA(void decode_cpu(const DecodeParams&, const Parallel&));
+
+}  // namespace alitok

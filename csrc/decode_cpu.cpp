@@ -1,0 +1,427 @@
+// CPU kernel of decode: one parallel region for the whole step. Each thread owns fixed panels of every matrix, so that it
+// streams through its own part of the arena, and meets the others at a barrier where a phase needs all of the last one.
+#include "decode.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "decode_matmul.h"
+#include "simd.h"
+
+namespace alitok {
+namespace ALITOK_ISA {
+namespace {
+
+// ---- threads ----
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Where the threads of one step wait for each other. A thread may stand for several shares of the work, so that the step
+// is right however many threads the pool really gives.
+class Barrier {
+ public:
+  explicit Barrier(int shares) : shares_(shares) {}
+
+  void wait(int shares) {
+    const uint32_t generation = generation_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(shares, std::memory_order_acq_rel) + shares == shares_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+#if defined(__AVX2__)
+      _mm_pause();
+#endif
+      if (spins > kSpins) std::this_thread::yield();  // a core too few: let the thread that is waited for run
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 1000;  // some 50 us, more than a phase's imbalance
+  const int shares_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+};
+
+class Worker {
+ public:
+  Worker(Barrier& barrier, int64_t first, int64_t last, int64_t shares)
+      : barrier_(barrier), first_(first), last_(last), shares_(shares) {}
+
+  Range part_of(int64_t n) const { return {n * first_ / shares_, n * last_ / shares_}; }
+  void wait() { barrier_.wait(static_cast<int>(last_ - first_)); }
+
+ private:
+  Barrier& barrier_;
+  int64_t first_, last_, shares_;
+};
+
+// ---- AMX ----
+
+#if defined(__AVX512BF16__)
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+__attribute__((target("amx-tile"))) void load_tile_config() {
+  static const TileConfig config;  // static: the compiler does not see the instruction read more than eight bytes
+  _tile_loadconfig(&config);
+}
+__attribute__((target("amx-tile"))) void release_tiles() { _tile_release(); }
+#endif
+
+class Tiles {
+ public:
+  explicit Tiles(bool amx) : amx_(amx) {
+#if defined(__AVX512BF16__)
+    if (amx_) load_tile_config();
+#endif
+  }
+  ~Tiles() {
+#if defined(__AVX512BF16__)
+    if (amx_) release_tiles();
+#endif
+  }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  const bool amx_;
+};
+
+// ---- rows ----
+
+// f(i, count): whole vectors, then what is left of n.
+template <class F>
+inline void for_vectors(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + Vec::lanes <= n; i += Vec::lanes) f(i, Vec::lanes);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+// x / sqrt(mean(x^2) + eps) * weight; `out` may be x.
+void rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+  Vec squares;
+  for_vectors(n, [&](int64_t i, int count) {
+    const Vec v = Vec::load(x + i, count);
+    squares = fma(v, v, squares);
+  });
+  const Vec scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + eps);
+  for_vectors(n, [&](int64_t i, int count) {
+    (Vec::load(x + i, count) * scale * Vec::load(weight + i, count)).store(out + i, count);
+  });
+}
+
+void rotate(float* x, const float* rope, int64_t head_dim) {
+  for (int64_t i = 0; i < head_dim; i += 2) {
+    const float even = x[i], odd = x[i + 1], cosine = rope[i], sine = rope[i + 1];
+    x[i] = even * cosine - odd * sine;
+    x[i + 1] = even * sine + odd * cosine;
+  }
+}
+
+struct Float32Cache {
+  using Element = float;
+  static Vec load(const float* p, int count) { return Vec::load(p, count); }
+  static Vec load(const float* p) { return Vec::load(p); }
+  static void store(Vec v, float* p, int count) { v.store(p, count); }
+};
+struct Bfloat16Cache {
+  using Element = uint16_t;
+  static Vec load(const uint16_t* p, int count) { return Vec::load_bf16(p, count); }
+  static Vec load(const uint16_t* p) { return Vec::load_bf16(p); }
+  static void store(Vec v, uint16_t* p, int count) { v.store_bf16(p, count); }
+};
+
+// Softmax attention of one query over `length` keys and values of head_dim elements each. `scores` holds `length`
+// floats and room for one vector more.
+template <class Cache, int Vectors>
+void attend_whole(const float* q, const typename Cache::Element* keys, const typename Cache::Element* values,
+                  int64_t length, float scale, float* scores, float* out) {
+  constexpr int64_t head_dim = Vectors * Vec::lanes;
+  Vec query[Vectors];
+  for (int v = 0; v < Vectors; ++v) query[v] = Vec::load(q + v * Vec::lanes) * Vec(scale);
+  float largest = -INFINITY;
+  for (int64_t j = 0; j < length; ++j, keys += head_dim) {
+    Vec dot = query[0] * Cache::load(keys);
+#pragma GCC unroll 16
+    for (int v = 1; v < Vectors; ++v) dot = fma(query[v], Cache::load(keys + v * Vec::lanes), dot);
+    scores[j] = sum(dot);
+    largest = std::max(largest, scores[j]);
+  }
+  Vec total;
+  std::fill(scores + length, scores + length + Vec::lanes, -INFINITY);
+  for (int64_t j = 0; j < length; j += Vec::lanes) {
+    const Vec e = exp(Vec::load(scores + j) - Vec(largest));
+    total += e;
+    e.store(scores + j);
+  }
+  Vec mixed[Vectors];
+  for (int64_t j = 0; j < length; ++j, values += head_dim)
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) mixed[v] = fma(scores[j], Cache::load(values + v * Vec::lanes), mixed[v]);
+  const Vec share = 1.0f / sum(total);
+  for (int v = 0; v < Vectors; ++v) (mixed[v] * share).store(out + v * Vec::lanes);
+}
+
+// The same for any head_dim.
+template <class Cache>
+void attend_any(const float* q, const typename Cache::Element* keys, const typename Cache::Element* values,
+                int64_t head_dim, int64_t length, float scale, float* scores, float* out) {
+  float largest = -INFINITY;
+  for (int64_t j = 0; j < length; ++j) {
+    Vec dot;
+    for_vectors(head_dim, [&](int64_t i, int count) {
+      dot = fma(Vec::load(q + i, count), Cache::load(keys + j * head_dim + i, count), dot);
+    });
+    scores[j] = sum(dot) * scale;
+    largest = std::max(largest, scores[j]);
+  }
+  float total = 0.0f;
+  for_vectors(length, [&](int64_t j, int count) {
+    exp(Vec::load(scores + j, count) - Vec(largest)).store(scores + j, count);
+  });
+  for (int64_t j = 0; j < length; ++j) total += scores[j];
+  for_vectors(head_dim, [&](int64_t i, int count) {
+    Vec mixed;
+    for (int64_t j = 0; j < length; ++j) mixed = fma(scores[j], Cache::load(values + j * head_dim + i, count), mixed);
+    (mixed * Vec(1.0f / total)).store(out + i, count);
+  });
+}
+
+template <class Cache>
+void attend(const float* q, const typename Cache::Element* keys, const typename Cache::Element* values,
+            int64_t head_dim, int64_t length, float scale, float* scores, float* out) {
+  switch (head_dim) {
+    case 3 * Vec::lanes: return attend_whole<Cache, 3>(q, keys, values, length, scale, scores, out);
+    case 4 * Vec::lanes: return attend_whole<Cache, 4>(q, keys, values, length, scale, scores, out);
+    case 5 * Vec::lanes: return attend_whole<Cache, 5>(q, keys, values, length, scale, scores, out);
+    case 6 * Vec::lanes: return attend_whole<Cache, 6>(q, keys, values, length, scale, scores, out);
+    case 8 * Vec::lanes: return attend_whole<Cache, 8>(q, keys, values, length, scale, scores, out);
+    default: return attend_any<Cache>(q, keys, values, head_dim, length, scale, scores, out);
+  }
+}
+
+// silu(a) b for each a
+void swiglu(const float* a, const float* b, int64_t n, float* out) {
+  for_vectors(n, [&](int64_t i, int count) {
+    const Vec gate = Vec::load(a + i, count);
+    (gate / (Vec(1.0f) + exp(Vec(0.0f) - gate)) * Vec::load(b + i, count)).store(out + i, count);
+  });
+}
+
+// ---- the step ----
+
+// Buffers shared by the threads, each beginning at a cache line.
+class Workspace {
+ public:
+  float *x, *wide, *scale;  // residual stream (rows, width); results of the phases (rows, widest); int8 row scales
+  uint8_t* activations;     // (padded rows, planes, depth)
+  const int64_t widest;
+
+  explicit Workspace(const DecodeParams& p) : widest(std::max(3 * p.width, p.hidden)) {
+    const int64_t padded_rows = round_up(p.rows, 16);  // a tile reads 16 rows
+    const int64_t depth = round_up(std::max(p.width, p.hidden), kDepthMultiple);
+    const int64_t floats[] = {p.rows * p.width, p.rows * widest, padded_rows,
+                              padded_rows * depth};  // two planes of bfloat16 are as large as one of float32
+    int64_t starts[4], size = 0;
+    for (int i = 0; i < 4; ++i) {
+      starts[i] = size;
+      size += round_up(floats[i], kLine / sizeof(float));
+    }
+    memory_ = static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t{kLine}));
+    std::fill(memory_, memory_ + size, 0.0f);
+    x = memory_ + starts[0];
+    wide = memory_ + starts[1];
+    scale = memory_ + starts[2];
+    activations = reinterpret_cast<uint8_t*>(memory_ + starts[3]);
+  }
+  ~Workspace() { ::operator delete(memory_, std::align_val_t{kLine}); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+ private:
+  static constexpr size_t kLine = 64;
+  float* memory_;
+};
+
+template <class Weights, class Head, class Cache>
+class Step {
+ public:
+  Step(const DecodeParams& p, const Workspace& workspace, Worker worker, MatmulUnit unit)
+      : p_(p), w_(workspace), worker_(worker), unit_(unit), arena_(layer_arena(p)) {}
+
+  void run() {
+    for_rows([&](int64_t r) {
+      const float* from = p_.embeddings + p_.ids[r] * p_.width;
+      std::copy(from, from + p_.width, x(r));
+    });
+    const float* vectors = p_.vectors;
+    for (int64_t i = 0; i < p_.layers; ++i, vectors += layer_vectors(p_)) layer(i, vectors);
+    norm_rows<Head>(vectors);
+    const float* bias = vectors + p_.width;
+    matmul<Head>(p_.arena + p_.layers * arena_.bytes, p_.width, p_.codes,
+                 [&](int64_t r, int64_t o, int64_t count, const float* product) {
+                   add_bias(product, bias + o, count, p_.logits + r * p_.codes + o);
+                 });
+  }
+
+ private:
+  void layer(int64_t index, const float* vectors) {
+    const uint8_t* arena = p_.arena + index * arena_.bytes;
+    const float *norm1 = vectors, *qkv_bias = norm1 + p_.width, *q_norm = qkv_bias + 3 * p_.width;
+    const float *k_norm = q_norm + p_.head_dim, *proj_bias = k_norm + p_.head_dim, *norm2 = proj_bias + p_.width;
+
+    norm_rows<Weights>(norm1);
+    matmul<Weights>(arena + arena_.qkv, p_.width, 3 * p_.width,
+                    [&](int64_t r, int64_t o, int64_t count, const float* product) {
+                      add_bias(product, qkv_bias + o, count, wide(r) + o);
+                    });
+    worker_.wait();
+    const Range items = worker_.part_of(p_.rows * p_.heads);
+    for (int64_t i = items.begin; i < items.end; ++i) attention(index, i / p_.heads, i % p_.heads, q_norm, k_norm);
+    worker_.wait();
+    for_rows([&](int64_t r) { pack<Weights>(wide(r), p_.width, r); });
+    worker_.wait();
+    matmul<Weights>(arena + arena_.proj, p_.width, p_.width,
+                    [&](int64_t r, int64_t o, int64_t count, const float* product) {
+                      add_bias(product, proj_bias + o, count, x(r) + o, x(r) + o);
+                    });
+    worker_.wait();
+    norm_rows<Weights>(norm2);
+    constexpr int64_t half = kPanelOutputs / 2;
+    matmul<Weights>(arena + arena_.gate, p_.width, 2 * round_up(p_.hidden, half),
+                    [&](int64_t r, int64_t o, int64_t, const float* product) {
+                      swiglu(product, product + half, std::min(half, p_.hidden - o / 2), wide(r) + o / 2);
+                    });
+    worker_.wait();
+    for_rows([&](int64_t r) { pack<Weights>(wide(r), p_.hidden, r); });
+    worker_.wait();
+    matmul<Weights>(arena + arena_.down, p_.hidden, p_.width,
+                    [&](int64_t r, int64_t o, int64_t count, const float* product) {
+                      add_bias(product, nullptr, count, x(r) + o, x(r) + o);
+                    });
+    worker_.wait();
+  }
+
+  // Norms and rotates the new query and key, appends key and value, attends. The result takes the query's place.
+  void attention(int64_t layer, int64_t row, int64_t head, const float* q_norm, const float* k_norm) {
+    float* q = wide(row) + head * p_.head_dim;
+    float *k = q + p_.width, *v = k + p_.width;
+    rms_norm(q, q_norm, p_.head_dim, p_.norm_eps, q);
+    rms_norm(k, k_norm, p_.head_dim, p_.norm_eps, k);
+    rotate(q, p_.rope, p_.head_dim);
+    rotate(k, p_.rope, p_.head_dim);
+    const int64_t start = ((layer * p_.rows + row) * p_.heads + head) * p_.capacity * p_.head_dim;
+    auto* keys = static_cast<typename Cache::Element*>(p_.keys) + start;
+    auto* values = static_cast<typename Cache::Element*>(p_.values) + start;
+    for_vectors(p_.head_dim, [&](int64_t i, int count) {
+      Cache::store(Vec::load(k + i, count), keys + p_.position * p_.head_dim + i, count);
+      Cache::store(Vec::load(v + i, count), values + p_.position * p_.head_dim + i, count);
+    });
+    const float scale = 1.0f / std::sqrt(static_cast<float>(p_.head_dim));
+    attend<Cache>(q, keys, values, p_.head_dim, p_.position + 1, scale, scores_.data(), q);
+  }
+
+  // Normalised rows as activations, in place of the rows' results.
+  template <class W>
+  void norm_rows(const float* weight) {
+    for_rows([&](int64_t r) {
+      rms_norm(x(r), weight, p_.width, p_.norm_eps, wide(r));
+      pack<W>(wide(r), p_.width, r);
+    });
+    worker_.wait();
+  }
+
+  template <class W>
+  void pack(const float* values, int64_t n, int64_t r) {
+    const Activations a = activations<W>(n);
+    W::pack_row(values, n, round_up(n, kDepthMultiple), a.data + r * a.row_bytes, a.plane_bytes, a.scale + r);
+  }
+
+  // store(row, first output, outputs, products) for this thread's panels and all rows.
+  template <class W, class Store>
+  void matmul(const uint8_t* matrix, int64_t inputs, int64_t outputs, const Store& store) {
+    const Activations a = activations<W>(inputs);
+    const int64_t bytes = panel_bytes(W::kFormat, inputs), depth = round_up(inputs, kDepthMultiple);
+    const Range mine = worker_.part_of(panels(outputs));
+    for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+      const int64_t first = panel * kPanelOutputs, count = std::min(kPanelOutputs, outputs - first);
+      for (int64_t row0 = 0; row0 < p_.rows; row0 += kRowBlock) {
+        const int64_t rows = std::min(kRowBlock, p_.rows - row0);
+        W::multiply(unit_, matrix + panel * bytes, depth, a, row0, rows, products_);
+        for (int64_t r = 0; r < rows; ++r) store(row0 + r, first, count, products_ + r * kPanelOutputs);
+      }
+    }
+  }
+
+  // product + bias + base, the latter two where not null
+  static void add_bias(const float* product, const float* bias, int64_t n, float* out, const float* base = nullptr) {
+    for_vectors(n, [&](int64_t i, int count) {
+      Vec v = Vec::load(product + i, count);
+      if (bias != nullptr) v += Vec::load(bias + i, count);
+      if (base != nullptr) v += Vec::load(base + i, count);
+      v.store(out + i, count);
+    });
+  }
+
+  template <class F>
+  void for_rows(const F& f) {
+    const Range mine = worker_.part_of(p_.rows);
+    for (int64_t r = mine.begin; r < mine.end; ++r) f(r);
+  }
+
+  template <class W>
+  Activations activations(int64_t inputs) const {
+    const int64_t plane = round_up(inputs, kDepthMultiple) * weight_bytes(W::kFormat);
+    return {w_.activations, w_.scale, W::kPlanes * plane, plane};
+  }
+  float* x(int64_t r) const { return w_.x + r * p_.width; }
+  float* wide(int64_t r) const { return w_.wide + r * w_.widest; }
+
+  const DecodeParams& p_;
+  const Workspace& w_;
+  Worker worker_;
+  const MatmulUnit unit_;
+  const LayerArena arena_;
+  std::vector<float> scores_ = std::vector<float>(p_.position + 1 + Vec::lanes);
+  alignas(64) float products_[kRowBlock * kPanelOutputs];
+};
+
+template <class Weights, class Head, class Cache>
+void run_step(const DecodeParams& p, const Parallel& parallel) {
+  const MatmulUnit unit{cpu_has_amx()};
+  const Workspace workspace(p);
+  Barrier barrier(parallel.threads);
+  parallel(0, parallel.threads, 1, [&](int64_t first, int64_t last) {
+    const Tiles tiles(unit.amx && Weights::kFormat != WeightFormat::float32);
+    Step<Weights, Head, Cache>(p, workspace, Worker(barrier, first, last, parallel.threads), unit).run();
+  });
+}
+
+template <class Cache>
+void run_with_cache(const DecodeParams& p, const Parallel& parallel) {
+  switch (p.weights) {
+    case WeightFormat::float32: return run_step<Float32Weights, Float32Weights, Cache>(p, parallel);
+    case WeightFormat::bfloat16: return run_step<Bfloat16Weights<1>, Bfloat16Weights<2>, Cache>(p, parallel);
+    case WeightFormat::int8: return run_step<Int8Weights, Bfloat16Weights<2>, Cache>(p, parallel);
+  }
+}
+
+}  // namespace
+
+void decode_cpu(const DecodeParams& p, const Parallel& parallel) {
+  if (p.cache == CacheFormat::float32) return run_with_cache<Float32Cache>(p, parallel);
+  return run_with_cache<Bfloat16Cache>(p, parallel);
+}
+
+}  // namespace ALITOK_ISA
+}  // namespace alitok

@@ -1,0 +1,383 @@
+// Products of a few rows of activations with one panel of packed weights (decode.h), for decode_cpu.cpp.
+//
+// Each weight format takes its activations in a form of its own, written by `pack_row`:
+//   float32   as they are;
+//   bfloat16  rounded; where kPlanes is 2 as a sum of two bfloat16 numbers, the second being what the first rounded off;
+//   int8      as 16-bit integers with a scale for the row, split in two planes of unsigned bytes. Products with int8
+//             weights then are exact sums of integers, and int8 multipliers do the work of 16-bit ones.
+// A row's product depends neither on the other rows nor on how many there are.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "cpu_isa.h"
+#include "decode.h"
+#include "simd.h"
+
+namespace alitok::ALITOK_ISA {
+
+constexpr int64_t kRowBlock = 32;     // rows of one product: two AMX tiles
+constexpr int64_t kPrefetch = 4096;  // bytes ahead of the weights in use; the hardware's own prefetcher stops at 4 KiB
+
+struct Activations {
+  uint8_t* data;  // row r of plane q at data + r * row_bytes + q * plane_bytes
+  float* scale;   // of each row, int8 only
+  int64_t row_bytes, plane_bytes;
+
+  const uint8_t* row(int64_t r) const { return data + r * row_bytes; }
+};
+
+// Which multiplication instructions a thread uses.
+struct MatmulUnit {
+  bool amx;
+};
+
+inline void prefetch_bytes(const uint8_t* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
+}
+
+// ---- float32 ----
+
+template <int Rows>
+void multiply_float32(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+  const float* a[Rows];
+  for (int r = 0; r < Rows; ++r) a[r] = reinterpret_cast<const float*>(x.row(row0 + r));
+  for (int64_t first = 0; first < kPanelOutputs; first += 2 * Vec::lanes) {
+    const float* w = reinterpret_cast<const float*>(panel) + first;
+    Vec sum[Rows][2];
+    for (int64_t k = 0; k < depth; ++k, w += kPanelOutputs) {
+      __builtin_prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetch);
+      __builtin_prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetch + 64);
+      const Vec w0 = Vec::load(w), w1 = Vec::load(w + Vec::lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        sum[r][0] = fma(a[r][k], w0, sum[r][0]);
+        sum[r][1] = fma(a[r][k], w1, sum[r][1]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      sum[r][0].store(out + r * kPanelOutputs + first);
+      sum[r][1].store(out + r * kPanelOutputs + first + Vec::lanes);
+    }
+  }
+}
+
+struct Float32Weights {
+  static constexpr WeightFormat kFormat = WeightFormat::float32;
+  static constexpr int kPlanes = 1;
+
+  static void pack_row(const float* values, int64_t n, int64_t depth, uint8_t* row, int64_t, float*) {
+    float* out = reinterpret_cast<float*>(row);
+    std::copy(values, values + n, out);
+    std::fill(out + n, out + depth, 0.0f);
+  }
+
+  static void multiply(MatmulUnit, const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0,
+                       int64_t rows, float* out) {
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) multiply_float32<8>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for (; r + 4 <= rows; r += 4) multiply_float32<4>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for (; r + 2 <= rows; r += 2) multiply_float32<2>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for (; r < rows; ++r) multiply_float32<1>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+  }
+};
+
+// ---- bfloat16 ----
+
+template <int Rows, int Planes>
+void multiply_bfloat16(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+  const uint32_t* a[Rows][Planes];  // pairs of neighbouring activations
+  for (int r = 0; r < Rows; ++r)
+    for (int q = 0; q < Planes; ++q)
+      a[r][q] = reinterpret_cast<const uint32_t*>(x.row(row0 + r) + q * x.plane_bytes);
+#if defined(__AVX512BF16__)
+  __m512 sum[Rows][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < depth / 2; ++k, panel += 4 * kPanelOutputs) {
+    __builtin_prefetch(panel + kPrefetch);
+    __builtin_prefetch(panel + kPrefetch + 64);
+    const __m512bh w0 = (__m512bh)_mm512_load_si512(panel), w1 = (__m512bh)_mm512_load_si512(panel + 64);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+      for (int q = 0; q < Planes; ++q) {
+        const __m512bh pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r][q][k]));
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w0, pair);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w1, pair);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+    _mm512_storeu_ps(out + r * kPanelOutputs, sum[r][0]);
+    _mm512_storeu_ps(out + r * kPanelOutputs + 16, sum[r][1]);
+  }
+#else
+  std::fill(out, out + Rows * kPanelOutputs, 0.0f);
+  const uint16_t* w = reinterpret_cast<const uint16_t*>(panel);
+  for (int64_t k = 0; k < depth / 2; ++k, w += 2 * kPanelOutputs) {
+    float even[kPanelOutputs], odd[kPanelOutputs];
+    for (int64_t o = 0; o < kPanelOutputs; ++o) {
+      uint32_t pair;
+      std::memcpy(&pair, w + 2 * o, sizeof pair);
+      const uint32_t low = pair << 16, high = pair & 0xFFFF0000u;
+      std::memcpy(even + o, &low, sizeof low);
+      std::memcpy(odd + o, &high, sizeof high);
+    }
+    for (int r = 0; r < Rows; ++r) {
+      float first = 0.0f, second = 0.0f;
+      for (int q = 0; q < Planes; ++q) {
+        first += from_bf16(static_cast<uint16_t>(a[r][q][k]));
+        second += from_bf16(static_cast<uint16_t>(a[r][q][k] >> 16));
+      }
+      for (int64_t o = 0; o < kPanelOutputs; ++o)
+        out[r * kPanelOutputs + o] += first * even[o] + second * odd[o];
+    }
+  }
+#endif
+}
+
+#if defined(__AVX512BF16__)
+// One tile row holds four bytes of 16 outputs, so that a panel is read as two tiles side by side.
+template <int Tiles, int Planes>
+__attribute__((target("amx-tile,amx-bf16"))) void multiply_bfloat16_amx(const uint8_t* panel, int64_t depth,
+                                                                        const Activations& x, int64_t row0,
+                                                                        float* out) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const uint8_t *a0 = x.row(row0), *a1 = x.row(row0 + 16);
+  for (int64_t k = 0; k < depth; k += 32, panel += 2048, a0 += 64, a1 += 64) {
+    prefetch_bytes(panel + kPrefetch, 2048);
+    _tile_loadd(4, panel, 128);
+    _tile_loadd(5, panel + 64, 128);
+#pragma GCC unroll 2
+    for (int q = 0; q < Planes; ++q) {
+      _tile_loadd(6, a0 + q * x.plane_bytes, x.row_bytes);
+      _tile_dpbf16ps(0, 6, 4);
+      _tile_dpbf16ps(1, 6, 5);
+      if (Tiles == 2) {
+        _tile_loadd(7, a1 + q * x.plane_bytes, x.row_bytes);
+        _tile_dpbf16ps(2, 7, 4);
+        _tile_dpbf16ps(3, 7, 5);
+      }
+    }
+  }
+  constexpr int64_t stride = kPanelOutputs * sizeof(float);
+  _tile_stored(0, out, stride);
+  _tile_stored(1, out + 16, stride);
+  if (Tiles == 2) {
+    _tile_stored(2, out + 16 * kPanelOutputs, stride);
+    _tile_stored(3, out + 16 * kPanelOutputs + 16, stride);
+  }
+}
+#endif
+
+template <int Planes>
+struct Bfloat16Weights {
+  static constexpr WeightFormat kFormat = WeightFormat::bfloat16;
+  static constexpr int kPlanes = Planes;
+
+  static void pack_row(const float* values, int64_t n, int64_t depth, uint8_t* row, int64_t plane_bytes, float*) {
+    uint16_t* high = reinterpret_cast<uint16_t*>(row);
+    uint16_t* low = reinterpret_cast<uint16_t*>(row + plane_bytes);
+    for (int64_t i = 0; i < n; ++i) {
+      high[i] = to_bf16(values[i]);
+      if (Planes == 2) low[i] = to_bf16(values[i] - from_bf16(high[i]));
+    }
+    std::fill(high + n, high + depth, 0);
+    if (Planes == 2) std::fill(low + n, low + depth, 0);
+  }
+
+  static void multiply(MatmulUnit unit, const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0,
+                       int64_t rows, float* out) {
+    int64_t r = 0;
+#if defined(__AVX512BF16__)
+    if (unit.amx) {  // its sums are ordered otherwise than those of vdpbf16ps: the choice may not hang on the rows
+      if (rows > 16) return multiply_bfloat16_amx<2, Planes>(panel, depth, x, row0, out);
+      return multiply_bfloat16_amx<1, Planes>(panel, depth, x, row0, out);
+    }
+#endif
+    (void)unit;
+    for (; r + 8 <= rows; r += 8) multiply_bfloat16<8, Planes>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for (; r + 4 <= rows; r += 4) multiply_bfloat16<4, Planes>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for (; r + 2 <= rows; r += 2) multiply_bfloat16<2, Planes>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for (; r < rows; ++r) multiply_bfloat16<1, Planes>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+  }
+};
+
+// ---- int8 ----
+// A row holds u = q + 32768 with q = round(x / scale) in -32767..32767, as the bytes high = u >> 8 and low = u & 255:
+// sum q w = 256 (sum high w - 128 sum w) + sum low w, both sums exact in 32 bits up to a depth of 66,000.
+
+constexpr float kInt16Largest = 32767.0f;
+
+#if defined(__AVX512F__)
+inline __m512 int8_result(__m512i high, __m512i low, __m512i sums, __m512 scale) {
+  const __m512 h = _mm512_cvtepi32_ps(_mm512_sub_epi32(high, _mm512_slli_epi32(sums, 7)));
+  return _mm512_mul_ps(_mm512_fmadd_ps(h, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low)), scale);
+}
+#endif
+
+// `high`, `low`: sums of kPanelOutputs outputs of one row. `footer`: the panel's scales and sums.
+inline void int8_results(const int32_t* high, const int32_t* low, const uint8_t* footer, float row_scale, float* out) {
+  const float* scales = reinterpret_cast<const float*>(footer);
+  const int32_t* sums = reinterpret_cast<const int32_t*>(footer + kPanelOutputs * sizeof(float));
+#if defined(__AVX512F__)
+  for (int64_t o = 0; o < kPanelOutputs; o += 16) {
+    const __m512 scale = _mm512_mul_ps(_mm512_load_ps(scales + o), _mm512_set1_ps(row_scale));
+    _mm512_storeu_ps(out + o, int8_result(_mm512_loadu_si512(high + o), _mm512_loadu_si512(low + o),
+                                          _mm512_load_si512(sums + o), scale));
+  }
+#else
+  for (int64_t o = 0; o < kPanelOutputs; ++o) {
+    const float h = static_cast<float>(high[o] - 128 * sums[o]);
+    out[o] = std::fma(h, 256.0f, static_cast<float>(low[o])) * (scales[o] * row_scale);
+  }
+#endif
+}
+
+template <int Rows>
+void multiply_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+  const uint8_t* footer = panel + depth * kPanelOutputs;
+#if defined(__AVX512VNNI__)
+  const uint8_t* a[Rows][2];
+  for (int r = 0; r < Rows; ++r)
+    for (int q = 0; q < 2; ++q) a[r][q] = x.row(row0 + r) + q * x.plane_bytes;
+  __m512i sum[Rows][2][2];
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r)
+    for (int q = 0; q < 2; ++q) sum[r][q][0] = sum[r][q][1] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < depth; k += 4, panel += 4 * kPanelOutputs) {
+    __builtin_prefetch(panel + kPrefetch);
+    __builtin_prefetch(panel + kPrefetch + 64);
+    const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+      for (int q = 0; q < 2; ++q) {
+        int32_t four;
+        std::memcpy(&four, a[r][q] + k, sizeof four);
+        const __m512i value = _mm512_set1_epi32(four);
+        sum[r][q][0] = _mm512_dpbusd_epi32(sum[r][q][0], value, w0);
+        sum[r][q][1] = _mm512_dpbusd_epi32(sum[r][q][1], value, w1);
+      }
+    }
+  }
+  const float* scales = reinterpret_cast<const float*>(footer);
+  const uint8_t* sums = footer + kPanelOutputs * sizeof(float);
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    const __m512 row_scale = _mm512_set1_ps(x.scale[row0 + r]);
+    for (int half = 0; half < 2; ++half) {
+      const __m512 scale = _mm512_mul_ps(_mm512_load_ps(scales + half * 16), row_scale);
+      _mm512_storeu_ps(out + r * kPanelOutputs + half * 16,
+                       int8_result(sum[r][0][half], sum[r][1][half], _mm512_load_si512(sums + half * 64), scale));
+    }
+  }
+#else
+  const int8_t* weights = reinterpret_cast<const int8_t*>(panel);
+  for (int r = 0; r < Rows; ++r) {
+    int32_t sum[2][kPanelOutputs] = {};
+    for (int q = 0; q < 2; ++q) {
+      const uint8_t* a = x.row(row0 + r) + q * x.plane_bytes;
+      for (int64_t k = 0; k < depth; k += 4) {
+        const int8_t* w = weights + k * kPanelOutputs;
+        for (int64_t o = 0; o < kPanelOutputs; ++o)
+          for (int i = 0; i < 4; ++i) sum[q][o] += a[k + i] * w[o * 4 + i];
+      }
+    }
+    int8_results(sum[0], sum[1], footer, x.scale[row0 + r], out + r * kPanelOutputs);
+  }
+#endif
+}
+
+#if defined(__AVX512VNNI__)
+__attribute__((target("amx-tile,amx-int8"))) inline void multiply_int8_amx(const uint8_t* panel, int64_t depth,
+                                                                           const Activations& x, int64_t row0,
+                                                                           int64_t rows, float* out) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const uint8_t* footer = panel + depth * kPanelOutputs;
+  const uint8_t* a = x.row(row0);
+  for (int64_t k = 0; k < depth; k += 64, panel += 2048, a += 64) {
+    prefetch_bytes(panel + kPrefetch, 2048);
+    _tile_loadd(4, panel, 128);
+    _tile_loadd(5, panel + 64, 128);
+    _tile_loadd(6, a, x.row_bytes);
+    _tile_loadd(7, a + x.plane_bytes, x.row_bytes);
+    _tile_dpbusd(0, 6, 4);
+    _tile_dpbusd(1, 6, 5);
+    _tile_dpbusd(2, 7, 4);
+    _tile_dpbusd(3, 7, 5);
+  }
+  alignas(64) int32_t sum[2][16][kPanelOutputs];
+  constexpr int64_t stride = kPanelOutputs * sizeof(int32_t);
+  _tile_stored(0, sum[0][0], stride);
+  _tile_stored(1, sum[0][0] + 16, stride);
+  _tile_stored(2, sum[1][0], stride);
+  _tile_stored(3, sum[1][0] + 16, stride);
+  for (int64_t r = 0; r < rows; ++r)
+    int8_results(sum[0][r], sum[1][r], footer, x.scale[row0 + r], out + r * kPanelOutputs);
+}
+#endif
+
+struct Int8Weights {
+  static constexpr WeightFormat kFormat = WeightFormat::int8;
+  static constexpr int kPlanes = 2;
+
+  static void pack_row(const float* values, int64_t n, int64_t depth, uint8_t* row, int64_t plane_bytes, float* scale) {
+    uint8_t *high = row, *low = row + plane_bytes;
+    int32_t largest = 0;  // as bits: a NaN is above infinity, infinity above all numbers
+    for (int64_t i = 0; i < n; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, values + i, sizeof bits);
+      largest = std::max(largest, bits & 0x7FFFFFFF);
+    }
+    float bound;
+    std::memcpy(&bound, &largest, sizeof bound);
+    const bool finite = largest < 0x7F800000;
+    const float inverse = finite && bound > 0 ? kInt16Largest / bound : 0.0f;
+    *scale = finite ? bound / kInt16Largest : std::numeric_limits<float>::quiet_NaN();
+    if (!finite || !(inverse < std::numeric_limits<float>::infinity())) {
+      std::fill(high, high + depth, 128);
+      std::fill(low, low + depth, 0);
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t u = static_cast<int32_t>(values[i] * inverse + 32768.5f);  // truncation of a positive number
+      high[i] = static_cast<uint8_t>(u >> 8);
+      low[i] = static_cast<uint8_t>(u);
+    }
+    std::fill(high + n, high + depth, 128);
+    std::fill(low + n, low + depth, 0);
+  }
+
+  static void multiply(MatmulUnit unit, const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0,
+                       int64_t rows, float* out) {
+    int64_t r = 0;
+#if defined(__AVX512VNNI__)
+    constexpr int64_t kWorthTile = 4;  // fewer rows leave a tile mostly empty
+    if (unit.amx && rows > kWorthTile) {
+      for (; r < rows; r += 16)
+        multiply_int8_amx(panel, depth, x, row0 + r, std::min<int64_t>(rows - r, 16), out + r * kPanelOutputs);
+      return;
+    }
+#endif
+    (void)unit;
+    for (; r + 4 <= rows; r += 4) multiply_int8<4>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for (; r + 2 <= rows; r += 2) multiply_int8<2>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for (; r < rows; ++r) multiply_int8<1>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+  }
+};
+
+}  // namespace alitok::ALITOK_ISA
