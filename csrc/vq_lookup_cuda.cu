@@ -87,18 +87,19 @@ __device__ void multiply(const Stage& stage, int row, int column, float (&score)
   }
 }
 
-// Offer the best of a thread's features to one code. Offers that are too late, nearly all, cost a read and no atomic.
-__device__ void offer(unsigned long long* key, const float (&whole)[kThreadFeatures], uint32_t first_feature) {
-  float least = whole[0];
+// Offer the best of a thread's features to its code j. Offers that are too late, nearly all, cost a read and no atomic.
+__device__ void offer(unsigned long long* key, int j, const float (&score)[kThreadFeatures][kThreadCodes],
+                      uint32_t first_feature) {
+  float least = score[0][j];
 #pragma unroll
-  for (int i = 1; i < kThreadFeatures; ++i) least = fminf(least, whole[i]);
+  for (int i = 1; i < kThreadFeatures; ++i) least = fminf(least, score[i][j]);
   if (!(least < INFINITY)) return;
   const uint32_t bits = __float_as_uint(least + 0.0f);  // -0 becomes 0
   if (relaxed_load(key) < closest_key(bits, first_feature)) return;
   uint32_t feature = first_feature;
 #pragma unroll
   for (int i = kThreadFeatures - 1; i >= 0; --i) {
-    if (whole[i] == least) feature = first_feature + i * kSide;
+    if (score[i][j] == least) feature = first_feature + i * kSide;
   }
   atomicMin(key, static_cast<unsigned long long>(closest_key(bits, feature)));
 }
@@ -118,7 +119,7 @@ __device__ double block_sum(double value) {
   return sum;
 }
 
-template <int Width, bool kClosest>
+template <int Width>
 __global__ void __launch_bounds__(kThreads, 2) lookup(VqLookupParams p, Workspace workspace) {
   __shared__ Stage stages[2];
   __shared__ float feature_half_norms[kFeatures];
@@ -173,18 +174,16 @@ __global__ void __launch_bounds__(kThreads, 2) lookup(VqLookupParams p, Workspac
 #pragma unroll
     for (int j = 0; j < kThreadCodes; ++j) {
       const int64_t k = first_code + j * kSide;
-      float whole[kThreadFeatures];
 #pragma unroll
       for (int i = 0; i < kThreadFeatures; ++i) {
         if (score[i][j] < best[i]) {
           best[i] = score[i][j];
           best_code[i] = static_cast<int>(k);
         }
-        whole[i] = score[i][j] + feature_half_norms[i * kSide + row];
+        score[i][j] += feature_half_norms[i * kSide + row];
       }
-      if (kClosest && k < p.codes) {
-        offer(reinterpret_cast<unsigned long long*>(p.closest + k), whole, static_cast<uint32_t>(first_feature + row));
-      }
+      if (p.closest == nullptr || k >= p.codes) continue;
+      offer(reinterpret_cast<unsigned long long*>(p.closest + k), j, score, static_cast<uint32_t>(first_feature + row));
     }
   }
 
@@ -300,17 +299,9 @@ void vq_lookup_cuda(const VqLookupParams& p, void* stream) {
   if (blocks > 0) {
     const auto grid = static_cast<unsigned>(blocks);
     if (aligned_rows(p)) {
-      if (p.closest != nullptr) {
-        ALITOK_LAUNCH((lookup<4, true>), grid, kThreads, 0, stream, p, workspace);
-      } else {
-        ALITOK_LAUNCH((lookup<4, false>), grid, kThreads, 0, stream, p, workspace);
-      }
+      ALITOK_LAUNCH(lookup<4>, grid, kThreads, 0, stream, p, workspace);
     } else {
-      if (p.closest != nullptr) {
-        ALITOK_LAUNCH((lookup<1, true>), grid, kThreads, 0, stream, p, workspace);
-      } else {
-        ALITOK_LAUNCH((lookup<1, false>), grid, kThreads, 0, stream, p, workspace);
-      }
+      ALITOK_LAUNCH(lookup<1>, grid, kThreads, 0, stream, p, workspace);
     }
   }
   ALITOK_LAUNCH(finish, code_blocks, kThreads, 0, stream, p, workspace, blocks);

@@ -106,7 +106,12 @@ def _backward(ctx, grad_quantized, _indices, grad_loss, _usage, _closest):
     return *gradients, None, None
 
 
+def _backward_of_backward(ctx, *_):
+    raise RuntimeError("vq_lookup: expected to be differentiated once, got a second time; use_reference() allows it")
+
+
 if load_error is None:
     torch.library.register_fake("alitok::vq_lookup")(_fake)
     torch.library.register_fake("alitok::vq_lookup_backward")(_fake_backward)
     torch.library.register_autograd("alitok::vq_lookup", _backward, setup_context=_save_for_backward)
+    torch.library.register_autograd("alitok::vq_lookup_backward", _backward_of_backward)

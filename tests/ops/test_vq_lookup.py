@@ -145,6 +145,13 @@ def test_opcheck(with_closest):
     torch.library.opcheck(torch.ops.alitok.vq_lookup_backward, (z, torch.tensor(1.0), z, codebook, indices, COMMITMENT))
 
 
+def test_second_derivative_is_refused():
+    z, codebook = (t.requires_grad_() for t in vq_inputs(9, 5, 3))
+    (grad_z,) = torch.autograd.grad(vq_lookup(z, codebook).loss, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        grad_z.sum().backward()
+
+
 def test_compiles_without_graph_break():
     def step(z, codebook):
         result = vq_lookup(z, codebook)
