@@ -113,6 +113,7 @@ class Pipeline:
         top_p: float | None = None,
         batch_size: int | None = None,
         image_ids: Sequence[int] | None = None,
+        prompt_tokens: Tensor | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Samples:
         """Draw one picture per label; settings as for `alitok_fast.sample`, None takes the model's default.
@@ -122,6 +123,7 @@ class Pipeline:
             batch_size: pictures drawn together; None draws all at once. It does not change the pictures beyond
                 rounding.
             image_ids: key each picture's noise; None counts from 0.
+            prompt_tokens: (B, n <= N) int64, one row per label: tokens to keep, the pictures are completed from there.
             on_batch: called with the number of pictures of each batch, once it is drawn.
         """
         ids = self.label_ids(labels)
@@ -129,15 +131,18 @@ class Pipeline:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected None or at least 1, got {batch_size}")
         settings = self.settings(guidance_scale, guidance_power, temperature, top_k, top_p, seed)
+        if prompt_tokens is not None and len(prompt_tokens) != len(ids):
+            raise ValueError(f"prompt_tokens: expected {len(ids)} rows, one per label, got {len(prompt_tokens)}")
         size = batch_size or max(len(ids), 1)
         tokens, images = [], []
         for start in range(0, max(len(ids), 1), size):  # no label at all: let `sample` say so
-            tokens.append(
-                sample(self.generator, ids[start : start + size], image_ids=keys[start : start + size], **settings)
-            )
-            images += [Image.fromarray(image) for image in to_uint8(self.tokenizer.decode(tokens[-1]))]
+            batch = slice(start, start + size)
+            prompt = None if prompt_tokens is None else prompt_tokens[batch]
+            drawn = sample(self.generator, ids[batch], image_ids=keys[batch], prompt_tokens=prompt, **settings)
+            tokens.append(drawn)
+            images += [Image.fromarray(image) for image in to_uint8(self.tokenizer.decode(drawn))]
             if on_batch is not None:
-                on_batch(len(tokens[-1]))
+                on_batch(len(drawn))
         metadata = {**self.metadata(settings), "labels": ids, "image_ids": keys}
         return Samples(images, torch.cat(tokens), metadata)
 

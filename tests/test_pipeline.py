@@ -94,6 +94,17 @@ def test_half_precision_is_recorded(tiny_folder):
     assert len(out.images) == 2
 
 
+def test_prompts_are_kept_and_completed(pipe):
+    photos = torch.rand(3, 3, 16, 16)
+    prompt = pipe.tokenizer.encode(photos)[:, : pipe.tokenizer.config.prefix_tokens + 8]  # the upper half
+    out = pipe([1, 2, 3], prompt_tokens=prompt, batch_size=2)
+    assert torch.equal(out.tokens[:, : prompt.shape[1]], prompt)
+    assert torch.equal(out.tokens, sample(pipe.generator, [1, 2, 3], prompt_tokens=prompt))
+    assert not torch.equal(out.tokens, pipe([1, 2, 3]).tokens)
+    with pytest.raises(ValueError, match="prompt_tokens: expected 2 rows, one per label, got 3"):
+        pipe([1, 2], prompt_tokens=prompt)
+
+
 # --- streaming ------------------------------------------------------------------------------------------------------
 
 

@@ -70,7 +70,14 @@ def convert(
     """
     if kind not in (None, "tokenizer", "generator"):
         raise ValueError(f"kind: expected 'tokenizer' or 'generator', got {kind!r}")
-    original = read_checkpoint(resolve(source, kind or ""))
+    if Path(target).suffix not in ("", *checkpoint.SUFFIXES):
+        raise ValueError(
+            f"target: expected a folder, or a file ending in {', '.join(checkpoint.SUFFIXES)}, got {target}"
+        )
+    path = resolve(source, kind or "")
+    if kind is None and (path / "tokenizer").is_dir():
+        raise ValueError(f"kind: expected 'tokenizer' or 'generator' for {source}, which holds both, got none")
+    original = read_checkpoint(path)
     if kind not in (None, original.kind):
         raise ValueError(f"source: expected a {kind}, got a {original.kind} in {source}")
     state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in original.state.items()}
