@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from alitok_fast import __version__
+from alitok_fast._library import native_enabled
+from alitok_fast.decoding import Decoder
 from alitok_fast.images import to_uint8
 from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.models.loading import build, open_checkpoint
@@ -38,10 +40,18 @@ class Pipeline:
         generator: Generator,
         class_names: Sequence[str] | None = None,
         source: str = "memory",
+        weights: torch.dtype | None = None,
     ) -> None:
-        """`class_names`: one a class, or None where classes go by number. `source`: a name for the metadata.
+        """A pipeline of models that are there already.
 
-        Raises ValueError when the two models do not fit together.
+        Args:
+            class_names: one a class, or None where classes go by number.
+            source: a name for the metadata.
+            weights: on the CPU, what the generator's matrices are packed in: torch.float32, torch.bfloat16 or
+                torch.int8; None is the generator's dtype. A generator changed afterwards needs a new pipeline.
+
+        Raises:
+            ValueError: the two models do not fit together, or `weights` does not fit the generator's device.
         """
         for name in ("grid", "codebook_size"):
             have, want = getattr(generator.config, name), getattr(tokenizer.config, name)
@@ -53,6 +63,8 @@ class Pipeline:
         self.generator = generator
         self.class_names = tuple(class_names) if class_names else None
         self.source = source
+        self.weights = weights
+        self._decoder = Decoder(generator, weights) if weights is not None else None
 
     @classmethod
     def from_pretrained(
@@ -61,8 +73,9 @@ class Pipeline:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         tokenizer: str | os.PathLike | None = None,
+        weights: torch.dtype | None = None,
     ) -> Pipeline:
-        """Load both models.
+        """Load both models; `weights` as for the constructor.
 
         `name_or_path`: "demo" (shipped with the package), a folder that holds `tokenizer/` and `generator/`, a hub
         repository of that layout, or a generator's checkpoint, for which `tokenizer` names the tokenizer's.
@@ -71,7 +84,13 @@ class Pipeline:
         generator = open_checkpoint("generator", name_or_path)
         tokenizer = open_checkpoint("tokenizer", name_or_path if tokenizer is None else tokenizer)
         models = [build(part).to(device, dtype).eval() for part in (tokenizer, generator)]
-        return cls(*models, class_names=generator.provenance.get("classes"), source=str(name_or_path))
+        return cls(*models, class_names=generator.provenance.get("classes"), source=str(name_or_path), weights=weights)
+
+    def _step_model(self) -> Generator | Decoder:
+        """What `sample` steps through: on the CPU the generator packed for it, once for all calls."""
+        if self._decoder is None and self.generator.device.type == "cpu" and native_enabled():
+            self._decoder = Decoder(self.generator)
+        return self._decoder or self.generator
 
     def label_ids(self, labels: Label | Sequence[Label] | Tensor) -> list[int]:
         """Class numbers of labels given by number or by name; ValueError lists the names there are."""
@@ -134,11 +153,11 @@ class Pipeline:
         if prompt_tokens is not None and len(prompt_tokens) != len(ids):
             raise ValueError(f"prompt_tokens: expected {len(ids)} rows, one per label, got {len(prompt_tokens)}")
         size = batch_size or max(len(ids), 1)
-        tokens, images = [], []
+        model, tokens, images = self._step_model(), [], []
         for start in range(0, max(len(ids), 1), size):  # no label at all: let `sample` say so
             batch = slice(start, start + size)
             prompt = None if prompt_tokens is None else prompt_tokens[batch]
-            drawn = sample(self.generator, ids[batch], image_ids=keys[batch], prompt_tokens=prompt, **settings)
+            drawn = sample(model, ids[batch], image_ids=keys[batch], prompt_tokens=prompt, **settings)
             tokens.append(drawn)
             images += [Image.fromarray(image) for image in to_uint8(self.tokenizer.decode(drawn))]
             if on_batch is not None:
@@ -172,7 +191,12 @@ class Pipeline:
             **settings,
             "model": self.source,
             "class_names": list(self.class_names) if self.class_names else None,
-            "dtype": str(self.generator.dtype).removeprefix("torch."),
+            "dtype": _name(self.generator.dtype),
+            "weights": _name(self.weights or self.generator.dtype),
             "device": str(self.generator.device),
             "versions": {"alitok_fast": __version__, "torch": torch.__version__},
         }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

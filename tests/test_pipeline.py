@@ -105,6 +105,19 @@ def test_prompts_are_kept_and_completed(pipe):
         pipe([1, 2], prompt_tokens=prompt)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.int8])
+def test_weights_are_packed_as_asked(tiny_folder, weights):
+    out = Pipeline.from_pretrained(tiny_folder, weights=weights)([1, 2])
+    assert out.metadata["weights"] == str(weights).removeprefix("torch.")
+    assert out.metadata["dtype"] == "float32"
+    assert out.tokens.shape == (2, 21)
+
+
+def test_weights_of_another_kind_are_refused(tiny_folder):
+    with pytest.raises(ValueError, match="float16"):
+        Pipeline.from_pretrained(tiny_folder, weights=torch.float16)
+
+
 # --- streaming ------------------------------------------------------------------------------------------------------
 
 

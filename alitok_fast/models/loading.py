@@ -18,6 +18,7 @@ from alitok_fast.models.generator import Generator
 from alitok_fast.models.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PACKED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _OPTIONAL_KEYS = {"quantize.embed_prob"}  # training statistics: absent from released stage-2 files
 
 
@@ -53,11 +54,12 @@ def save_model(
     return checkpoint.write_checkpoint(folder, Checkpoint(model.config, model.state_dict(), provenance or {}))
 
 
-def dtype_from_name(name: str) -> torch.dtype:
-    """torch.float32, torch.bfloat16 or torch.float16."""
-    if name not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {name!r}")
-    return _DTYPES[name]
+def dtype_from_name(name: str | None, argument: str = "dtype") -> torch.dtype | None:
+    """The torch dtype called `name`; None for None. Of models (`argument` "dtype") or of packed "weights"."""
+    known = _PACKED if argument == "weights" else _DTYPES
+    if name is not None and name not in known:
+        raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {name!r}")
+    return None if name is None else known[name]
 
 
 def convert(
