@@ -25,6 +25,9 @@ STABLE_TORCH_LIBRARY(alitok, m) {
       "prefix_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, SymInt prefix_len, "
       "Tensor? q_norm_weight, Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale, float dropout, "
       "Tensor? seed) -> (Tensor grad_qkv, Tensor grad_q_norm_weight, Tensor grad_k_norm_weight)");
+  m.def(
+      "sample_tokens(Tensor logits, Tensor? guidance_scale, float temperature, int? top_k, float? top_p, Tensor seed, "
+      "Tensor image_ids, Tensor step) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

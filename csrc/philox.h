@@ -5,15 +5,17 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
+// Internal linkage: the CPU kernels are compiled for several instruction sets, and must not share one copy.
 #ifdef __CUDACC__
-#define ALITOK_PHILOX_INLINE __host__ __device__ __forceinline__
+#define ALITOK_HOST_DEVICE static __host__ __device__ __forceinline__
 #else
-#define ALITOK_PHILOX_INLINE inline
+#define ALITOK_HOST_DEVICE static inline
 #endif
 
 namespace alitok {
@@ -32,7 +34,7 @@ struct Philox4x32 {
 };
 
 // Four random words for one counter; the 64 bits of `seed` are the key.
-ALITOK_PHILOX_INLINE Philox4x32 philox4x32(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+ALITOK_HOST_DEVICE Philox4x32 philox4x32(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = uint64_t{kPhiloxMultiplier0} * c0, p1 = uint64_t{kPhiloxMultiplier1} * c2;
@@ -115,6 +117,34 @@ inline PhiloxWords philox4x32_lanes(uint64_t seed, PhiloxVec c0, uint32_t c1, ui
     k1 += kPhiloxWeyl1;
   }
   return {{x0, x1, x2, x3}};
+}
+
+// The 4 * kPhiloxLanes words of the counters first, first + 1, ..., each counter's four words one after the other.
+inline void philox4x32_stream(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t* out) {
+#if defined(__AVX512F__)
+  // The transpose below works within 128-bit groups: row t of group g becomes group g of vector t. With counter
+  // 4 t + g there, the vectors come out in order.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const PhiloxWords w = philox4x32_lanes(seed, philox_add(philox_set(first), order), c1, c2, c3);
+  const __m512i low01 = _mm512_unpacklo_epi32(w.word[0], w.word[1]), low23 = _mm512_unpacklo_epi32(w.word[2], w.word[3]);
+  const __m512i high01 = _mm512_unpackhi_epi32(w.word[0], w.word[1]), high23 = _mm512_unpackhi_epi32(w.word[2], w.word[3]);
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low01, low23));
+  _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(low01, low23));
+  _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi64(high01, high23));
+  _mm512_storeu_si512(out + 48, _mm512_unpackhi_epi64(high01, high23));
+#elif defined(__AVX2__)
+  const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);  // as above, counter 2 t + g
+  const PhiloxWords w = philox4x32_lanes(seed, philox_add(philox_set(first), order), c1, c2, c3);
+  const __m256i low01 = _mm256_unpacklo_epi32(w.word[0], w.word[1]), low23 = _mm256_unpacklo_epi32(w.word[2], w.word[3]);
+  const __m256i high01 = _mm256_unpackhi_epi32(w.word[0], w.word[1]), high23 = _mm256_unpackhi_epi32(w.word[2], w.word[3]);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(low01, low23));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8), _mm256_unpackhi_epi64(low01, low23));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpacklo_epi64(high01, high23));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 24), _mm256_unpackhi_epi64(high01, high23));
+#else
+  const PhiloxWords w = philox4x32_lanes(seed, first, c1, c2, c3);
+  memcpy(out, w.word, sizeof w.word);
+#endif
 }
 
 }  // namespace ALITOK_ISA

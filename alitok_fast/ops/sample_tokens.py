@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from alitok_fast._library import native_enabled, register_fake
 from alitok_fast.ops.philox import DOMAIN_SAMPLE, philox4x32, split64
 
 
@@ -33,7 +34,7 @@ def sample_tokens(
         logits: (B, K) float32, bfloat16 or float16; with guidance (2 B, K), B conditional rows c, then B
             unconditional rows u. Computed in float32.
         guidance_scale: s in u + (c - u) * s; a number, or a () or (B,) float32 tensor. None: no guidance.
-        temperature: >= 0, at most 1e30. 0 is greedy: the largest logit, the lowest index on a tie, without noise.
+        temperature: 0, or in 1e-30..1e30. 0 is greedy: the largest logit, the lowest index on a tie, without noise.
         top_k: >= 1, keep the k largest logits. None keeps all.
         top_p: in (0, 1], keep the smallest set of codes, largest first, whose probability (at this temperature, of
             what top-k kept) reaches top_p. None keeps all.
@@ -52,14 +53,23 @@ def sample_tokens(
         TypeError, ValueError, RuntimeError: naming the argument, what was expected and what was given.
         ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
-    from alitok_fast._library import native_enabled
-
     operator = torch.ops.alitok.sample_tokens if native_enabled() else sample_tokens_reference
     if guidance_scale is not None:
         guidance_scale = _as_tensor(guidance_scale, torch.float32, logits.device)
-    seed = _as_tensor(seed, torch.int64, logits.device)
-    step = _as_tensor(step, torch.int64, logits.device)
+    seed = _as_tensor(_in_range("seed", seed, -(2**63), 2**63), torch.int64, logits.device)
+    step = _as_tensor(_in_range("step", step, 0, 2**32), torch.int64, logits.device)
     return operator(logits, guidance_scale, float(temperature), top_k, top_p, seed, image_ids, step)
+
+
+@register_fake("sample_tokens")
+def _(logits, guidance_scale, temperature, top_k, top_p, seed, image_ids, step):
+    return torch.empty_like(image_ids, memory_format=torch.contiguous_format)
+
+
+def _in_range(name: str, value: Tensor | int, lowest: int, end: int) -> Tensor | int:
+    if isinstance(value, int) and not lowest <= value < end:
+        raise ValueError(f"{name}: expected a number in [{lowest}, {end}), got {value}")
+    return value
 
 
 def _as_tensor(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:

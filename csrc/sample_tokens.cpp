@@ -1,0 +1,90 @@
+// sample_tokens: checks, allocation, dispatch.
+#include "sample_tokens.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "cuda_stream.h"
+#include "torch_parallel.h"
+
+namespace alitok {
+namespace {
+
+LogitsDtype logits_dtype(const Tensor& logits) {
+  check_dtype(logits, "logits", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  switch (logits.scalar_type()) {
+    case ScalarType::BFloat16: return LogitsDtype::bfloat16;
+    case ScalarType::Half: return LogitsDtype::float16;
+    default: return LogitsDtype::float32;
+  }
+}
+
+const int64_t* one_integer(const Tensor& t, const char* argument, const Tensor& logits) {
+  check_dtype(t, argument, {ScalarType::Long});
+  check(t.numel() == 1, argument, "one element", "shape " + shape_name(t));
+  check_same_device(t, argument, logits, "logits");
+  return static_cast<const int64_t*>(t.const_data_ptr());
+}
+
+SampleRule sample_rule(double temperature, std::optional<int64_t> top_k, std::optional<double> top_p, int64_t codes) {
+  check(temperature == 0 || (temperature >= 1e-30 && temperature <= 1e30), "temperature",
+        "0 (greedy) or a number in 1e-30..1e30", temperature);
+  check(!top_k || *top_k >= 1, "top_k", "None or a number >= 1", top_k.value_or(0));
+  check(!top_p || (*top_p > 0 && *top_p <= 1), "top_p", "None or a number in (0, 1]", top_p.value_or(0));
+  return {static_cast<float>(temperature), top_k.value_or(codes), top_p.value_or(1.0)};
+}
+
+Tensor sample_tokens(const Tensor& logits_any, const std::optional<Tensor>& guidance_scale, double temperature,
+                     std::optional<int64_t> top_k, std::optional<double> top_p, const Tensor& seed,
+                     const Tensor& image_ids_any, const Tensor& step) {
+  SampleTokensParams p{};
+  p.dtype = logits_dtype(logits_any);
+  check_dim(logits_any, "logits", 2);
+  const int64_t rows = logits_any.size(0);
+  p.codes = logits_any.size(1);
+  check(p.codes >= 1 && p.codes <= int64_t{1} << 30, "logits", "1..2^30 codes along dimension 1",
+        "shape " + shape_name(logits_any));
+  p.batch = guidance_scale ? rows / 2 : rows;
+  check(p.batch <= INT32_MAX, "logits", "at most 2^31 - 1 images", "shape " + shape_name(logits_any));
+  if (guidance_scale) {
+    check(rows % 2 == 0, "logits", "an even number of rows with guidance_scale (conditional, then unconditional)",
+          "shape " + shape_name(logits_any));
+    check_dtype(*guidance_scale, "guidance_scale", {ScalarType::Float});
+    check(guidance_scale->dim() == 0 || (guidance_scale->dim() == 1 && guidance_scale->size(0) == p.batch),
+          "guidance_scale", "shape () or (" + std::to_string(p.batch) + ",)", "shape " + shape_name(*guidance_scale));
+    check_same_device(*guidance_scale, "guidance_scale", logits_any, "logits");
+    p.guidance_scale = static_cast<const float*>(guidance_scale->const_data_ptr());
+    p.guidance_stride = guidance_scale->dim() == 0 ? 0 : guidance_scale->stride(0);
+  }
+  p.rule = sample_rule(temperature, top_k, top_p, p.codes);
+  p.seed = one_integer(seed, "seed", logits_any);
+  check_dtype(image_ids_any, "image_ids", {ScalarType::Long});
+  check_shape(image_ids_any, "image_ids", {p.batch});
+  check_same_device(image_ids_any, "image_ids", logits_any, "logits");
+  p.step = one_integer(step, "step", logits_any);
+
+  Tensor ids = torch::stable::new_empty(logits_any, {p.batch}, ScalarType::Long);
+  if (p.batch == 0) return ids;
+  const bool rows_contiguous = p.codes == 1 || logits_any.stride(1) == 1;
+  const Tensor logits = rows_contiguous ? logits_any : torch::stable::contiguous(logits_any);
+  const Tensor image_ids = torch::stable::contiguous(image_ids_any);
+  p.logits = logits.const_data_ptr();
+  p.row_stride = logits.stride(0);
+  p.image_ids = static_cast<const int64_t*>(image_ids.const_data_ptr());
+  p.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
+  if (logits.is_cuda()) {
+    ALITOK_DISPATCH_CUDA(sample_tokens_cuda, logits.get_device_index(), p);
+  } else {
+    ALITOK_DISPATCH_ISA(sample_tokens_cpu, p, torch_parallel());
+  }
+  return ids;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alitok, CPU, m) { m.impl("sample_tokens", TORCH_BOX(&sample_tokens)); }
+STABLE_TORCH_LIBRARY_IMPL(alitok, CUDA, m) { m.impl("sample_tokens", TORCH_BOX(&sample_tokens)); }
+
+}  // namespace
+}  // namespace alitok

@@ -1,0 +1,51 @@
+// sample_tokens: one code for each image out of its logits (guidance, temperature, top-k, top-p, counter-based draw).
+// The definition is sample_tokens_reference in alitok_fast/ops/sample_tokens.py.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu_isa.h"
+#include "parallel.h"
+
+namespace alitok {
+
+enum class LogitsDtype : int { float32, bfloat16, float16 };
+
+struct SampleRule {
+  float temperature;  // 0 is greedy, else in [1e-30, 1e30]
+  int64_t top_k;      // >= 1; at least the number of codes keeps all
+  double top_p;       // in (0, 1]; 1 keeps all
+};
+
+// Together with the code these determine the noise.
+struct SampleKey {
+  uint64_t seed, image_id;
+  uint32_t step;
+};
+
+struct SampleTokensParams {
+  LogitsDtype dtype;
+  int64_t batch, codes;  // images; 1 <= codes <= 2^30
+  // Row b at b * row_stride elements, aligned to one element only; with guidance row b + batch is its unconditional one.
+  const void* logits;
+  int64_t row_stride;
+  const float* guidance_scale;  // null: no guidance; else image b's at b * guidance_stride
+  int64_t guidance_stride;      // 0 or 1
+  SampleRule rule;
+  const int64_t *seed, *image_ids, *step;  // one element, (batch), one element
+  int64_t* ids;                            // (batch); -1 for a row that is no distribution
+};
+
+ALITOK_DECLARE_PER_ISA(void sample_tokens_cpu(const SampleTokensParams&, const Parallel&));
+
+// The same for one row, for kernels that have the logits at hand. `logits` holds `codes` floats, after guidance, with
+// room for sample_row_size(codes); it is overwritten.
+constexpr int64_t sample_row_size(int64_t codes) { return (codes + 63) / 64 * 64; }
+ALITOK_DECLARE_PER_ISA(int64_t sample_row(float* logits, int64_t codes, const SampleRule&, const SampleKey&));
+
+// u + (c - u) * scale, -inf where either is; c, u of float32. `out` may be one of the two.
+ALITOK_DECLARE_PER_ISA(void guide_row(const float* c, const float* u, float scale, int64_t codes, float* out));
+
+void sample_tokens_cuda(const SampleTokensParams&, void* stream);
+
+}  // namespace alitok

@@ -1,0 +1,181 @@
+// Guidance, temperature, top-k, top-p and draw on the CPU. Compiled once for each instruction set. The loops over codes
+// are plain, in blocks that compilers turn into vectors; only Philox is written for the instruction set.
+#include <limits>
+#include <vector>
+
+#include "sample_math.h"
+#include "sample_tokens.h"
+
+namespace alitok::ALITOK_ISA {
+namespace {
+
+constexpr int kBlock = 64;  // codes; rows are padded to a multiple of it
+
+float to_float(float x) { return x; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+
+struct Float16 {
+  uint16_t bits;
+};
+float to_float(Float16 x) {
+  const uint32_t magnitude = x.bits & 0x7FFFu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t finite = float_bits(bits_float(magnitude << 13) * 0x1p112f);  // exponent bias 15 to 127; exact
+  return bits_float(sign | finite | (magnitude >= 0x7C00u ? 0x7F800000u : 0u));
+}
+
+// Writes the row of image b, after guidance.
+template <class T>
+void load_row(const SampleTokensParams& p, int64_t b, float* out) {
+  const T* c = static_cast<const T*>(p.logits) + b * p.row_stride;
+  if (p.guidance_scale == nullptr) {
+    for (int64_t k = 0; k < p.codes; ++k) out[k] = to_float(c[k]);
+    return;
+  }
+  const T* u = c + p.batch * p.row_stride;
+  const float scale = p.guidance_scale[b * p.guidance_stride];
+  for (int64_t k = 0; k < p.codes; ++k) out[k] = guided(to_float(c[k]), to_float(u[k]), scale);
+}
+
+// The largest logit; +inf if the row holds NaN or +inf.
+float largest_logit(const float* x, int64_t size) {
+  int32_t key = std::numeric_limits<int32_t>::min(), wrong = 0;
+  for (int64_t k = 0; k < size; ++k) {
+    const int32_t next = order_key(x[k]);  // integers: a loop over a float maximum is not turned into vectors
+    key = next > key ? next : key;
+    wrong |= !is_logit(x[k]);
+  }
+  return wrong ? kInfinity : order_value(key);
+}
+
+int64_t first_at(const float* x, float value) {
+  for (const float* block = x;; block += kBlock) {
+    int found = 0;
+    for (int i = 0; i < kBlock; ++i) found |= block[i] == value;
+    if (!found) continue;
+    for (int i = 0;; ++i) {
+      if (block[i] == value) return block - x + i;
+    }
+  }
+}
+
+void drop_below(float* x, int64_t size, float threshold) {
+  for (int64_t k = 0; k < size; ++k) x[k] = x[k] < threshold ? -kInfinity : x[k];
+}
+
+void keep_top_k(float* x, int64_t size, float largest, int64_t top_k) {
+  const float threshold = largest_threshold(-kInfinity, largest, [=](float t) {
+    int32_t count = 0;
+    for (int64_t k = 0; k < size; ++k) count += x[k] >= t;
+    return count - top_k;
+  });
+  drop_below(x, size, threshold);
+}
+
+// The sum of the weights of what lies at or above t.
+uint64_t mass_above(const float* x, const uint32_t* weight, int64_t size, float t) {
+  constexpr int kLanes = kBlock / 4;
+  uint64_t mass[kLanes] = {};
+  for (int64_t start = 0; start < size; start += kBlock) {
+    const float* block = x + start;
+    const uint32_t* w = weight + start;
+    uint32_t sum[kLanes];  // of four weights, each at most 2^29: 64 bits are needed only once a block
+    for (int i = 0; i < kLanes; ++i) {
+      sum[i] = (block[i] >= t ? w[i] : 0) + (block[i + kLanes] >= t ? w[i + kLanes] : 0) +
+               (block[i + 2 * kLanes] >= t ? w[i + 2 * kLanes] : 0) +
+               (block[i + 3 * kLanes] >= t ? w[i + 3 * kLanes] : 0);
+    }
+    for (int i = 0; i < kLanes; ++i) mass[i] += sum[i];
+  }
+  uint64_t total = 0;
+  for (const uint64_t lane : mass) total += lane;
+  return total;
+}
+
+void keep_top_p(float* x, int64_t size, float largest, const SampleRule& rule, uint32_t* weight) {
+  const float scale = softmax_scale(rule.temperature);
+  for (int64_t k = 0; k < size; ++k) weight[k] = softmax_weight(x[k] - largest, scale);
+  const double wanted = rule.top_p * static_cast<double>(mass_above(x, weight, size, -kInfinity));
+  const float threshold = largest_threshold(-kInfinity, largest, [=](float t) {
+    return static_cast<double>(mass_above(x, weight, size, t)) >= wanted ? 1 : -1;
+  });
+  drop_below(x, size, threshold);
+}
+
+// argmax of x + temperature * noise, the lowest index on a tie. Exact noise is computed only where a cheap bound on it
+// could still win; a block that cannot win with the largest noise there is does not even ask for random words.
+int64_t draw(const float* x, int64_t size, float temperature, const SampleKey& key) {
+  const float largest_noise = temperature * kGumbelLargest, bound_unit = temperature * kGumbelBoundUnit;
+  const uint32_t id_low = static_cast<uint32_t>(key.image_id), id_high = static_cast<uint32_t>(key.image_id >> 32);
+  float best = -kInfinity;
+  int64_t best_code = -1;
+  alignas(64) uint32_t word[kBlock];
+  alignas(64) float bound[kBlock];
+  for (int64_t start = 0; start < size; start += kBlock) {
+    const float* block = x + start;
+    int possible = 0;
+    for (int i = 0; i < kBlock; ++i) possible |= block[i] + largest_noise > best;
+    if (!possible) continue;
+    for (int i = 0; i < kBlock; i += 4 * kPhiloxLanes) {
+      philox4x32_stream(key.seed, static_cast<uint32_t>((start + i) / 4) | kPhiloxSample, key.step, id_low, id_high,
+                        word + i);
+    }
+    possible = 0;
+    for (int i = 0; i < kBlock; ++i) {
+      bound[i] = block[i] + gumbel_bound(word[i]) * bound_unit;
+      possible |= bound[i] > best;
+    }
+    if (!possible) continue;
+    for (int i = 0; i < kBlock; ++i) {
+      if (!(bound[i] > best)) continue;
+      const float score = fmaf(temperature, gumbel(word[i]), block[i]);
+      if (score > best) {
+        best = score;
+        best_code = start + i;
+      }
+    }
+  }
+  return best_code;
+}
+
+}  // namespace
+
+void guide_row(const float* c, const float* u, float scale, int64_t codes, float* out) {
+  for (int64_t k = 0; k < codes; ++k) out[k] = guided(c[k], u[k], scale);
+}
+
+int64_t sample_row(float* logits, int64_t codes, const SampleRule& rule, const SampleKey& key) {
+  const int64_t size = sample_row_size(codes);
+  for (int64_t k = codes; k < size; ++k) logits[k] = -kInfinity;
+  const float largest = largest_logit(logits, size);
+  if (largest == kInfinity || largest == -kInfinity) return -1;
+  if (rule.temperature == 0) return first_at(logits, largest);
+  if (rule.top_k < codes) keep_top_k(logits, size, largest, rule.top_k);
+  if (rule.top_p < 1) {
+    std::vector<uint32_t> weight(size);
+    keep_top_p(logits, size, largest, rule, weight.data());
+  }
+  return draw(logits, size, rule.temperature, key);
+}
+
+void sample_tokens_cpu(const SampleTokensParams& p, const Parallel& parallel) {
+  constexpr int64_t kGrainCodes = 8192;  // some microseconds of work
+  parallel(0, p.batch, (kGrainCodes + p.codes - 1) / p.codes, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(sample_row_size(p.codes));
+    for (int64_t b = begin; b < end; ++b) {
+      switch (p.dtype) {
+        case LogitsDtype::float32: load_row<float>(p, b, row.data()); break;
+        case LogitsDtype::bfloat16: load_row<BFloat16>(p, b, row.data()); break;
+        case LogitsDtype::float16: load_row<Float16>(p, b, row.data()); break;
+      }
+      const SampleKey key{static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.image_ids[b]),
+                          static_cast<uint32_t>(*p.step)};
+      p.ids[b] = sample_row(row.data(), p.codes, p.rule, key);
+    }
+  });
+}
+
+}  // namespace alitok::ALITOK_ISA

@@ -1,0 +1,244 @@
+// Guidance, temperature, top-k, top-p and draw on CUDA: one block for each image, one launch. Without top-k and top-p
+// the logits are read once and held nowhere; with them the guided row lies in shared memory, or, where it is too long
+// for that, is read and guided again for each step of the search.
+#include "cuda_kernel.h"
+#include "sample_math.h"
+#include "sample_tokens.h"
+
+namespace alitok {
+namespace {
+
+constexpr int kWarp = 32, kMaxWarps = 32, kMaxThreads = kWarp * kMaxWarps;
+constexpr int kGroup = 4;                         // codes that share a Philox counter
+constexpr int64_t kMaxSharedBytes = 96 * 1024;    // what every device from sm_80 on has
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <class T>
+struct alignas(kGroup * sizeof(T)) Group {
+  T value[kGroup];
+};
+
+// The guided logits of one image.
+template <class T>
+struct Row {
+  const T* c;
+  const T* u;  // null: no guidance
+  float scale;
+  int64_t codes;
+  bool aligned;  // to whole groups
+
+  __device__ float at(int64_t k) const {
+    return u == nullptr ? to_float(c[k]) : guided(to_float(c[k]), to_float(u[k]), scale);
+  }
+
+  // Codes k .. k + 3; -inf behind the last one.
+  __device__ void load(int64_t k, float (&x)[kGroup]) const {
+    if (!aligned || k + kGroup > codes) {
+      for (int i = 0; i < kGroup; ++i) x[i] = k + i < codes ? at(k + i) : -kInfinity;
+      return;
+    }
+    const auto conditional = *reinterpret_cast<const Group<T>*>(c + k);
+    if (u == nullptr) {
+      for (int i = 0; i < kGroup; ++i) x[i] = to_float(conditional.value[i]);
+      return;
+    }
+    const auto unconditional = *reinterpret_cast<const Group<T>*>(u + k);
+    for (int i = 0; i < kGroup; ++i) {
+      x[i] = guided(to_float(conditional.value[i]), to_float(unconditional.value[i]), scale);
+    }
+  }
+};
+
+template <class T>
+__device__ Row<T> row_of(const SampleTokensParams& p, int64_t b) {
+  const T* c = static_cast<const T*>(p.logits) + b * p.row_stride;
+  const bool with_guidance = p.guidance_scale != nullptr;
+  const T* u = with_guidance ? c + p.batch * p.row_stride : nullptr;
+  const uintptr_t misaligned = (reinterpret_cast<uintptr_t>(c) | reinterpret_cast<uintptr_t>(u)) % sizeof(Group<T>);
+  return {c, u, with_guidance ? p.guidance_scale[b * p.guidance_stride] : 0.0f, p.codes, misaligned == 0};
+}
+
+// Reduces over the block and gives every thread the result. The scratch has two halves, used in turn, so that one
+// barrier a call is enough: a thread that already writes the next result cannot meet one that still reads this one.
+template <class V>
+struct BlockReduce {
+  V* scratch;  // 2 * kMaxWarps
+  int turn = 0;
+
+  template <class Combine>
+  __device__ V operator()(V value, V neutral, const Combine& combine) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    V* half = scratch + turn * kMaxWarps;
+    turn ^= 1;
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) value = combine(value, shuffle(value, offset));
+    if (lane == 0) half[warp] = value;
+    __syncthreads();
+    value = lane < warps ? half[lane] : neutral;
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) value = combine(value, shuffle(value, offset));
+    return value;
+  }
+
+  __device__ static V shuffle(V value, int offset) { return __shfl_xor_sync(kAllLanes, value, offset); }
+};
+
+// A score and its code in one number: the larger score wins, then the lower code.
+__device__ __forceinline__ int64_t ranked(float score, int64_t code) {
+  return static_cast<int64_t>(order_key(score)) * (int64_t{1} << 32) + (0x7FFFFFFF - code);
+}
+__device__ __forceinline__ int64_t ranked_code(int64_t rank) { return 0x7FFFFFFF - (rank & 0xFFFFFFFF); }
+
+struct Largest {
+  __device__ int64_t operator()(int64_t a, int64_t b) const { return a > b ? a : b; }
+};
+struct Sum {
+  __device__ int64_t operator()(int64_t a, int64_t b) const { return a + b; }
+};
+
+// Calls f(k, x) for each group of four codes of this thread.
+template <class Source, class F>
+__device__ __forceinline__ void for_each_group(const Source& source, int64_t codes, const F& f) {
+  for (int64_t k = int64_t{kGroup} * threadIdx.x; k < codes; k += int64_t{kGroup} * blockDim.x) {
+    float x[kGroup];
+    source.load(k, x);
+    f(k, x);
+  }
+}
+
+// A guided row in shared memory, padded with -inf to whole groups. Each thread reads back only what it wrote.
+struct SharedRow {
+  float* x;
+  __device__ void load(int64_t k, float (&out)[kGroup]) const {
+    const float4 group = *reinterpret_cast<const float4*>(x + k);
+    out[0] = group.x, out[1] = group.y, out[2] = group.z, out[3] = group.w;
+  }
+};
+
+// The smallest logit that top-k, then top-p keep.
+template <class Source>
+__device__ float keep_threshold(const Source& source, const SampleTokensParams& p, float largest,
+                                BlockReduce<int64_t>& reduce) {
+  float threshold = -kInfinity;
+  if (p.rule.top_k < p.codes) {
+    threshold = largest_threshold(-kInfinity, largest, [&](float t) {
+      int64_t count = 0;
+      for_each_group(source, p.codes, [&](int64_t, const float(&x)[kGroup]) {
+        for (int i = 0; i < kGroup; ++i) count += x[i] >= t;
+      });
+      return reduce(count, 0, Sum()) - p.rule.top_k;
+    });
+  }
+  if (p.rule.top_p < 1) {
+    const float scale = softmax_scale(p.rule.temperature);
+    const auto mass_above = [&](float t) {
+      int64_t mass = 0;
+      for_each_group(source, p.codes, [&](int64_t, const float(&x)[kGroup]) {
+        for (int i = 0; i < kGroup; ++i) mass += x[i] >= t ? softmax_weight(x[i] - largest, scale) : 0;
+      });
+      return static_cast<double>(reduce(mass, 0, Sum()));
+    };
+    const double wanted = p.rule.top_p * mass_above(threshold);
+    threshold = largest_threshold(threshold, largest, [&](float t) { return mass_above(t) >= wanted ? 1 : -1; });
+  }
+  return threshold;
+}
+
+// The noise's place in a row: seed, step and image id, once for each thread.
+__device__ SampleKey key_of(const SampleTokensParams& p, int64_t b) {
+  return {static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.image_ids[b]), static_cast<uint32_t>(*p.step)};
+}
+
+// Rank of the best code among those at or above `threshold`; also tells whether all logits were numbers below +inf.
+template <class Source>
+__device__ int64_t draw(const Source& source, const SampleTokensParams& p, const SampleKey& key, float threshold,
+                        BlockReduce<int64_t>& reduce) {
+  const float temperature = p.rule.temperature;
+  const uint32_t id_low = static_cast<uint32_t>(key.image_id), id_high = static_cast<uint32_t>(key.image_id >> 32);
+  const int64_t none = ranked(-kInfinity, -1);
+  int64_t best = none;
+  bool wrong = false;
+  for_each_group(source, p.codes, [&](int64_t k, const float(&x)[kGroup]) {
+    Philox4x32 noise = {};
+    if (temperature > 0) {
+      noise = philox4x32(key.seed, static_cast<uint32_t>(k / kGroup) | kPhiloxSample, key.step, id_low, id_high);
+    }
+    for (int i = 0; i < kGroup; ++i) {
+      wrong |= !is_logit(x[i]);
+      if (!(x[i] >= threshold) || x[i] == -kInfinity) continue;
+      const float score = temperature > 0 ? fmaf(temperature, gumbel(noise.word[i]), x[i]) : x[i] + 0.0f;
+      const int64_t rank = ranked(score, k + i);
+      best = rank > best ? rank : best;
+    }
+  });
+  // One reduction for both: above every rank is the mark of a row that is no distribution.
+  constexpr int64_t kWrong = INT64_MAX;
+  best = reduce(wrong ? kWrong : best, none, Largest());
+  return best == kWrong || best == none ? -1 : ranked_code(best);
+}
+
+template <class T, bool Filter, bool Shared>
+__global__ void __launch_bounds__(kMaxThreads) sample_tokens_kernel(const SampleTokensParams p) {
+  __shared__ int64_t scratch[2 * kMaxWarps];
+  const int64_t b = blockIdx.x;
+  const Row<T> row = row_of<T>(p, b);
+  BlockReduce<int64_t> reduce{scratch};
+  int64_t code;
+  if constexpr (!Filter) {
+    code = draw(row, p, key_of(p, b), -kInfinity, reduce);
+  } else {
+    ALITOK_DYNAMIC_SHARED(float, held);
+    // The largest logit first: top-p weighs against it, and it tells rows that are no distribution.
+    int64_t largest_rank = ranked(-kInfinity, -1);
+    for_each_group(row, p.codes, [&](int64_t k, const float(&x)[kGroup]) {
+      if constexpr (Shared) *reinterpret_cast<float4*>(held + k) = make_float4(x[0], x[1], x[2], x[3]);
+      for (int i = 0; i < kGroup; ++i) {
+        const int64_t rank = ranked(is_logit(x[i]) ? x[i] : kInfinity, 0);
+        largest_rank = rank > largest_rank ? rank : largest_rank;
+      }
+    });
+    largest_rank = reduce(largest_rank, ranked(-kInfinity, -1), Largest());
+    const float largest = order_value(static_cast<int32_t>(largest_rank >> 32));
+    if (largest == kInfinity || largest == -kInfinity) {
+      code = -1;
+    } else if constexpr (Shared) {
+      const SharedRow source{held};
+      code = draw(source, p, key_of(p, b), keep_threshold(source, p, largest, reduce), reduce);
+    } else {
+      code = draw(row, p, key_of(p, b), keep_threshold(row, p, largest, reduce), reduce);
+    }
+  }
+  if (threadIdx.x == 0) p.ids[b] = code;
+}
+
+template <class T>
+void launch(const SampleTokensParams& p, void* stream) {
+  const int64_t groups = (p.codes + kGroup - 1) / kGroup;
+  const int64_t warps = (groups + kWarp - 1) / kWarp;
+  const unsigned threads = kWarp * static_cast<unsigned>(warps < kMaxWarps ? warps : kMaxWarps);
+  const unsigned blocks = static_cast<unsigned>(p.batch);
+  const bool filter = p.rule.temperature > 0 && (p.rule.top_k < p.codes || p.rule.top_p < 1);
+  const int64_t bytes = groups * kGroup * sizeof(float);
+  if (!filter) {
+    ALITOK_LAUNCH((sample_tokens_kernel<T, false, false>), blocks, threads, 0, stream, p);
+  } else if (bytes <= kMaxSharedBytes) {
+    allow_shared_bytes(sample_tokens_kernel<T, true, true>, bytes);
+    ALITOK_LAUNCH((sample_tokens_kernel<T, true, true>), blocks, threads, bytes, stream, p);
+  } else {
+    ALITOK_LAUNCH((sample_tokens_kernel<T, true, false>), blocks, threads, 0, stream, p);
+  }
+}
+
+}  // namespace
+
+void sample_tokens_cuda(const SampleTokensParams& p, void* stream) {
+  switch (p.dtype) {
+    case LogitsDtype::float32: return launch<float>(p, stream);
+    case LogitsDtype::bfloat16: return launch<__nv_bfloat16>(p, stream);
+    case LogitsDtype::float16: return launch<__half>(p, stream);
+  }
+}
+
+}  // namespace alitok

@@ -1,0 +1,86 @@
+"""The CUDA kernel of sample_tokens, emulated: the same ids as the CPU kernel, to the last one."""
+
+import math
+
+import pytest
+import torch
+
+from alitok_fast.ops.sample_tokens import sample_tokens
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make_case(codes, dtype=torch.float32, guidance=None, offset=0, padding=0, batch=4, seed=0, **rule):
+    """Inputs of the emulated kernel, and what the CPU makes of the same logits."""
+    generator = torch.Generator().manual_seed(codes + seed)
+    rows = batch if guidance is None else 2 * batch
+    memory = torch.full((rows, offset + codes + padding), math.nan)
+    memory[:, offset : offset + codes] = 2 * torch.randn(rows, codes, generator=generator)
+    if codes > 2:
+        memory[1, offset + 1] = math.nan
+        memory[2, offset : offset + codes // 2] = -math.inf
+    memory = memory.to(dtype)
+    draw = {"seed": torch.tensor(2**40 - seed), "image_ids": torch.arange(batch) * 2**31 - 1, "step": torch.tensor(17)}
+    expected = sample_tokens(memory[:, offset : offset + codes], guidance_scale=guidance, **rule, **draw)
+    inputs = {
+        "dtype": DTYPES.index(dtype),
+        "batch": batch,
+        "codes": codes,
+        "logits": memory,
+        "offset": offset,
+        "row_stride": memory.shape[1],
+        "guidance_scale": None if guidance is None else torch.as_tensor(guidance, dtype=torch.float32),
+        "guidance_stride": int(isinstance(guidance, torch.Tensor)),
+        "temperature": rule.get("temperature", 1.0),
+        "top_k": rule.get("top_k") or codes,
+        "top_p": rule.get("top_p") or 1.0,
+        **draw,
+    }
+    return inputs, {"ids": ((batch,), torch.int64)}, expected
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"codes": 1},
+        {"codes": 3, "offset": 1},
+        {"codes": 130, "guidance": 3.0},
+        {"codes": 1021, "guidance": torch.linspace(0, 8, 4), "dtype": torch.bfloat16, "padding": 1},
+        {"codes": 4096, "batch": 3, "dtype": torch.float16},
+        {"codes": 200, "temperature": 0.0},
+        {"codes": 7, "top_k": 2, "top_p": 0.5},
+        {"codes": 260, "guidance": 2.5, "offset": 3, "top_k": 20, "temperature": 0.6},
+        {"codes": 128, "dtype": torch.bfloat16, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_same_ids_as_the_cpu(simt, case, sanitizer):
+    inputs, outputs, expected = make_case(**case)
+    result = simt.program("sample_tokens", sanitizer).run(inputs, outputs, schedules=2)
+    assert torch.equal(result["ids"], expected)
+
+
+def test_rows_longer_than_shared_memory(simt):
+    inputs, outputs, expected = make_case(24577, guidance=2.0, batch=3, top_k=20)
+    result = simt.program("sample_tokens").run(inputs, outputs, schedules=1)
+    assert torch.equal(result["ids"], expected)
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "old", "new", "rule"),
+    [
+        pytest.param("thread", "    __syncthreads();\n", "", {}, id="missing barrier"),
+        pytest.param("thread", "scratch + turn * kMaxWarps", "scratch", {"top_p": 0.9}, id="scratch used too early"),
+        pytest.param("address", "k + kGroup > codes", "k > codes", {}, id="reads past the row"),
+        pytest.param("address", "!(x[i] >= threshold)", "!(x[i] > threshold)", {"top_p": 1e-9}, id="drops the last one"),
+    ],
+)
+def test_seeded_bugs_are_caught(simt, sanitizer, old, new, rule):
+    program = simt.program("sample_tokens", sanitizer, patch=("sample_tokens_cuda.cu", old, new))
+    inputs, outputs, expected = make_case(258, padding=2, **rule)
+    try:
+        result = program.run(inputs, outputs)
+    except simt.Failure:
+        return
+    assert not torch.equal(result["ids"], expected)
