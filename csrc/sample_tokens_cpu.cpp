@@ -1,31 +1,26 @@
 // Guidance, temperature, top-k, top-p and draw on the CPU. Compiled once for each instruction set. The loops over codes
-// are plain, in blocks that compilers turn into vectors; only Philox is written for the instruction set.
+// are plain, in blocks that compilers turn into vectors; only Philox is written for an instruction set.
 #include <limits>
 #include <vector>
 
 #include "sample_math.h"
 #include "sample_tokens.h"
+#include "simd.h"
 
 namespace alitok::ALITOK_ISA {
 namespace {
 
 constexpr int kBlock = 64;  // codes; rows are padded to a multiple of it
 
-float to_float(float x) { return x; }
-
 struct BFloat16 {
   uint16_t bits;
 };
-float to_float(BFloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
-
 struct Float16 {
   uint16_t bits;
 };
-float to_float(Float16 x) {
-  const uint32_t magnitude = x.bits & 0x7FFFu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t finite = float_bits(bits_float(magnitude << 13) * 0x1p112f);  // exponent bias 15 to 127; exact
-  return bits_float(sign | finite | (magnitude >= 0x7C00u ? 0x7F800000u : 0u));
-}
+float to_float(float x) { return x; }
+float to_float(BFloat16 x) { return from_bf16(x.bits); }
+float to_float(Float16 x) { return from_f16(x.bits); }
 
 // Writes the row of image b, after guidance.
 template <class T>

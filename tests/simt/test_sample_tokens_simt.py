@@ -73,7 +73,7 @@ def test_rows_longer_than_shared_memory(simt):
         pytest.param("thread", "    __syncthreads();\n", "", {}, id="missing barrier"),
         pytest.param("thread", "scratch + turn * kMaxWarps", "scratch", {"top_p": 0.9}, id="scratch used too early"),
         pytest.param("address", "k + kGroup > codes", "k > codes", {}, id="reads past the row"),
-        pytest.param("address", "!(x[i] >= threshold)", "!(x[i] > threshold)", {"top_p": 1e-9}, id="drops the last one"),
+        pytest.param("address", "!(x[i] >= threshold)", "!(x[i] > threshold)", {"top_p": 1e-9}, id="drops the last"),
     ],
 )
 def test_seeded_bugs_are_caught(simt, sanitizer, old, new, rule):
