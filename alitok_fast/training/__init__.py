@@ -1,0 +1,1 @@
+"""Training of the tokenizer (stages 1 and 2) and of the generator."""

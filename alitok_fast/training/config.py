@@ -1,0 +1,89 @@
+"""Training settings: frozen dataclasses with the paper's values as defaults; unknown keys raise."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the tokenizer's and the generator's training have in common.
+
+    `batch` is the number of samples in one optimizer step, over all
+    `accumulate` micro-batches. `ema_decay` 0 keeps no moving average.
+    """
+
+    steps: int = 500_000
+    batch: int = 64
+    accumulate: int = 1
+    lr: float = 4e-4
+    end_lr: float = 1e-5
+    warmup: int = 62_500
+    betas: tuple[float, float] = (0.9, 0.96)
+    weight_decay: float = 0.03
+    clip: float = 1.0
+    precision: str = "bf16"
+    ema_decay: float = 0.0
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "save_every"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("batch", self.batch % self.accumulate == 0, f"a multiple of accumulate {self.accumulate}")
+        self._check("warmup", 0 <= self.warmup <= self.steps, f"0 to steps ({self.steps})")
+        self._check("lr", 0 < self.lr, "a positive number")
+        self._check("end_lr", 0 <= self.end_lr <= self.lr, f"0 to lr ({self.lr})")
+        self._check("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
+        self._check("ema_decay", 0 <= self.ema_decay < 1, "0 to 1, 1 excluded")
+        self._check("clip", self.clip > 0, "a positive number")
+
+    def _check(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]):
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{cls.__name__}: unknown key {unknown[0]!r}; expected one of {sorted(known)}")
+        tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**values | tuples)
+
+
+@dataclass(frozen=True)
+class TokenizerTrainConfig(TrainConfig):
+    """Stage 1 and stage 2 of the tokenizer (section 3.2); `aux_weight` counts in stage 1 only."""
+
+    steps: int = 350_000
+    batch: int = 48
+    lr: float = 1e-4
+    end_lr: float = 2e-6
+    warmup: int = 10_000
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    aux_weight: float = 10.0
+
+
+@dataclass(frozen=True)
+class GeneratorTrainConfig(TrainConfig):
+    """The generator (section 3.3). Dropout rates belong to the model's configuration."""
+
+    batch: int = 2048
+
+
+TOKENIZER_DEMO = TokenizerTrainConfig(
+    steps=2500, batch=96, lr=1e-3, end_lr=2e-5, warmup=100, save_every=250, log_every=25
+)
+GENERATOR_DEMO = GeneratorTrainConfig(
+    steps=4000, batch=128, lr=1e-3, end_lr=2e-5, warmup=200, save_every=250, log_every=25
+)
