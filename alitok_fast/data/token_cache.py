@@ -166,7 +166,7 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarr
     return array
 
 
-def tokenizer_fingerprint(state: dict[str, Tensor]) -> str:
+def weights_fingerprint(state: dict[str, Tensor]) -> str:
     """A short hash of the weights that decide the tokens; a cache of another tokenizer is refused by it."""
     digest = hashlib.sha256()
     for name in sorted(state):

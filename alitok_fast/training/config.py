@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PRECISIONS = ("fp32", "bf16")
@@ -81,9 +81,21 @@ class GeneratorTrainConfig(TrainConfig):
     batch: int = 2048
 
 
-TOKENIZER_DEMO = TokenizerTrainConfig(
-    steps=2500, batch=96, lr=1e-3, end_lr=2e-5, warmup=100, save_every=250, log_every=25
+# The demo fits two CPU cores and an afternoon: smaller batches, higher rates, shorter schedules (docs/demo.md).
+_DEMO_STAGE1 = TokenizerTrainConfig(
+    steps=2400, batch=64, lr=1e-3, end_lr=2e-5, warmup=100, betas=(0.9, 0.99), log_every=25, save_every=100
 )
-GENERATOR_DEMO = GeneratorTrainConfig(
-    steps=4000, batch=128, lr=1e-3, end_lr=2e-5, warmup=200, save_every=250, log_every=25
-)
+_TOKENIZER = TokenizerTrainConfig()
+_DEMO_GENERATOR = GeneratorTrainConfig(steps=4000, batch=64, lr=1e-3, end_lr=2e-5, warmup=200, log_every=25, save_every=100)
+
+TOKENIZER_PRESETS: dict[int, dict[str, TokenizerTrainConfig]] = {
+    1: {"demo": _DEMO_STAGE1, "256": _TOKENIZER, "512": _TOKENIZER},
+    2: {"demo": _DEMO_STAGE1, "256": replace(_TOKENIZER, steps=300_000), "512": replace(_TOKENIZER, steps=300_000)},
+}
+_GENERATOR = GeneratorTrainConfig()
+_XL = replace(_GENERATOR, steps=250_000)
+GENERATOR_PRESETS: dict[str, GeneratorTrainConfig] = {
+    "demo": _DEMO_GENERATOR,
+    **{name: _GENERATOR for name in ("b", "l", "b-512", "l-512")},
+    **{name: _XL for name in ("xl", "xl-512")},
+}

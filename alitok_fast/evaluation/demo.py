@@ -1,0 +1,110 @@
+"""Measure a tokenizer and a generator of ours against the real test set.
+
+    python -m alitok_fast.evaluation.demo --data /usr/share/datasets/fashion-mnist
+
+PSNR and codebook use of the tokenizer on all test images; then the share of
+samples that a small classifier, trained here on the real training images,
+gives the class asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alitok_fast.data import open_source
+from alitok_fast.data.transforms import centre_crop
+from alitok_fast.evaluation.classifier import predict, train_classifier
+from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
+from alitok_fast.evaluation.psnr import psnr
+from alitok_fast.models.generator import Generator
+from alitok_fast.models.loading import load_generator, load_tokenizer
+from alitok_fast.models.tokenizer import Tokenizer
+from alitok_fast.sampling import sample
+
+
+def all_images(source, size: int) -> Tensor:
+    """Every image of a source (alitok_fast.data.open_source), centre-cropped: (n, 3, size, size) uint8."""
+    images = np.stack([centre_crop(source.image(i), size) for i in range(len(source))])
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+@torch.inference_mode()
+def evaluate_tokenizer(tokenizer: Tokenizer, images: Tensor, batch: int = 250) -> dict[str, float]:
+    """Reconstruction and codebook use over images (n, 3, S, S) uint8.
+
+    `psnr` is the mean of the images' PSNR in dB; `psnr_of_mean_error` that of the error averaged over all images.
+    """
+    scores, counts = [], torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64)
+    for part in images.split(batch):
+        real = part.float() / 255
+        tokens = tokenizer.encode(real)
+        scores.append(psnr(real, tokenizer.decode(tokens).clamp(0, 1)))
+        counts += torch.bincount(tokens.flatten(), minlength=len(counts))
+    scores = torch.cat(scores)
+    mean_error = (10 ** (-scores / 10)).mean()
+    return {
+        "images": len(images),
+        "psnr": float(scores.mean()),
+        "psnr_of_mean_error": float(-10 * torch.log10(mean_error)),
+        "codebook_usage": codebook_usage(counts),
+        "codebook_perplexity": codebook_perplexity(counts),
+    }
+
+
+def draw_samples(
+    generator: Generator, tokenizer: Tokenizer, per_class: int, seed: int = 0, batch: int = 250, **sampling
+) -> tuple[Tensor, Tensor]:
+    """`per_class` images of every class, (n, 3, S, S) in [0, 1], and their labels (n,)."""
+    labels = torch.arange(generator.config.classes).repeat(per_class)
+    ids = torch.arange(len(labels))
+    images = [
+        tokenizer.decode(sample(generator, part, seed=seed, image_ids=numbers, **sampling)).clamp(0, 1)
+        for part, numbers in zip(labels.split(batch), ids.split(batch), strict=True)
+    ]
+    return torch.cat(images), labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the IDX files or pictures of both splits")
+    parser.add_argument("--tokenizer", default="demo", help="tokenizer: a name, folder or file")
+    parser.add_argument("--generator", default="demo", help="generator: a name, folder or file")
+    parser.add_argument("--per-class", type=int, default=100, help="samples of each class")
+    parser.add_argument("--guidance", action="append", metavar="SCALE,POWER", help="repeatable; default: the preset's")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    tokenizer, generator = load_tokenizer(arguments.tokenizer), load_generator(arguments.generator)
+    size = tokenizer.config.image_size
+    train_source, test_source = (open_source(arguments.data, split, size) for split in ("train", "test"))
+    test_images, test_labels = all_images(test_source, size), torch.from_numpy(test_source.labels)
+    print(json.dumps({"tokenizer": evaluate_tokenizer(tokenizer, test_images)}), flush=True)
+
+    classifier = train_classifier(
+        all_images(train_source, size), torch.from_numpy(train_source.labels), len(train_source.classes)
+    )
+    accuracy = (predict(classifier, test_images) == test_labels).double().mean()
+    print(json.dumps({"classifier_test_accuracy": float(accuracy)}), flush=True)
+
+    config = generator.config
+    for text in arguments.guidance or [f"{config.guidance_scale},{config.guidance_power}"]:
+        scale, power = map(float, text.split(","))
+        images, labels = draw_samples(
+            generator, tokenizer, arguments.per_class, arguments.seed,
+            guidance_scale=scale, guidance_power=power, temperature=arguments.temperature,
+        )  # fmt: skip
+        agreed = (predict(classifier, images) == labels).double()
+        by_class = {name: float(agreed[labels == i].mean()) for i, name in enumerate(train_source.classes)}
+        result = {"guidance_scale": scale, "guidance_power": power, "class_accuracy": float(agreed.mean())}
+        print(json.dumps({**result, "samples": len(labels), "by_class": by_class}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

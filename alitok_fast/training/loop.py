@@ -1,0 +1,180 @@
+"""The training loop: the same for both tokenizer stages and for the generator."""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from alitok_fast.models.loading import save_model
+from alitok_fast.training.config import TrainConfig
+from alitok_fast.training.meter import Meter
+from alitok_fast.training.optim import adamw, learning_rate
+from alitok_fast.training.progress import Bar
+from alitok_fast.training.run_folder import RunFolder
+
+
+class StepOutput(NamedTuple):
+    """`loss` to differentiate; `values` to average in the log; `usage` (K,) how often each code was chosen."""
+
+    loss: Tensor
+    values: dict[str, Tensor]
+    usage: Tensor | None = None
+
+
+class Task(Protocol):
+    """What is trained: a model, its data and its loss."""
+
+    model: nn.Module
+
+    def batch(self, index: int) -> tuple[Tensor, ...]:
+        """Micro-batch `index` of the whole run, on the CPU; a function of the index alone."""
+
+    def loss(self, *batch: Tensor) -> StepOutput: ...
+
+    def after_backward(self) -> None:
+        """Updates outside the gradient, such as the clustering of the codebook."""
+
+    def provenance(self) -> dict[str, Any]: ...
+
+
+def train(
+    task: Task,
+    config: TrainConfig,
+    run: RunFolder,
+    device: torch.device | str = "cpu",
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Train until `config.steps`, from the run's checkpoint where it has one. Returns the folder of the model.
+
+    On a CPU in fp32, with the same number of threads, a run that was killed
+    and resumed ends with the same weights, bit for bit, as one that was not.
+    Raises FloatingPointError, leaving the last checkpoint, when the loss or
+    its gradient is no finite number.
+    """
+    device = torch.device(device)
+    writer = _tensorboard(run.path) if tensorboard else None
+    model = task.model.to(device).train()
+    optimizer = adamw(model, config)
+    ema = {name: value.detach().clone() for name, value in model.state_dict().items()} if config.ema_decay else None
+    meter = Meter()
+    torch.manual_seed(config.seed)
+    start = _restore(run.load_state(), model, optimizer, ema, meter)
+
+    with ThreadPoolExecutor(1) as pool, Bar("train", config.steps, start, progress) as bar:
+        ahead = pool.submit(task.batch, start * config.accumulate)
+        for step in range(start, config.steps):
+            lr = learning_rate(step, config.lr, config.end_lr, config.warmup, config.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for micro in range(config.accumulate):
+                batch = [part.to(device) for part in ahead.result()]
+                ahead = pool.submit(task.batch, step * config.accumulate + micro + 1)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    output = task.loss(*batch)
+                (output.loss / config.accumulate).backward()
+                task.after_backward()
+                meter.add(output.loss, output.values, output.usage, samples=len(batch[0]))
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            _check_finite(step, output.loss, norm, run)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                _update_ema(ema, model, config.ema_decay)
+
+            done, figures = step + 1, None
+            if done % config.log_every == 0 or done == config.steps:
+                entry = {"step": done, "lr": lr, "grad_norm": float(norm), **meter.summary()}
+                run.log(entry)
+                figures = {key: entry[key] for key in ("loss", "usage", "perplexity") if key in entry}
+                _write_tensorboard(writer, entry)
+                meter = Meter()
+            if done % config.save_every == 0 or done == config.steps:
+                run.save_state(_state(done, model, optimizer, ema, meter))
+                _save_model(run, task, model, ema, done)
+            bar.advance(figures)
+    if writer is not None:
+        writer.close()
+    return run.model_folder
+
+
+def _check_finite(step: int, loss: Tensor, norm: Tensor, run: RunFolder) -> None:
+    loss = loss.detach()
+    if math.isfinite(float(loss)) and math.isfinite(float(norm)):
+        return
+    kept = f"the last checkpoint is {run.state_file}" if run.state_file.exists() else "no checkpoint was written yet"
+    raise FloatingPointError(
+        f"loss: expected a finite number, got {float(loss)} with gradient norm {float(norm)} at step {step}; {kept}. "
+        "Lower lr, or use precision fp32"
+    )
+
+
+def _state(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict | None, meter: Meter) -> dict[str, Any]:
+    return {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": ema,
+        "meter": meter.state(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore(
+    state: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict | None, meter: Meter
+) -> int:
+    """Put a checkpoint back, random number generators included; the step to go on with."""
+    if state is None:
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if ema is not None:
+        for name, value in state["ema"].items():
+            ema[name].copy_(value)
+    meter.load(state["meter"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return int(state["step"])
+
+
+@torch.no_grad()
+def _update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            ema[name].lerp_(value, 1 - decay)
+        else:
+            ema[name].copy_(value)
+
+
+def _save_model(run: RunFolder, task: Task, model: nn.Module, ema: dict[str, Tensor] | None, step: int) -> None:
+    provenance = {**task.provenance(), "step": step, "torch": torch.__version__, "saved": time.strftime("%Y-%m-%d")}
+    if ema is None:
+        save_model(run.model_folder, model, provenance)
+        return
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(ema)
+    save_model(run.model_folder, model, {**provenance, "weights": "moving average"})
+    model.load_state_dict(own)
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError("tensorboard: asked for, but not installed; pip install 'alitok_fast[train]'") from error
+    return SummaryWriter(folder / "tensorboard")
+
+
+def _write_tensorboard(writer, entry: dict[str, Any]) -> None:
+    if writer is not None:
+        for key, value in entry.items():
+            if key != "step":
+                writer.add_scalar(key, value, entry["step"])

@@ -1,0 +1,44 @@
+"""Encode a data set once, for the generator's training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alitok_fast.data import TokenCache, validate_token_cache, write_token_cache
+from alitok_fast.data.token_cache import TokenCacheMeta, weights_fingerprint
+from alitok_fast.models.tokenizer import Tokenizer
+from alitok_fast.training.progress import tracked
+
+
+def tokenize(
+    tokenizer: Tokenizer, source, out: str | Path, crops: int = 10, batch: int = 64, progress: bool = True
+) -> TokenCache:
+    """Write the token cache of an image source (alitok_fast.data.open_source) to the folder `out`, or finish it.
+
+    `crops` is 1 (centre), 2 (and its mirror image) or 10 (section 3.3). The
+    stage does not matter: stage 2 keeps the encoder and the codebook of stage 1.
+    """
+    config = tokenizer.config
+    decisive = ("latent_tokens", "encoder.", "quantize.embedding.")
+    encoder = {name: value for name, value in tokenizer.state_dict().items() if name.startswith(decisive)}
+    meta = TokenCacheMeta(
+        images=len(source),
+        crops=crops,
+        tokens=config.tokens,
+        codebook_size=config.codebook_size,
+        image_size=config.image_size,
+        classes=list(source.classes),
+        source=source.name,
+        tokenizer=weights_fingerprint(encoder),
+    )
+    tokenizer.eval()
+
+    def encode(images: Tensor) -> Tensor:
+        return tokenizer.encode(images.to(tokenizer.device))
+
+    with torch.inference_mode():
+        write_token_cache(out, source, encode, meta, batch, lambda batches: tracked("tokenize", batches, progress))
+    return validate_token_cache(out)
