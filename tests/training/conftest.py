@@ -1,0 +1,37 @@
+"""Tiny models, data and settings: a training step takes milliseconds."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alitok_fast.config import GeneratorConfig, TokenizerConfig
+from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
+
+TOKENIZER = TokenizerConfig(
+    image_size=8, patch_size=4, codebook_size=16, code_dim=8, encoder_width=16, encoder_layers=1, encoder_heads=2,
+    decoder_width=16, decoder_layers=1, decoder_heads=2, buffer_tokens=2, stage=1,
+)  # fmt: skip
+GENERATOR = GeneratorConfig(
+    width=16, layers=2, heads=2, grid=2, codebook_size=16, classes=3, hidden_multiple=8, dropout=0.1, class_dropout=0.5
+)
+_COMMON = dict(batch=4, warmup=2, precision="fp32", log_every=2, save_every=3)
+TOKENIZER_TRAINING = TokenizerTrainConfig(steps=12, lr=1e-2, **_COMMON)
+GENERATOR_TRAINING = GeneratorTrainConfig(steps=12, lr=1e-2, **_COMMON)
+
+
+@pytest.fixture(scope="session")
+def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images of 8x8 in three classes: vertical, horizontal and diagonal stripes."""
+    folder = tmp_path_factory.mktemp("stripes")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:8, :8]
+    labels = np.arange(24, dtype=np.uint8) % 3
+    waves = [np.sin([x, y, x + y][label] * 1.5 + rng.uniform(0, 6)) for label in labels]
+    images = ((np.stack(waves) + 1) * 127).astype(np.uint8)
+    (folder / "train-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, *images.shape) + images.tobytes())
+    (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 24) + labels.tobytes())
+    return folder

@@ -1,0 +1,46 @@
+"""Training settings: checks and unknown keys."""
+
+from __future__ import annotations
+
+import pytest
+
+from alitok_fast.config import GENERATORS, TOKENIZERS
+from alitok_fast.training.cli import with_settings
+from alitok_fast.training.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, GeneratorTrainConfig, TokenizerTrainConfig
+
+
+def test_round_trip_and_unknown_key() -> None:
+    config = TokenizerTrainConfig(steps=20_000, lr=3e-4)
+    assert TokenizerTrainConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="GeneratorTrainConfig: unknown key 'aux_weight'"):
+        GeneratorTrainConfig.from_dict(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"batch": 10, "accumulate": 3}, "batch: expected a multiple of accumulate 3, got 10"),
+        ({"warmup": -1}, "warmup: expected 0 to steps"),
+        ({"lr": 0.0}, "lr: expected a positive number"),
+        ({"end_lr": 1.0}, "end_lr: expected 0 to lr"),
+        ({"precision": "fp16"}, "precision: expected one of"),
+        ({"ema_decay": 1.0}, "ema_decay: expected 0 to 1"),
+    ],
+)
+def test_bad_settings(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GeneratorTrainConfig(**changes)
+
+
+def test_settings_from_the_command_line() -> None:
+    config = with_settings(GeneratorTrainConfig(), ["steps=70000", "lr=1e-3", "betas=[0.8, 0.9]", "precision=fp32"])
+    assert (config.steps, config.lr, config.betas, config.precision) == (70_000, 1e-3, (0.8, 0.9), "fp32")
+    for text, message in [("steps", "name=value"), ("stepz=1", "unknown setting 'stepz'"), ("steps=x", "expected a int")]:
+        with pytest.raises(ValueError, match=message):
+            with_settings(GeneratorTrainConfig(), [text])
+
+
+def test_every_model_preset_has_training_settings() -> None:
+    assert set(GENERATOR_PRESETS) == set(GENERATORS)
+    assert set(TOKENIZER_PRESETS[1]) == set(TOKENIZER_PRESETS[2]) == set(TOKENIZERS)
