@@ -152,7 +152,8 @@ def validate_token_cache(folder: str | Path, check_range: bool = True) -> TokenC
         raise ValueError(f"{folder / 'labels.npy'}: expected labels in 0..{len(meta.classes) - 1}, "
                          f"got {labels.min()}..{labels.max()}")
     if check_range and int(tokens.max()) >= meta.codebook_size:
-        raise ValueError(f"{folder / 'tokens.npy'}: expected tokens below {meta.codebook_size}, got {int(tokens.max())}")
+        largest = int(tokens.max())
+        raise ValueError(f"{folder / 'tokens.npy'}: expected tokens below {meta.codebook_size}, got {largest}")
     return TokenCache(tokens, labels, meta)
 
 

@@ -21,12 +21,20 @@ class SmallClassifier(nn.Module):
 
         def stage(inputs: int, outputs: int) -> nn.Sequential:
             return nn.Sequential(
-                nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)
+                nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
             )
 
         self.features = nn.Sequential(stage(1, width), stage(width, 2 * width), stage(2 * width, 4 * width))
         self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * width, 128), nn.ReLU(), nn.Linear(128, classes)
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * width, 128),
+            nn.ReLU(),
+            nn.Linear(128, classes),
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from alitok_fast.training.tokenizer import train_tokenizer
 app = typer.Typer(no_args_is_help=True, help="Train the tokenizer (stages 1 and 2) and the generator.")
 
 Out = Annotated[Path, typer.Option(help="Run folder: config.json, log.jsonl, checkpoint/ and model/.")]
-Data = Annotated[Path, typer.Option(help="Folder with IDX files (Fashion-MNIST), or of pictures with a sub-folder per class.")]
+Data = Annotated[Path, typer.Option(help="Folder with IDX files (Fashion-MNIST), or of pictures, a sub-folder per class.")]
 OnError = Annotated[str, typer.Option(help="Unreadable pictures: 'stop' at them, or 'skip' them by name.")]
 Preset = Annotated[str, typer.Option(help="Model sizes and training settings to start from.")]
 Settings = Annotated[
@@ -116,7 +116,7 @@ def tokenize_command(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the token cache.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer: 'demo', a model folder or a checkpoint file.")] = "demo",
-    crops: Annotated[int, typer.Option(help="1: centre, 2: and its mirror image, 10: corners and centre, mirrored.")] = 10,
+    crops: Annotated[int, typer.Option(help="1: centre, 2: and its mirror image, 10: with the corners too.")] = 10,
     split: Annotated[str, typer.Option(help="IDX files: train or test.")] = "train",
     batch: Annotated[int, typer.Option(help="Images encoded together.")] = 64,
     on_error: OnError = "stop",

@@ -86,7 +86,9 @@ _DEMO_STAGE1 = TokenizerTrainConfig(
     steps=2400, batch=64, lr=1e-3, end_lr=2e-5, warmup=100, betas=(0.9, 0.99), log_every=25, save_every=100
 )
 _TOKENIZER = TokenizerTrainConfig()
-_DEMO_GENERATOR = GeneratorTrainConfig(steps=4000, batch=64, lr=1e-3, end_lr=2e-5, warmup=200, log_every=25, save_every=100)
+_DEMO_GENERATOR = GeneratorTrainConfig(
+    steps=4000, batch=64, lr=1e-3, end_lr=2e-5, warmup=200, log_every=25, save_every=100
+)
 
 TOKENIZER_PRESETS: dict[int, dict[str, TokenizerTrainConfig]] = {
     1: {"demo": _DEMO_STAGE1, "256": _TOKENIZER, "512": _TOKENIZER},

@@ -115,7 +115,9 @@ def _check_finite(step: int, loss: Tensor, norm: Tensor, run: RunFolder) -> None
     )
 
 
-def _state(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict | None, meter: Meter) -> dict[str, Any]:
+def _state(
+    step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict | None, meter: Meter
+) -> dict[str, Any]:
     return {
         "step": step,
         "model": model.state_dict(),

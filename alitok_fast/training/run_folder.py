@@ -41,15 +41,11 @@ class RunFolder:
             self.log_file.write_text("")
 
     def _check_same(self, saved: dict[str, Any], now: dict[str, Any]) -> None:
-        for section in ("kind", "train", "model"):
-            if section == "kind" or not isinstance(now[section], dict):
-                pairs = {section: (saved.get(section), now[section])}
-            else:
-                keys = set(saved.get(section, {})) | set(now[section])
-                pairs = {key: (saved.get(section, {}).get(key), now[section].get(key)) for key in sorted(keys - _FREE_KEYS)}
-            for key, (before, after) in pairs.items():
-                if before != after:
-                    raise ValueError(f"{key}: expected {before!r} as in {self.path / 'config.json'}, got {after!r}")
+        before, after = ({"kind": d["kind"], **d["train"], **d["model"]} for d in (saved, now))
+        for key in sorted((set(before) | set(after)) - _FREE_KEYS):
+            if before.get(key) != after.get(key):
+                file = self.path / "config.json"
+                raise ValueError(f"{key}: expected {before.get(key)!r} as in {file}, got {after.get(key)!r}")
 
     def save_state(self, state: dict[str, Any]) -> None:
         write_atomically(self.state_file, lambda file: torch.save(state, file))
@@ -62,7 +58,8 @@ class RunFolder:
         try:
             state = torch.load(self.state_file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises a different type for each kind of damage
-            raise ValueError(f"{self.state_file}: expected a whole checkpoint, got {type(error).__name__}: {error}") from error
+            found = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.state_file}: expected a whole checkpoint, got {found}") from error
         lines = [line for line in self.log_file.read_text().splitlines() if _log_step(line, state["step"])]
         write_atomically(self.log_file, lambda file: file.write_text("".join(line + "\n" for line in lines)))
         return state

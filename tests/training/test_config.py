@@ -36,7 +36,8 @@ def test_bad_settings(changes: dict, message: str) -> None:
 def test_settings_from_the_command_line() -> None:
     config = with_settings(GeneratorTrainConfig(), ["steps=70000", "lr=1e-3", "betas=[0.8, 0.9]", "precision=fp32"])
     assert (config.steps, config.lr, config.betas, config.precision) == (70_000, 1e-3, (0.8, 0.9), "fp32")
-    for text, message in [("steps", "name=value"), ("stepz=1", "unknown setting 'stepz'"), ("steps=x", "expected a int")]:
+    wrong = [("steps", "name=value"), ("stepz=1", "unknown setting 'stepz'"), ("steps=x", "expected a int")]
+    for text, message in wrong:
         with pytest.raises(ValueError, match=message):
             with_settings(GeneratorTrainConfig(), [text])
 
