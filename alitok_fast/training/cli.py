@@ -21,7 +21,7 @@ from alitok_fast.training.tokenizer import train_tokenizer
 app = typer.Typer(no_args_is_help=True, help="Train the tokenizer (stages 1 and 2) and the generator.")
 
 Out = Annotated[Path, typer.Option(help="Run folder: config.json, log.jsonl, checkpoint/ and model/.")]
-Data = Annotated[Path, typer.Option(help="Folder with IDX files (Fashion-MNIST), or of pictures, a sub-folder per class.")]
+Data = Annotated[Path, typer.Option(help="Folder with IDX files (Fashion-MNIST), or of pictures (a folder per class).")]
 OnError = Annotated[str, typer.Option(help="Unreadable pictures: 'stop' at them, or 'skip' them by name.")]
 Preset = Annotated[str, typer.Option(help="Model sizes and training settings to start from.")]
 Settings = Annotated[
