@@ -25,13 +25,13 @@ GENERATOR_TRAINING = GeneratorTrainConfig(steps=12, lr=1e-2, **_COMMON)
 
 @pytest.fixture(scope="session")
 def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 images of 8x8 in three classes: vertical, horizontal and diagonal stripes."""
+    """24 images of 8x8 in three classes: dark with vertical, grey with horizontal, bright with diagonal stripes."""
     folder = tmp_path_factory.mktemp("stripes")
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:8, :8]
     labels = np.arange(24, dtype=np.uint8) % 3
-    waves = [np.sin([x, y, x + y][label] * 1.5 + rng.uniform(0, 6)) for label in labels]
-    images = ((np.stack(waves) + 1) * 127).astype(np.uint8)
+    waves = [label / 2 + rng.uniform(0.1, 0.3) * np.sin([x, y, x + y][label] * 1.5) for label in labels]
+    images = np.clip(np.stack(waves) * 255, 0, 255).astype(np.uint8)
     (folder / "train-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, *images.shape) + images.tobytes())
     (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 24) + labels.tobytes())
     return folder

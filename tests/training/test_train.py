@@ -33,7 +33,7 @@ def runs(idx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 1, tokens, stage 2 and generator, trained one after the other."""
     folder = tmp_path_factory.mktemp("runs")
     source = open_source(idx_folder, image_size=8)
-    longer = dict(steps=80, batch=8, save_every=80)
+    longer = dict(steps=200, batch=8, lr=5e-3, save_every=200)
     stage1 = train_tokenizer(
         source, folder / "stage1", 1, TOKENIZER, replace(TOKENIZER_TRAINING, **longer), progress=False
     )
@@ -50,7 +50,7 @@ def runs(idx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_loss_falls(runs: Path, name: str) -> None:
     key = "loss" if name == "generator" else "mse"
     log = log_of(runs / name)
-    assert np.mean([e[key] for e in log[-3:]]) < 0.8 * log[0][key]
+    assert np.mean([e[key] for e in log[-3:]]) < 0.7 * log[0][key]
     assert all(np.isfinite(list(entry.values())).all() for entry in log)
 
 
