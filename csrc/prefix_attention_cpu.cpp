@@ -74,17 +74,25 @@ struct Layout {
 // How many keys position i sees: the first so many.
 int64_t visible_keys(const PrefixAttentionParams& p, int64_t i) { return std::max(p.prefix_len, i + 1); }
 
+// The rows (head_dim) of one head in some tensor: row i at first + i * stride.
 template <class T>
-const T* input_row(const PrefixAttentionParams& p, int64_t head, int64_t i, Part part) {
+struct Rows {
+  T* first;
+  int64_t stride;
+  T* operator[](int64_t i) const { return first + i * stride; }
+};
+
+template <class T>
+Rows<const T> input_rows(const PrefixAttentionParams& p, int64_t head, Part part) {
   const int64_t b = head / p.heads, h = head % p.heads;
-  return static_cast<const T*>(p.qkv) + b * p.qkv_batch_stride + i * p.qkv_row_stride +
-         (part * p.heads + h) * p.head_dim;
+  return {static_cast<const T*>(p.qkv) + b * p.qkv_batch_stride + (part * p.heads + h) * p.head_dim, p.qkv_row_stride};
 }
 
-// Position of row i of `head` in a contiguous (B, L, H, D) tensor.
-int64_t output_offset(const PrefixAttentionParams& p, int64_t head, int64_t i) {
-  const int64_t b = head / p.heads, h = head % p.heads;
-  return ((b * p.length + i) * p.heads + h) * p.head_dim;
+// Of a contiguous (B, L, H, D) tensor.
+template <class T, class Data>
+Rows<T> output_rows(const PrefixAttentionParams& p, int64_t head, Data* data) {
+  const int64_t b = head / p.heads, h = head % p.heads, stride = p.heads * p.head_dim;
+  return {static_cast<T*>(data) + b * p.length * stride + h * p.head_dim, stride};
 }
 
 const float* norm_weight(const PrefixAttentionParams& p, Part part) {
@@ -119,21 +127,30 @@ void prepare_row(const PrefixAttentionParams& p, const T* x, Part part, int64_t 
   const int64_t n = p.head_dim;
   const float* weight = norm_weight(p, part);
   const float* rope = part == kValue || p.rope == nullptr ? nullptr : p.rope + i * n;
-  Vec squares;
+  Vec rstd;
+  if (weight != nullptr) {
+    Vec squares;
+    for (int64_t d = 0; d < n; d += kLanes) {
+      const Vec element = load_first(x + d, n - d);
+      squares = fma(element, element, squares);
+    }
+    rstd = inverse_rms(p, squares);
+  }
   for (int64_t d = 0; d < n; d += kLanes) {
-    const Vec element = load_first(x + d, n - d);
-    squares = fma(element, element, squares);
+    Vec element = load_first(x + d, n - d);
+    if (weight != nullptr) {
+      element = round_to<T>(round_to<T>(element * rstd) * round_to<T>(load_first(weight + d, n - d)));
+    }
+#if defined(__AVX2__)
+    if (rope != nullptr) element = round_to<T>(rotate_pairs(element, load_first(rope + d, n - d)));
+    element *= Vec(factor);
+#endif
     element.store(y + d);
   }
-  if (weight != nullptr) {
-    const Vec rstd = inverse_rms(p, squares);
-    for (int64_t d = 0; d < n; d += kLanes) {
-      const Vec normed = round_to<T>(Vec::load(y + d) * rstd);
-      round_to<T>(normed * round_to<T>(load_first(weight + d, n - d))).store(y + d);
-    }
-  }
+#if !defined(__AVX2__)  // a single lane holds no pair
   if (rope != nullptr) rotate_row<T>(y, rope, n, false);
-  for (int64_t d = 0; d < n; d += kLanes) (Vec::load(y + d) * Vec(factor)).store(y + d);
+  for (int64_t d = 0; d < n; ++d) y[d] *= factor;
+#endif
 }
 
 // The gradient of a prepared row, as to `factor` 1, back through rotation and norm: writes the gradient of the input
@@ -168,11 +185,13 @@ void backward_row(const PrefixAttentionParams& p, const T* x, Part part, int64_t
   for (int64_t d = 0; d < n; d += kLanes) store_first(Vec::load(grad + d), grad_x + d, n - d);
 }
 
-// All keys or values of a head: (keys, row).
+// Rows i0..i0 + count of a head, each times `factor`: (count, row).
 template <class T>
-void pack(const PrefixAttentionParams& p, const Layout& layout, int64_t head, Part part, float* rows) {
-  for (int64_t j = 0; j < p.length; ++j)
-    prepare_row(p, input_row<T>(p, head, j, part), part, j, 1.0f, rows + j * layout.row);
+void prepare_rows(const PrefixAttentionParams& p, const Layout& layout, int64_t head, Part part, int64_t i0,
+                  int64_t count, float factor, float* rows) {
+  const Rows<const T> input = input_rows<T>(p, head, part);
+  for (int64_t i = i0; i < i0 + count; ++i)
+    prepare_row(p, input[i], part, i, factor, rows + (i - i0) * layout.row);
 }
 
 // (keys, row) -> (row, keys)
@@ -206,23 +225,28 @@ void dropout_factors(const PrefixAttentionParams& p, int64_t head, int64_t i, in
   }
 }
 
-// A row of scores becomes exp(score - max), and zero from the first invisible key to the end of `vectors`.
+// Vector v of a row of scores, with -infinity (probability zero) for keys that are not visible.
+// Hidden in the register: written to memory, the next load would wait for two overlapping stores.
+Vec visible_scores(const float* scores, int64_t v, int64_t visible) {
+  const Vec all = Vec::load(scores + v * kLanes);
+  const int64_t count = visible - v * kLanes;
+  return count >= kLanes ? all : first_lanes(all, Vec(-INFINITY), static_cast<int>(std::max<int64_t>(count, 0)));
+}
+
+// A row of scores becomes exp(score - max), zero where it is not visible.
 struct RowSoftmax {
   float max, sum;
 };
 RowSoftmax exponentiate_row(float* scores, int64_t visible, int64_t vectors) {
-  std::fill(scores + visible, scores + vectors * kLanes, -INFINITY);
-  const int64_t used = vectors_over(visible);
-  Vec top = Vec::load(scores);
-  for (int64_t v = 1; v < used; ++v) top = max(top, Vec::load(scores + v * kLanes));
+  Vec top = visible_scores(scores, 0, visible);
+  for (int64_t v = 1; v < vectors; ++v) top = max(top, visible_scores(scores, v, visible));
   const float row_max = max(top);
   Vec total;
-  for (int64_t v = 0; v < used; ++v) {
-    const Vec e = exp(Vec::load(scores + v * kLanes) - Vec(row_max));
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Vec e = exp(visible_scores(scores, v, visible) - Vec(row_max));
     e.store(scores + v * kLanes);
     total += e;
   }
-  std::fill(scores + used * kLanes, scores + vectors * kLanes, 0.0f);
   return {row_max, sum(total)};
 }
 
@@ -242,8 +266,7 @@ template <class T>
 void forward_tile(const PrefixAttentionParams& p, const Layout& layout, int64_t head, int64_t i0,
                   ForwardBuffers& buffers) {
   const int64_t rows = std::min(kTile, p.length - i0), keys = visible_keys(p, i0 + rows - 1);
-  for (int64_t r = 0; r < rows; ++r)
-    prepare_row(p, input_row<T>(p, head, i0 + r, kQuery), kQuery, i0 + r, p.scale, buffers.q + r * layout.row);
+  prepare_rows<T>(p, layout, head, kQuery, i0, rows, p.scale, buffers.q);
   multiply(rows, vectors_over(keys), p.head_dim, row_major(buffers.q, layout.row), buffers.keys_t, layout.keys,
            buffers.scores, layout.keys);
 
@@ -262,10 +285,10 @@ void forward_tile(const PrefixAttentionParams& p, const Layout& layout, int64_t 
 
   multiply(rows, layout.row_vectors(), keys, row_major(buffers.scores, layout.keys), buffers.values, layout.row,
            buffers.out, layout.row);
+  const Rows<T> out = output_rows<T>(p, head, p.out);
   for (int64_t r = 0; r < rows; ++r) {
-    T* out = static_cast<T*>(p.out) + output_offset(p, head, i0 + r);
     for (int64_t d = 0; d < p.head_dim; d += kLanes)
-      store_first(Vec::load(buffers.out + r * layout.row + d) * Vec(inverse_sum[r]), out + d, p.head_dim - d);
+      store_first(Vec::load(buffers.out + r * layout.row + d) * Vec(inverse_sum[r]), out[i0 + r] + d, p.head_dim - d);
   }
 }
 
@@ -279,8 +302,8 @@ void forward(const PrefixAttentionParams& p, const Parallel& parallel) {
     ForwardBuffers buffers(layout);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts;
-      pack<T>(p, layout, head, kKey, buffers.keys);
-      pack<T>(p, layout, head, kValue, buffers.values);
+      prepare_rows<T>(p, layout, head, kKey, 0, p.length, 1.0f, buffers.keys);
+      prepare_rows<T>(p, layout, head, kValue, 0, p.length, 1.0f, buffers.values);
       transpose(layout, buffers.keys, buffers.keys_t);
       for (int64_t tile = task % parts; tile < tiles; tile += parts)
         forward_tile<T>(p, layout, head, tile * kTile, buffers);
@@ -307,12 +330,22 @@ struct BackwardBuffers {
         grad_weights(2 * layout.row) {}
 };
 
-// Where the gradient of an input row goes in the contiguous grad_qkv.
+// Of the contiguous grad_qkv.
 template <class T>
-T* grad_row(const PrefixAttentionBackwardParams& p, int64_t head, int64_t i, Part part) {
+Rows<T> grad_rows(const PrefixAttentionBackwardParams& p, int64_t head, Part part) {
   const PrefixAttentionParams& f = p.forward;
-  const int64_t b = head / f.heads, h = head % f.heads;
-  return static_cast<T*>(p.grad_qkv) + (((b * f.length + i) * 3 + part) * f.heads + h) * f.head_dim;
+  const int64_t b = head / f.heads, h = head % f.heads, stride = 3 * f.heads * f.head_dim;
+  return {static_cast<T*>(p.grad_qkv) + b * f.length * stride + (part * f.heads + h) * f.head_dim, stride};
+}
+
+// All keys or values of a head: `grads` is (keys, row).
+template <class T>
+void backward_rows(const PrefixAttentionBackwardParams& p, const Layout& layout, int64_t head, Part part, float* grads,
+                   float* grad_weight) {
+  const Rows<const T> input = input_rows<T>(p.forward, head, part);
+  const Rows<T> grad_input = grad_rows<T>(p, head, part);
+  for (int64_t j = 0; j < p.forward.length; ++j)
+    backward_row(p.forward, input[j], part, j, grads + j * layout.row, grad_weight, grad_input[j]);
 }
 
 // With P the probabilities, F the dropout factors, S the scaled scores:
@@ -324,11 +357,12 @@ void backward_tile(const PrefixAttentionBackwardParams& params, const Layout& la
   const int64_t n = p.head_dim, rows = std::min(kTile, p.length - i0), keys = visible_keys(p, i0 + rows - 1);
   const int64_t vectors = vectors_over(keys);
   float rowsum[kTile];
+  prepare_rows<T>(p, layout, head, kQuery, i0, rows, p.scale, buffers.q);
+  const Rows<const T> outs = output_rows<const T>(p, head, p.out);
+  const Rows<const T> grad_outs = output_rows<const T>(p, head, params.grad_out);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t i = i0 + r, offset = output_offset(p, head, i);
-    prepare_row(p, input_row<T>(p, head, i, kQuery), kQuery, i, p.scale, buffers.q + r * layout.row);
-    const T* out = static_cast<const T*>(p.out) + offset;
-    const T* grad_out = static_cast<const T*>(params.grad_out) + offset;
+    const T* out = outs[i0 + r];
+    const T* grad_out = grad_outs[i0 + r];
     Vec products;
     for (int64_t d = 0; d < n; d += kLanes) {
       const Vec grad = load_first(grad_out + d, n - d);
@@ -346,11 +380,11 @@ void backward_tile(const PrefixAttentionBackwardParams& params, const Layout& la
     float* row = buffers.scores + r * layout.keys;
     float* grad_row = buffers.grad_scores + r * layout.keys;
     const int64_t visible = visible_keys(p, i0 + r);
-    std::fill(row + visible, row + vectors * kLanes, -INFINITY);
     if (p.dropout_threshold > 0) dropout_factors(p, head, i0 + r, keys, buffers.factors);
     const Vec lse = p.lse[head * p.length + i0 + r], mean = rowsum[r];
-    for (int64_t j = 0; j < vectors * kLanes; j += kLanes) {
-      const Vec probability = exp(Vec::load(row + j) - lse);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t j = v * kLanes;
+      const Vec probability = exp(visible_scores(row, v, visible) - lse);
       const Vec factor = p.dropout_threshold > 0 ? Vec::load(buffers.factors + j) : Vec(1.0f);
       (probability * factor).store(row + j);
       (probability * (factor * Vec::load(grad_row + j) - mean)).store(grad_row + j);
@@ -363,11 +397,12 @@ void backward_tile(const PrefixAttentionBackwardParams& params, const Layout& la
                  buffers.grad_keys, layout.row);
   multiply(rows, layout.row_vectors(), keys, row_major(buffers.grad_scores, layout.keys), buffers.keys, layout.row,
            buffers.grad_q, layout.row);
+  const Rows<const T> queries = input_rows<T>(p, head, kQuery);
+  const Rows<T> grad_queries = grad_rows<T>(params, head, kQuery);
   for (int64_t r = 0; r < rows; ++r) {
     float* grad_q = buffers.grad_q + r * layout.row;
     for (int64_t d = 0; d < n; d += kLanes) (Vec::load(grad_q + d) * Vec(p.scale)).store(grad_q + d);
-    backward_row(p, input_row<T>(p, head, i0 + r, kQuery), kQuery, i0 + r, grad_q, buffers.grad_weights,
-                 grad_row<T>(params, head, i0 + r, kQuery));
+    backward_row(p, queries[i0 + r], kQuery, i0 + r, grad_q, buffers.grad_weights, grad_queries[i0 + r]);
   }
 }
 
@@ -381,19 +416,15 @@ void backward(const PrefixAttentionBackwardParams& params, const Parallel& paral
     BackwardBuffers buffers(layout);
     for (int64_t head = begin; head < end; ++head) {
       buffers.grad_weights.zero();
-      pack<T>(p, layout, head, kKey, buffers.keys);
-      pack<T>(p, layout, head, kValue, buffers.values);
+      prepare_rows<T>(p, layout, head, kKey, 0, p.length, 1.0f, buffers.keys);
+      prepare_rows<T>(p, layout, head, kValue, 0, p.length, 1.0f, buffers.values);
       transpose(layout, buffers.keys, buffers.keys_t);
       transpose(layout, buffers.values, buffers.values_t);
       buffers.grad_keys.zero();
       buffers.grad_values.zero();
       for (int64_t i0 = 0; i0 < p.length; i0 += kTile) backward_tile<T>(params, layout, head, i0, buffers);
-      for (int64_t j = 0; j < p.length; ++j) {
-        backward_row(p, input_row<T>(p, head, j, kKey), kKey, j, buffers.grad_keys + j * layout.row,
-                     buffers.grad_weights + layout.row, grad_row<T>(params, head, j, kKey));
-        backward_row(p, input_row<T>(p, head, j, kValue), kValue, j, buffers.grad_values + j * layout.row, nullptr,
-                     grad_row<T>(params, head, j, kValue));
-      }
+      backward_rows<T>(params, layout, head, kKey, buffers.grad_keys, buffers.grad_weights + layout.row);
+      backward_rows<T>(params, layout, head, kValue, buffers.grad_values, nullptr);
       if (partials != nullptr) {
         std::memcpy(partials + head * 2 * n, buffers.grad_weights, n * sizeof(float));
         std::memcpy(partials + head * 2 * n + n, buffers.grad_weights + layout.row, n * sizeof(float));

@@ -110,6 +110,8 @@ inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }  // a 2^n, integer n
+// The first `count` lanes of a, the others of b.
+inline Vec first_lanes(Vec a, Vec b, int count) { return _mm512_mask_blend_ps(Vec::first(count), b.v, a.v); }
 // Pairs of lanes (x0, x1) turned by those of turn = (c, s): (x0 c - x1 s, x0 s + x1 c), and back again.
 inline Vec rotate_pairs(Vec x, Vec turn) {
   const __m512 across = _mm512_mul_ps(_mm512_permute_ps(x.v, 0xB1), _mm512_movehdup_ps(turn.v));
@@ -210,6 +212,9 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {  // in two steps, so that subno
   const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
   return a * power_of_two(half) * power_of_two(_mm256_sub_epi32(whole, half));
 }
+inline Vec first_lanes(Vec a, Vec b, int count) {
+  return _mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(Vec::first(count)));
+}
 inline Vec rotate_pairs(Vec x, Vec turn) {
   const __m256 across = _mm256_mul_ps(_mm256_permute_ps(x.v, 0xB1), _mm256_movehdup_ps(turn.v));
   return _mm256_fmaddsub_ps(x.v, _mm256_moveldup_ps(turn.v), across);
@@ -294,6 +299,7 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {  // as for AVX2
   const int whole = static_cast<int>(n.v), half = whole >> 1;
   return a.v * power_of_two(half) * power_of_two(whole - half);
 }
+inline Vec first_lanes(Vec a, Vec b, int count) { return count > 0 ? a : b; }
 inline float sum(Vec a) { return a.v; }
 inline float min(Vec a) { return a.v; }
 inline float max(Vec a) { return a.v; }
@@ -317,10 +323,12 @@ inline void transpose(Vec (&rows)[Vec::lanes]) {
 #endif
 }
 
-// e^x to 2 units in the last place; 0 at -infinity, infinity above 88.72, NaN at NaN.
+// e^x to 2 units in the last place; 0 below -87.33 (no subnormal results: each would cost a microcode assist),
+// infinity above 88.72, NaN at NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor series to r^7.
 inline Vec exp(Vec x) {
-  const Vec bounded = min(Vec(128.0f), max(Vec(-128.0f), x));  // NaN passes: it is the second argument
+  const Vec lowest(-87.33f);
+  const Vec bounded = min(Vec(128.0f), max(lowest, x));  // NaN passes: it is the second argument
   const Vec n = round(bounded * Vec(1.44269504089f));
   const Vec r = fnma(n, Vec(-2.12194440e-4f), fnma(n, Vec(0.693359375f), bounded));
   Vec p = Vec(1.0f / 5040);
@@ -331,7 +339,7 @@ inline Vec exp(Vec x) {
   p = fma(p, r, Vec(0.5f));
   p = fma(p, r, Vec(1.0f));
   p = fma(p, r, Vec(1.0f));
-  return scale_by_power_of_two(p, n);
+  return select(x < lowest, Vec(), scale_by_power_of_two(p, n));
 }
 
 }  // namespace ALITOK_ISA
