@@ -86,4 +86,8 @@ class CMakeBuild(build_ext):
         os.replace(staged, target)
 
 
-setup(ext_modules=[Extension("alitok_fast._C", sources=[])], cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("alitok_fast._C", sources=[])],
+        cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+    )

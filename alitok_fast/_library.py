@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +14,9 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-REBUILD = f"{Path(sys.executable).name} -m pip install --force-reinstall --no-deps ."
-"""The command that mends a missing or broken extension, for a source checkout."""
+REBUILD = f"{sys.executable} -m pip install --force-reinstall --no-deps ."
+"""The command that mends a missing or broken extension, in a source checkout."""
+
 
 class _Mode:
     """The switch. A plain attribute, because torch.compile guards on those: code compiled for one setting is compiled
@@ -25,7 +28,20 @@ class _Mode:
 _mode = _Mode()
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether an ELF file reaches as far as its header says. Loading one cut short kills the process (SIGBUS)."""
+    with file.open("rb") as stream:
+        header = stream.read(64)
+    if header[:5] != b"\x7fELF\x02" or len(header) < 64:
+        return len(header) == 64  # another format: the loader's own errors have to do
+    sections_at, entry_size, entries = struct.unpack_from("<Q10xHH", header, 40)
+    return file.stat().st_size >= sections_at + entry_size * entries
+
+
 def _load() -> ImportError | None:
+    spec = importlib.util.find_spec("alitok_fast._C")
+    if spec is not None and not _is_whole(Path(spec.origin)):
+        return ImportError("the file is cut short")
     try:
         import alitok_fast._C  # noqa: F401  (importing it registers torch.ops.alitok)
     except ImportError as error:
@@ -73,14 +89,21 @@ def use_reference(enabled: bool = True) -> Iterator[None]:
         _mode.reference = before
 
 
+def _require(operator: str) -> None:
+    if not hasattr(torch.ops.alitok, operator):
+        raise ImportError(explain(ImportError(f"no operator {operator} in it: built from older sources")))
+
+
 def register_fake(operator: str) -> Callable[[F], F]:
     """Decorator: the fake (meta) kernel of `alitok::<operator>`; does nothing where the extension is not loaded."""
     if load_error is not None:
         return lambda function: function
+    _require(operator)
     return torch.library.register_fake(f"alitok::{operator}")
 
 
 def register_autograd(operator: str, backward: Callable[..., object], setup_context: Callable[..., None]) -> None:
     """The derivative of `alitok::<operator>`; does nothing where the extension is not loaded."""
     if load_error is None:
+        _require(operator)
         torch.library.register_autograd(f"alitok::{operator}", backward, setup_context=setup_context)

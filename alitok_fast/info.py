@@ -34,8 +34,12 @@ def info() -> dict[str, Any]:
     }
 
 
+def report() -> str:
+    """`info()` as text."""
+    return render(info())
+
+
 def render(values: dict[str, Any]) -> str:
-    """`info()` as text for a terminal."""
     extension, cpu, cuda = values["extension"], values["cpu"], values["cuda"]
     lines = [
         f"alitok_fast {values['alitok_fast']}, torch {values['torch']}, Python {values['python']}",
