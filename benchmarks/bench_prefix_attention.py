@@ -1,0 +1,119 @@
+"""prefix_attention at the generator's and the tokenizer's shapes, beside the eager chain it replaces and SDPA alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alitok_fast._library import use_reference
+from alitok_fast.config import GENERATORS, TOKENIZERS
+from alitok_fast.models.rope import rope_table
+from alitok_fast.ops.prefix_attention import prefix_attention, rms_norm, rotate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CEILINGS = {torch.float32: "fp32_flops", torch.bfloat16: "bf16_flops"}
+ROUNDINGS = {torch.float32: 2e-5, torch.bfloat16: 0.05}  # of outputs near 1
+
+
+def eager_chain(qkv: Tensor, q_norm_weight=None, k_norm_weight=None, rope=None, causal=True) -> Tensor:
+    """What a model without this operator does: split, norm, rotary, SDPA, transpose."""
+    q, k, v = qkv.unbind(2)
+    if q_norm_weight is not None:
+        q, k = rms_norm(q, q_norm_weight, 1e-5), rms_norm(k, k_norm_weight, 1e-5)
+    if rope is not None:
+        q, k = rotate(q, rope[:, None]), rotate(k, rope[:, None])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).contiguous()
+
+
+def make(batch, length, heads, head_dim, dtype, device, config=None):
+    """qkv, and the generator's norm weights and rotary table when a config is given."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(batch, length, 3, heads, head_dim, generator=generator).to(device, dtype)
+    if config is None:
+        return qkv, {}
+    weights = (1 + 0.1 * torch.randn(2, head_dim, generator=generator)).to(device, dtype)
+    rope = rope_table(config).to(device)
+    return qkv, {"q_norm_weight": weights[0], "k_norm_weight": weights[1], "rope": rope}
+
+
+def flops(qkv: Tensor, prefix_len: int, products: int) -> float:
+    """Two for each multiply-add over the visible pairs, in `products` matrix products."""
+    batch, length, _, heads, head_dim = qkv.shape
+    pairs = sum(max(prefix_len, i + 1) for i in range(length))
+    return 2.0 * products * pairs * head_dim * batch * heads
+
+
+def sdpa_alone(qkv: Tensor, causal: bool):
+    q, k, v = (x.transpose(1, 2).contiguous() for x in qkv.detach().unbind(2))
+    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def run_forward(compare, qkv, prefix_len, options):
+    causal = prefix_len == 0
+    with torch.no_grad():
+        with use_reference():
+            expected = prefix_attention(qkv[:1], prefix_len, **options)
+        bound = ROUNDINGS[qkv.dtype]
+        torch.testing.assert_close(prefix_attention(qkv, prefix_len, **options)[:1], expected, atol=bound, rtol=bound)
+        torch.testing.assert_close(eager_chain(qkv, **options, causal=causal)[:1], expected, atol=bound, rtol=bound)
+        alternatives = {
+            "eager chain": lambda: eager_chain(qkv, **options, causal=causal),
+            "SDPA alone": sdpa_alone(qkv, causal),
+        }
+        compare(
+            lambda: prefix_attention(qkv, prefix_len, **options),
+            alternatives,
+            flops(qkv, prefix_len, 2),
+            CEILINGS[qkv.dtype],
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("preset", ["b", "l", "xl"])
+def bench_generator_forward(preset, dtype, mode, device, compare):
+    config = GENERATORS[preset]
+    batch = mode.pick(check=1, quick=2, full=8)
+    qkv, options = make(batch, 1 + config.tokens, config.heads, config.head_dim, dtype, device, config)
+    run_forward(compare, qkv, 0, options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def bench_tokenizer_forward(part, dtype, mode, device, compare):
+    """Bidirectional, without norm and rotary; the decoder with its buffer tokens."""
+    config = TOKENIZERS["256"]
+    heads, width = getattr(config, f"{part}_heads"), getattr(config, f"{part}_width")
+    length = config.tokens + (config.image_tokens if part == "encoder" else config.decoder_start_tokens)
+    qkv, options = make(mode.pick(check=1, quick=1, full=4), length, heads, width // heads, dtype, device)
+    run_forward(compare, qkv, length, options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, GENERATORS["b"].dropout])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("preset", ["b", "l", "xl"])
+def bench_generator_forward_backward(preset, dtype, dropout, mode, device, compare):
+    """With dropout the eager chain is timed without it."""
+    config = GENERATORS[preset]
+    batch = mode.pick(check=1, quick=2, full=8)
+    qkv, options = make(batch, 1 + config.tokens, config.heads, config.head_dim, dtype, device, config)
+    leaves = [qkv, options["q_norm_weight"], options["k_norm_weight"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    direction = torch.randn_like(qkv[:, :, 0])
+
+    def gradients(out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, direction)
+
+    native = gradients(prefix_attention(qkv, 0, **options))
+    for got, expected in zip(native, gradients(eager_chain(qkv, **options)), strict=True):
+        error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
+        assert error < ROUNDINGS[dtype]
+    compare(
+        lambda: gradients(prefix_attention(qkv, 0, dropout=dropout, seed=1, **options)),
+        {"eager chain": lambda: gradients(eager_chain(qkv, **options))},
+        flops(qkv, 0, 2 + 5),
+        CEILINGS[dtype],
+    )
