@@ -1,0 +1,201 @@
+"""The rules of CONTRIBUTING.md that a machine can hold: who may import and include whom, one stem per operator."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "alitok_fast"
+CSRC = ROOT / "csrc"
+
+# A module imports from the layers below its own, and from its own package. `testing` is for tests and benchmarks.
+LAYERS = (
+    ("config",),
+    ("_library", "checkpoint", "data"),
+    ("ops", "images"),
+    ("models",),
+    ("decoding", "streaming"),
+    ("sampling",),
+    ("pipeline", "reconstruction", "evaluation"),
+    ("bulk", "training", "info"),
+    ("cli",),
+    ("testing",),
+)
+LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+ONLY_CONFIG = ("checkpoint", "data")
+
+GLUE_HEADERS = ("checks.h", "cuda_stream.h", "torch_parallel.h")
+TORCH_OR_PYTHON = re.compile(r"^(torch/|ATen/|c10/|pybind11/|Python\.h)")
+
+
+def python_files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def unit(path: Path) -> str:
+    """The module or package directly under alitok_fast that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, package: str = "alitok_fast") -> Iterator[str]:
+    """Dotted names imported anywhere in a file, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+            if node.module == package:
+                yield from (f"{package}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path: Path) -> set[str]:
+    names = imports(ast.parse(path.read_text()))
+    units = {name.split(".")[1] for name in names if name.startswith("alitok_fast.")}
+    return {name for name in units if name not in ("__version__", "_C")}
+
+
+def operators() -> list[str]:
+    listed = re.search(r"set\(ALITOK_OPERATORS([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    return listed.group(1).split()
+
+
+# ---- Python ----
+
+
+@pytest.mark.parametrize("path", python_files(), ids=relative)
+def test_imports_go_downward(path: Path):
+    name = unit(path)
+    if name == "__init__":
+        assert own_imports(path) == set(), "the package loads its parts on first use"
+        return
+    assert name in LAYER_OF, f"{name}: give it a layer in {relative(Path(__file__))}"
+    for other in own_imports(path) - {name, "config"}:
+        assert LAYER_OF[other] < LAYER_OF[name], f"{relative(path)} imports {other}"
+        assert name not in ONLY_CONFIG, f"{relative(path)} imports {other}"
+
+
+@pytest.mark.parametrize("path", python_files(), ids=relative)
+def test_files_are_short_enough_to_read(path: Path):
+    assert len(path.read_text().splitlines()) <= 310
+
+
+def test_operators_never_see_a_config():
+    assert [relative(path) for path in sorted((PACKAGE / "ops").glob("*.py")) if "config" in own_imports(path)] == []
+
+
+def test_models_never_branch_on_device():
+    for path in sorted((PACKAGE / "models").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{relative(path)}:{getattr(node, 'lineno', '')}"
+            if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+                condition = ast.unparse(node.test)
+                assert not re.search(r"is_cuda|is_cpu|device\.type|['\"]cuda|cuda\.is_available", condition), where
+
+
+def test_lengths_come_from_the_config():
+    """256 x 256 images of 16 x 16 patches give 17 prefix, 256 image and 273 tokens; no model knows that."""
+    for part in ("models", "ops", "sampling.py", "decoding.py", "streaming.py", "pipeline.py"):
+        for path in sorted((PACKAGE / part).glob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]:
+            if not path.exists():
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and type(node.value) is int:
+                    assert node.value not in (17, 272, 273, 274, 305), f"{relative(path)}:{node.lineno}"
+
+
+def test_weights_from_files_are_data():
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            where, call = f"{relative(path)}:{node.lineno}", ast.unparse(node.func)
+            assert call not in ("eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler"), where
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if call == "torch.load":
+                assert keywords.get("weights_only") == "True", where
+            if call in ("np.load", "numpy.load"):
+                assert keywords.get("allow_pickle", "False") == "False", where
+
+
+def test_tests_and_benchmarks_do_not_import_each_other():
+    for folder, other in (("tests", "benchmarks"), ("benchmarks", "tests")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found = [name for name in imports(ast.parse(path.read_text())) if name.split(".")[0] == other]
+            assert found == [], relative(path)
+
+
+# ---- C++ ----
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def reached(path: Path) -> set[str]:
+    """Everything that a file includes, through our own headers too."""
+    found: set[str] = set()
+    waiting = includes(path)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            if (CSRC / name).is_file():
+                waiting += includes(CSRC / name)
+    return found
+
+
+def kernel_files() -> list[Path]:
+    headers = [path for path in CSRC.glob("*.h") if path.name not in GLUE_HEADERS]
+    return sorted([*headers, *CSRC.glob("*_cpu.cpp"), *CSRC.glob("*.cu")])
+
+
+@pytest.mark.parametrize("path", kernel_files(), ids=relative)
+def test_kernels_know_neither_torch_nor_python(path: Path):
+    found = reached(path)
+    assert [name for name in sorted(found) if TORCH_OR_PYTHON.match(name) or name in GLUE_HEADERS] == []
+    if path.name != "cuda_kernel.h" and not path.name.endswith(("_cuda.cu", "_cuda.h")):
+        assert [name for name in sorted(found) if name.startswith("cuda")] == []
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.glob("*.cu")), ids=relative)
+def test_cuda_kernels_include_cuda_through_one_header(path: Path):
+    """The header that the emulation in tests/simt replaces."""
+    assert "cuda_kernel.h" in reached(path)
+    assert [name for name in includes(path) if name.startswith(("cuda_", "cooperative_groups", "mma"))] in (
+        [],
+        ["cuda_kernel.h"],
+    )
+    assert "<<<" not in path.read_text(), "launch through ALITOK_LAUNCH"
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.glob("*_cpu.cpp")), ids=relative)
+def test_cpu_kernels_use_the_threads_they_are_given(path: Path):
+    text = path.read_text()
+    assert re.findall(r"std::j?thread|std::async|pthread_create|#\s*pragma omp", text) == []
+    assert "ALITOK_ISA" in text, "its code is in namespace alitok::ALITOK_ISA"
+
+
+@pytest.mark.parametrize("operator", operators())
+def test_one_operator_one_stem(operator: str):
+    for name in (f"csrc/{operator}.h", f"csrc/{operator}.cpp", f"csrc/{operator}_cpu.cpp"):
+        assert (ROOT / name).is_file(), name
+    assert (PACKAGE / "ops" / f"{operator}.py").is_file()
+    assert (ROOT / "tests" / "ops" / f"test_{operator}.py").is_file()
+    registered = re.findall(r'm\.def\(\s*"(\w+)\(', (CSRC / "library.cpp").read_text())
+    assert operator in registered
+
+
+def test_every_schema_belongs_to_an_operator():
+    registered = re.findall(r'm\.def\(\s*"(\w+)\(', (CSRC / "library.cpp").read_text())
+    assert registered
+    assert [name for name in registered if not name.startswith(tuple(operators()))] == []
