@@ -20,7 +20,7 @@ import pytest
 import torch
 from ceilings import Ceilings, measure_ceilings, synchronize
 
-ROUNDS, QUICK_ROUNDS = 15, 3
+ROUNDS, QUICK_ROUNDS = 9, 3
 RESULTS = pytest.StashKey[list[str]]()
 
 
