@@ -38,3 +38,29 @@ def test_classifier_learns_a_simple_task() -> None:
     assert (predict(model, images[192:]) == labels[192:]).double().mean() > 0.95
     with pytest.raises(TypeError, match="images: expected uint8, got torch.float32"):
         train_classifier(images.float(), labels, 2)
+
+
+def test_tokenizer_and_samples_are_measured() -> None:
+    """On a tokenizer and a generator with fresh weights: figures equal those from the public calls."""
+    from alitok_fast.config import GeneratorConfig, TokenizerConfig
+    from alitok_fast.evaluation.demo import draw_samples, evaluate_tokenizer
+    from alitok_fast.models.generator import Generator
+    from alitok_fast.models.tokenizer import Tokenizer
+    from alitok_fast.sampling import sample
+
+    torch.manual_seed(0)
+    sizes = dict(encoder_width=16, encoder_layers=1, encoder_heads=2, decoder_width=16, decoder_layers=1, decoder_heads=2)
+    tokenizer = Tokenizer(TokenizerConfig(image_size=8, patch_size=4, codebook_size=16, code_dim=8, **sizes)).eval()
+    generator = Generator(
+        GeneratorConfig(width=16, layers=1, heads=2, grid=2, codebook_size=16, classes=3, hidden_multiple=8)
+    ).eval()
+    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    result = evaluate_tokenizer(tokenizer, images, batch=2)
+    tokens = tokenizer.encode(images / 255)
+    scores = psnr(images / 255, tokenizer.decode(tokens))
+    assert result["psnr"] == pytest.approx(scores.mean().item(), rel=1e-5)
+    assert result["codebook_usage"] == len(tokens.unique()) / 16
+
+    drawn, labels = draw_samples(generator, tokenizer, per_class=2, seed=3, batch=4)
+    assert drawn.shape == (6, 3, 8, 8) and labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert torch.allclose(drawn, tokenizer.decode(sample(generator, labels, seed=3)), atol=1e-5)

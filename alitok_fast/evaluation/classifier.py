@@ -16,7 +16,7 @@ from torch.nn import functional as F
 class SmallClassifier(nn.Module):
     """Three convolutions and two linear layers on the grey image; any square size from 16 pixels."""
 
-    def __init__(self, classes: int, width: int = 32) -> None:
+    def __init__(self, classes: int, width: int = 16) -> None:
         super().__init__()
 
         def stage(inputs: int, outputs: int) -> nn.Sequential:
