@@ -1,154 +1,106 @@
-// A task for each row and head, in float32. The loops are short and plain: the compiler vectorises them, and on the CPU
-// the time of a step goes into the weights; the generator's CPU sampler (decode) fuses the whole step.
+// A task for each row and head, in float32. On the CPU the time of a step goes into the weights, and the generator's
+// CPU sampler fuses the whole step (decode); this is the same operator on its own.
 #include "cached_attention.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-#include "e4m3.h"
+#include "element.h"
 
 namespace alitok {
 namespace ALITOK_ISA {
 namespace {
 
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(e4m3 x) { return from_e4m3(x); }
-inline float to_float(bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline float to_float(float16 x) {
-  const uint32_t exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
-  const float magnitude = exponent == 0    ? std::ldexp(static_cast<float>(mantissa), -24)
-                          : exponent == 31 ? (mantissa ? NAN : INFINITY)
-                                           : std::ldexp(static_cast<float>(mantissa + 1024), static_cast<int>(exponent) - 25);
-  return x.bits & 0x8000 ? -magnitude : magnitude;
-}
-
-template <class T>
-T from_float(float x);
-template <>
-inline float from_float(float x) {
-  return x;
-}
-template <>
-inline e4m3 from_float(float x) {
-  return to_e4m3(x);
-}
-template <>
-inline bfloat16 from_float(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return {0x7fc0};
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-template <>
-inline float16 from_float(float x) {
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  if (x != x) return {0x7e00};
-  const float magnitude = std::fabs(x);
-  if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
-  // nearbyint rounds ties to even; the unit is 2^-24 for denormals and 2^(exponent - 10) above.
-  const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
-  const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
-  return {static_cast<uint16_t>(sign | (units + (static_cast<uint32_t>(exponent + 14) << 10)))};
-}
-
-template <class T>
-float rounded(float x) {
-  return to_float(from_float<T>(x));
-}
-
-// RMSNorm, weight and rotation of one head, rounded to T where the reference rounds.
-template <class T>
-void normalise_and_rotate(const T* x, float* y, const float* weight, float eps, const float* rope, int64_t dim) {
-  for (int64_t d = 0; d < dim; ++d) y[d] = to_float(x[d]);
+// RMSNorm, weight and rotation of one head, rounded to the type where the reference rounds.
+template <class Type>
+void normalise_and_rotate(const typename Type::Storage* x, float* y, const float* weight, float eps, const float* rope,
+                          int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d) y[d] = Type::get(x + d);
   if (weight != nullptr) {
-    float squares = 0;
-    for (int64_t d = 0; d < dim; ++d) squares += y[d] * y[d];
-    const float inverse = 1 / std::sqrt(squares / static_cast<float>(dim) + eps);
-    for (int64_t d = 0; d < dim; ++d) y[d] = rounded<T>(rounded<T>(y[d] * inverse) * rounded<T>(weight[d]));
+    Vec squares;
+    for_vectors(dim, [&](int64_t d, int count) {
+      const Vec v = Vec::load(y + d, count);
+      squares = fma(v, v, squares);
+    });
+    const float inverse = 1 / std::sqrt(sum(squares) / static_cast<float>(dim) + eps);
+    for (int64_t d = 0; d < dim; ++d) y[d] = rounded<Type>(rounded<Type>(y[d] * inverse) * rounded<Type>(weight[d]));
   }
   if (rope == nullptr) return;
   for (int64_t d = 0; d < dim; d += 2) {
     const float even = y[d], odd = y[d + 1];
-    y[d] = rounded<T>(even * rope[d] - odd * rope[d + 1]);
-    y[d + 1] = rounded<T>(even * rope[d + 1] + odd * rope[d]);
+    y[d] = rounded<Type>(even * rope[d] - odd * rope[d + 1]);
+    y[d + 1] = rounded<Type>(even * rope[d + 1] + odd * rope[d]);
   }
 }
 
-// `scratch`: query (dim), sum (dim), scores (capacity).
-template <class T, class Cache>
+// `scratch`: query (dim), total (dim), scores (capacity).
+template <class Type, class Cache>
 void attend(const CachedAttentionParams& p, int64_t row, int64_t head, float* scratch) {
+  using T = typename Type::Storage;
+  using C = typename Cache::Storage;
   const int64_t dim = p.head_dim, position = *p.position;
-  float *query = scratch, *sum = query + dim, *scores = sum + dim;
+  float *query = scratch, *total = query + dim, *scores = total + dim;
   T* out = static_cast<T*>(p.out) + (row * p.heads + head) * dim;
   if (position < 0 || position >= p.capacity) {
-    std::fill(out, out + dim, from_float<T>(std::numeric_limits<float>::quiet_NaN()));
+    for (int64_t d = 0; d < dim; ++d) Type::set(out + d, std::numeric_limits<float>::quiet_NaN());
     return;
   }
   const T* qkv = static_cast<const T*>(p.qkv) + (row * 3 * p.heads + head) * dim;
-  Cache* keys = static_cast<Cache*>(p.keys) + row * p.row_stride + head * p.head_stride;
-  Cache* values = static_cast<Cache*>(p.values) + row * p.row_stride + head * p.head_stride;
+  C* keys = static_cast<C*>(p.keys) + row * p.row_stride + head * p.head_stride;
+  C* values = static_cast<C*>(p.values) + row * p.row_stride + head * p.head_stride;
   const float* rope = p.rope == nullptr ? nullptr : p.rope + position * dim;
-  normalise_and_rotate(qkv + p.heads * dim, sum, p.k_norm_weight, p.norm_eps, rope, dim);
+  normalise_and_rotate<Type>(qkv + p.heads * dim, total, p.k_norm_weight, p.norm_eps, rope, dim);
   const T* value = qkv + 2 * p.heads * dim;
   for (int64_t d = 0; d < dim; ++d) {
-    keys[position * dim + d] = from_float<Cache>(sum[d]);
-    values[position * dim + d] = from_float<Cache>(to_float(value[d]));
+    Cache::set(keys + position * dim + d, total[d]);
+    Cache::set(values + position * dim + d, Type::get(value + d));
   }
-  normalise_and_rotate(qkv, query, p.q_norm_weight, p.norm_eps, rope, dim);
+  normalise_and_rotate<Type>(qkv, query, p.q_norm_weight, p.norm_eps, rope, dim);
 
   float largest = -INFINITY;
   for (int64_t j = 0; j <= position; ++j) {
-    float dot = 0;
-    for (int64_t d = 0; d < dim; ++d) dot += query[d] * to_float(keys[j * dim + d]);
-    scores[j] = dot * p.scale;
+    Vec dot;
+    for_vectors(dim, [&](int64_t d, int count) {
+      dot = fma(Vec::load(query + d, count), Cache::load(keys + j * dim + d, count), dot);
+    });
+    scores[j] = sum(dot) * p.scale;
     largest = std::max(largest, scores[j]);
   }
-  float total = 0;
-  std::fill(sum, sum + dim, 0.0f);
+  float mass = 0;
+  std::fill(total, total + dim, 0.0f);
   for (int64_t j = 0; j <= position; ++j) {
     const float weight = std::exp(scores[j] - largest);
-    total += weight;
-    for (int64_t d = 0; d < dim; ++d) sum[d] += weight * to_float(values[j * dim + d]);
+    mass += weight;
+    for_vectors(dim, [&](int64_t d, int count) {
+      fma(Vec(weight), Cache::load(values + j * dim + d, count), Vec::load(total + d, count)).store(total + d, count);
+    });
   }
-  for (int64_t d = 0; d < dim; ++d) out[d] = from_float<T>(sum[d] / total);
+  for_vectors(dim, [&](int64_t d, int count) { Type::store(out + d, Vec::load(total + d, count) / Vec(mass), count); });
 }
 
-template <class T, class Cache>
+template <class Type, class Cache>
 void run(const CachedAttentionParams& p, const Parallel& parallel) {
   parallel(0, p.rows * p.heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(2 * p.head_dim + p.capacity));
-    for (int64_t task = begin; task < end; ++task) attend<T, Cache>(p, task / p.heads, task % p.heads, scratch.data());
+    for (int64_t task = begin; task < end; ++task) attend<Type, Cache>(p, task / p.heads, task % p.heads, scratch.data());
   });
 }
 
-template <class T>
+template <class Type>
 void run_for_cache(const CachedAttentionParams& p, const Parallel& parallel) {
-  if (p.cache_dtype == CachedAttentionDtype::e4m3) return run<T, e4m3>(p, parallel);
-  run<T, T>(p, parallel);
+  if (p.cache_dtype == CachedAttentionDtype::e4m3) return run<Type, E4m3>(p, parallel);
+  run<Type, Type>(p, parallel);
 }
 
 }  // namespace
 
 void cached_attention_cpu(const CachedAttentionParams& p, const Parallel& parallel) {
   switch (p.dtype) {
-    case CachedAttentionDtype::float32: return run_for_cache<float>(p, parallel);
-    case CachedAttentionDtype::bfloat16: return run_for_cache<bfloat16>(p, parallel);
-    default: return run_for_cache<float16>(p, parallel);
+    case CachedAttentionDtype::float32: return run_for_cache<Float32>(p, parallel);
+    case CachedAttentionDtype::bfloat16: return run_for_cache<BFloat16>(p, parallel);
+    default: return run_for_cache<Float16>(p, parallel);
   }
 }
 

@@ -2,66 +2,12 @@
 // values (a thread for eight channels of every G-th key). Two passes with the scores in shared memory: the sequences
 // are short (274 or 1058), so nothing is gained by an online softmax or, over keys, by more blocks than that.
 #include "cached_attention.h"
-#include "cuda_kernel.h"
-#include "e4m3.h"
+#include "cuda_element.h"
 
 namespace alitok {
 namespace {
 
 constexpr int kVector = 8;  // channels a thread moves at once
-
-template <class T>
-__device__ __forceinline__ float to_float(T x);
-template <>
-__device__ __forceinline__ float to_float(float x) { return x; }
-template <>
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <>
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-template <>
-__device__ __forceinline__ float to_float(e4m3 x) { return from_e4m3(x); }
-
-template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float(float x) { return x; }
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float(float x) { return __float2bfloat16(x); }
-template <>
-__device__ __forceinline__ __half from_float(float x) { return __float2half(x); }
-template <>
-__device__ __forceinline__ e4m3 from_float(float x) { return to_e4m3(x); }
-
-template <class T>
-__device__ __forceinline__ float rounded(float x) {
-  return to_float(from_float<T>(x));
-}
-
-template <class T>
-struct alignas(kVector * sizeof(T) < 16 ? kVector * sizeof(T) : 16) Eight {
-  T x[kVector];
-};
-
-__device__ __forceinline__ float warp_sum(float x) {
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
-
-__device__ __forceinline__ float warp_max(float x) {
-  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
-  return x;
-}
-
-// The reduction over a block of whole warps; every thread gets the result. `scratch` holds a float for each warp.
-template <class Reduce>
-__device__ __forceinline__ float block_reduce(float x, float identity, float* scratch, Reduce reduce) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  x = reduce(x);
-  __syncthreads();  // the scratch of the reduction before this one has been read
-  if (lane == 0) scratch[warp] = x;
-  __syncthreads();
-  return reduce(lane < warps ? scratch[lane] : identity);
-}
 
 // One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. `x` and `y` (head_dim).
 template <class T>

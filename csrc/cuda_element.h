@@ -1,0 +1,67 @@
+// Conversions between float32 and the element types of tensors in CUDA kernels.
+#pragma once
+
+#include "cuda_kernel.h"
+#include "e4m3.h"
+
+namespace alitok {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(e4m3 x) { return from_e4m3(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16(x);
+}
+template <>
+__device__ __forceinline__ __half from_float(float x) {
+  return __float2half(x);
+}
+template <>
+__device__ __forceinline__ e4m3 from_float(float x) {
+  return to_e4m3(x);
+}
+
+// x as it is after a trip through T.
+template <class T>
+__device__ __forceinline__ float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
+
+// Eight neighbouring elements, moved in accesses of up to 16 bytes.
+template <class T>
+struct alignas(8 * sizeof(T) < 16 ? 8 * sizeof(T) : 16) Eight {
+  T x[8];
+};
+
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+// The reduction over a block of whole warps by `reduce`, which is one over a warp; every thread gets the result.
+// `scratch` holds a float for each warp. Barriers on both sides order shared memory around it.
+template <class Reduce>
+__device__ __forceinline__ float block_reduce(float x, float identity, float* scratch, Reduce reduce) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  x = reduce(x);
+  __syncthreads();  // what the scratch held before has been read
+  if (lane == 0) scratch[warp] = x;
+  __syncthreads();
+  return reduce(lane < warps ? scratch[lane] : identity);
+}
+
+}  // namespace alitok
