@@ -6,12 +6,14 @@
 #include "cpu_isa.h"
 
 STABLE_TORCH_LIBRARY(alitok, m) {
+  m.def("add_rms_norm(Tensor x, Tensor? delta, Tensor weight, float eps) -> (Tensor sum, Tensor normed)");
   m.def(
       "decode(Tensor arena, Tensor vectors, Tensor embeddings, Tensor rope, Tensor ids, Tensor(a!) keys, "
       "Tensor(b!) values, Tensor position, int hidden, int codes, int weight_bytes, float norm_eps) -> Tensor");
   m.def(
       "cached_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? q_norm_weight, "
       "Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale) -> Tensor");
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def(
       "vq_lookup(Tensor z, Tensor codebook, float commitment, bool with_closest) "
       "-> (Tensor quantized, Tensor indices, Tensor loss, Tensor usage, Tensor closest)");

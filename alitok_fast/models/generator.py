@@ -52,8 +52,20 @@ class Generator(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        # The table follows the model to its device but stays float32: angles rounded to bf16 turn heads wrongly.
+        """Moves everything, but leaves in float32 what guidance scales of 16 would amplify the rounding of.
+
+        Reduced precision is for the blocks, where nearly all weights are. Embeddings, the last norm and the head (and
+        with them the residual stream and the logits) stay float32, and so does the rotary table.
+        """
+        exact = (self.embeddings.weight, self.norm.weight, self.output.weight, self.output.bias)
+
+        def convert(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype in (torch.bfloat16, torch.float16) and any(tensor is kept for kept in exact):
+                return tensor.to(result.device, torch.float32)
+            return result
+
+        super()._apply(convert, recurse)
         self.rope = rope_table(self.config).to(self.rope.device)
         return self
 
@@ -63,7 +75,8 @@ class Generator(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.output.weight.dtype
+        """Of the blocks' weights."""
+        return self.blocks[0].attn.qkv.weight.dtype
 
     def forward(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
         """tokens (B, n <= N) int64, labels (B,) int64 in [0, classes) or None: unconditional -> (B, n + 1, K) logits.
@@ -95,11 +108,11 @@ class Generator(nn.Module):
         so a step can be captured in a CUDA graph; past the cache's end the logits are NaN.
         """
         check_tensor("ids", ids, torch.int64, (cache.rows,), self.device)
-        x = self.embeddings(ids)
+        x, delta = self.embeddings(ids), None
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x = block.step(x, self.rope, keys, values, cache.position)
+            x, delta = block.step(x, delta, self.rope, keys, values, cache.position)
         cache.position += 1
-        return self.output(self.norm(x))
+        return self.output(self.norm(x + delta))
 
     def condition_ids(self, labels: Tensor | None, batch: int) -> Tensor:
         """Embedding rows (B,) of the labels, or of "no condition" where labels is None."""

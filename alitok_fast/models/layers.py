@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
 from alitok_fast.ops.prefix_attention import prefix_attention
+from alitok_fast.ops.swiglu import swiglu
 
 NORM_EPS = 1e-5
 
@@ -68,14 +70,14 @@ class TokenizerLayer(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back to the input's dtype, then times the weight."""
+    """x / rms(x) in float32, cast to the dtype of the weight, then times the weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(self.weight.dtype) * self.weight
 
 
 class SwiGLU(nn.Module):
@@ -89,6 +91,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class GeneratorAttention(nn.Module):
@@ -139,7 +144,7 @@ class GeneratorAttention(nn.Module):
 
 
 class GeneratorBlock(nn.Module):
-    """x + attn(rms(x)), then x + mlp(rms(x))."""
+    """x + attn(rms(x)), then x + mlp(rms(x)). The residual stream x is float32 whatever the dtype of the weights."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -153,6 +158,14 @@ class GeneratorBlock(nn.Module):
         x = x + self.dropout(self.attn(self.norm1(x), rope))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-    def step(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        x = x + self.attn.step(self.norm1(x), rope, keys, values, position)
-        return x + self.mlp(self.norm2(x))
+    def step(
+        self, x: Tensor, delta: Tensor | None, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One new position of each row: the residual (R, width), and what this block's MLP adds to it.
+
+        The addition is left to the norm that follows, with which it is one kernel; `delta` comes from the block before.
+        """
+        x, normed = add_rms_norm(x, delta, self.norm1.weight, NORM_EPS)
+        delta = self.attn.step(normed, rope, keys, values, position)
+        x, normed = add_rms_norm(x, delta, self.norm2.weight, NORM_EPS)
+        return x, self.mlp.step(normed)

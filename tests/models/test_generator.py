@@ -166,3 +166,25 @@ def test_empty_batch_gives_empty_logits(tiny_generator):
     gen = tiny_generator()
     logits = gen(torch.zeros(0, 5, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     assert logits.shape == (0, 6, gen.config.codebook_size)
+
+
+def test_reduced_precision_is_for_the_blocks_alone(tiny_generator):
+    gen = tiny_generator()
+    exact = gen.output.weight.detach().clone()
+    low = tiny_generator().to(torch.bfloat16)
+    assert low.dtype == torch.bfloat16 and low.new_cache(1).keys.dtype == torch.bfloat16
+    assert torch.equal(low.output.weight, exact) and low.norm.weight.dtype == torch.float32
+    assert low.rope.dtype == torch.float32 and torch.equal(low.rope, gen.rope)
+    tokens = torch.randint(gen.config.codebook_size, (2, gen.config.tokens))
+    labels = torch.tensor([0, 9])
+    with torch.no_grad():
+        expected, got = gen(tokens, labels), low(tokens, labels)
+        cache, ids = low.new_cache(2), low.condition_ids(labels, 2)
+        steps = []
+        for step in range(gen.config.tokens):
+            steps.append(low.step(ids, cache))
+            ids = tokens[:, step]
+    assert got.dtype == torch.float32
+    bound = 0.05 * expected.abs().max()
+    assert (got - expected).abs().max() < bound
+    assert (torch.stack(steps, 1) - expected[:, :-1]).abs().max() < bound
