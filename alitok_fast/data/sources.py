@@ -89,7 +89,8 @@ class IdxImages:
         return np.repeat(self._images[index][:, :, None], 3, axis=2)
 
 
-def _decode(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
+    """The picture as (H, W, 3) uint8 RGB; UnreadableImageError names a file that is none."""
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))
@@ -132,13 +133,13 @@ class FolderImages:
         return len(self.paths)
 
     def image(self, index: int) -> np.ndarray:
-        return _decode(self.paths[index])
+        return read_image(self.paths[index])
 
 
 def _readable(files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
     def problem(entry: tuple[Path, int]) -> str | None:
         try:
-            _decode(entry[0])
+            read_image(entry[0])
         except UnreadableImageError as error:
             return str(error)
         return None

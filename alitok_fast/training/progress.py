@@ -29,9 +29,9 @@ class Bar:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def advance(self, figures: dict[str, float] | None = None) -> None:
+    def advance(self, figures: dict[str, float] | None = None, by: int = 1) -> None:
         fields = {} if figures is None else {"figures": " ".join(f"{k} {v:.4g}" for k, v in figures.items())}
-        self._progress.update(self._task, advance=1, **fields)
+        self._progress.update(self._task, advance=by, **fields)
 
 
 def tracked(title: str, items: Iterable, enabled: bool = True) -> Iterator:

@@ -1,0 +1,187 @@
+"""`alitok-fast`: parses, calls, prints. The work is in the modules that it imports from."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from alitok_fast.bulk import BulkRun, balanced_labels, local_device, process_group, write_json
+from alitok_fast.images import check_image_name, grid, write_image
+from alitok_fast.models import load_tokenizer
+from alitok_fast.models.loading import convert as convert_checkpoint
+from alitok_fast.models.loading import dtype_from_name
+from alitok_fast.pipeline import Pipeline
+from alitok_fast.reconstruction import reconstruct_files, side_by_side
+from alitok_fast.training.cli import app as train_app
+from alitok_fast.training.cli import tokenize_command
+from alitok_fast.training.progress import Bar
+
+# typer reads annotations at run time, and on Python 3.10 it needs them in this form.
+MaybeText = Optional[str]  # noqa: UP045
+MaybeTexts = Optional[list[str]]  # noqa: UP045
+MaybeInt = Optional[int]  # noqa: UP045
+MaybeFloat = Optional[float]  # noqa: UP045
+MaybePath = Optional[Path]  # noqa: UP045
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+GRID_IMAGES = 1000
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="AliTok: photographs to tokens and back, class labels to pictures.",
+    epilog="Every command shows examples: alitok-fast COMMAND --help",
+)
+app.add_typer(train_app, name="train")
+app.command("tokenize")(tokenize_command)
+
+
+@app.command()
+def info() -> None:
+    """Print versions, what was built, what this machine can use, and why something is off."""
+    from alitok_fast.info import report
+
+    typer.echo(report())
+
+
+@app.command()
+def sample(
+    labels: Annotated[MaybeTexts, typer.Argument(help="Classes, by number or name; without any: all.")] = None,
+    out: Annotated[MaybePath, typer.Option(help="Folder for PNGs, or a file ending in .npz (ADM's format).")] = None,
+    grid_file: Annotated[MaybePath, typer.Option("--grid", help="One picture of all samples, labelled.")] = None,
+    per_class: Annotated[MaybeInt, typer.Option(help="Images of each class; 1 if nothing else is said.")] = None,
+    num_images: Annotated[MaybeInt, typer.Option(help="Images in all, a multiple of the classes.")] = None,
+    model: Annotated[str, typer.Option(help="'demo', folder, hub repository, or a generator's file.")] = "demo",
+    tokenizer: Annotated[MaybeText, typer.Option(help="The tokenizer, where --model is a generator alone.")] = None,
+    seed: Annotated[int, typer.Option(help="Key of the noise.")] = 0,
+    guidance_scale: Annotated[MaybeFloat, typer.Option(help="0: none; the model's own if not given.")] = None,
+    guidance_power: Annotated[MaybeFloat, typer.Option(help="Exponent of the guidance schedule.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 1.0,
+    top_k: Annotated[MaybeInt, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[MaybeFloat, typer.Option(help="Draw from the smallest set with this probability.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images drawn together.")] = 32,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    weights: Annotated[
+        MaybeText, typer.Option(help="CPU: matrices in float32, bfloat16 or int8; else as --dtype.")
+    ] = None,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Draw pictures of classes; seed, guidance, precision and versions are written beside them as JSON.
+
+    \b
+    Examples:
+      alitok-fast sample --per-class 8 --grid garments.png
+      alitok-fast sample bag "ankle boot" 3 --seed 7 --out pictures/
+      torchrun --nproc-per-node 8 -m alitok_fast.cli sample --model DIR --num-images 50000 --out xl.npz --device cuda
+
+    A killed run with --out goes on when the same command is given again.
+    """
+    if out is None and grid_file is None:
+        raise ValueError("expected --out, --grid or both, got neither")
+    if grid_file is not None:
+        check_image_name(grid_file)
+    with process_group() as (rank, world):
+        pipe = Pipeline.from_pretrained(
+            model, local_device(device), dtype_from_name(dtype), tokenizer, dtype_from_name(weights, "weights")
+        )
+        classes = pipe.label_ids(labels or range(pipe.generator.config.classes))
+        ids = balanced_labels(classes, num_images, per_class)
+        if grid_file is not None and len(ids) > GRID_IMAGES:
+            raise ValueError(f"--grid: expected at most {GRID_IMAGES} images, got {len(ids)}")
+        settings = pipe.settings(guidance_scale, guidance_power, temperature, top_k, top_p, seed)
+        if out is None:
+            with Bar("sampling", len(ids), enabled=progress) as bar:
+                samples = pipe(ids, batch_size=batch_size, on_batch=lambda n: bar.advance(by=n), **settings)
+            pictures, metadata = samples.images, samples.metadata
+        else:
+            run = BulkRun(pipe, ids, out, settings, batch_size, rank, world)
+            with Bar("sampling", run.share, enabled=progress and rank == 0) as bar:
+                run.draw(lambda n: bar.advance(by=n))
+            run.finish()
+            pictures, metadata = run.pictures(), run.manifest
+    if rank:
+        return
+    if out is not None:
+        typer.echo(f"{len(ids)} images in {out}")
+    if grid_file is not None:
+        columns = len(ids) // len(classes) if len(ids) > len(classes) else min(10, len(ids))
+        write_image(grid_file, grid(list(pictures), columns, [pipe.label_name(label) for label in ids]))
+        write_json(grid_file.with_suffix(".json"), metadata)
+        typer.echo(f"wrote {grid_file} and {grid_file.with_suffix('.json')}")
+
+
+@app.command()
+def reconstruct(
+    photos: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: originals left, reconstructions right.")],
+    model: Annotated[str, typer.Option(help="Tokenizer: 'demo', folder, file or hub repository.")] = "demo",
+    tile: Annotated[bool, typer.Option(help="Keep the resolution: cut into squares of the tokenizer's size.")] = False,
+    on_error: Annotated[str, typer.Option(help="Unreadable pictures: 'stop', or 'skip' them by name.")] = "stop",
+    batch_size: Annotated[int, typer.Option(help="Squares decoded together.")] = 16,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Photographs through the tokenizer and back, with the PSNR.
+
+    \b
+    Examples:
+      alitok-fast reconstruct photo.jpg --out side_by_side.png --tile
+      alitok-fast reconstruct photos/*.jpg --model alitok_tokenizer.pth --out side_by_side.png
+    """
+    check_image_name(out)
+    model_ = load_tokenizer(model, device, dtype_from_name(dtype))
+    results = reconstruct_files(model_, photos, tile, batch_size, on_error)
+    for path, result in results.items():
+        typer.echo(f"{path}: {result.tokens.numel()} tokens, PSNR {result.psnr:.2f} dB")
+    write_image(out, side_by_side(results))
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint file in the released format, or a folder of ours.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write, or a file ending in .safetensors or .pth.")],
+    kind: Annotated[MaybeText, typer.Option(help="'tokenizer' or 'generator', where the source holds both.")] = None,
+    dtype: Annotated[MaybeText, typer.Option(help="float32, bfloat16 or float16; unchanged if not given.")] = None,
+) -> None:
+    """Convert a checkpoint between the released format and our folders, or to another precision.
+
+    \b
+    Examples:
+      alitok-fast convert alitok_b.bin models/b/generator --dtype bfloat16
+      alitok-fast convert models/b/generator alitok_b.safetensors
+    """
+    typer.echo(f"wrote {convert_checkpoint(source, target, kind, dtype_from_name(dtype))}")
+
+
+def main() -> None:
+    """Entry point. What the user can mend is one line and exit status 2; ALITOK_TRACEBACK=1 shows where it arose."""
+    try:
+        status = app(prog_name="alitok-fast", standalone_mode=False)
+    except typer.Abort:
+        status = _complain("interrupted", 130)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("ALITOK_TRACEBACK"):
+            raise
+        status = _complain(str(error), 1 if isinstance(error, RuntimeError) else 2)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # neither the library's nor the parser's complaint: a bug
+            raise
+        status = _complain(f"{error.format_message()} (alitok-fast --help)", 2)
+    sys.exit(status)
+
+
+def _complain(message: str, status: int) -> int:
+    typer.echo(f"alitok-fast: {' '.join(message.split())}", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The command line: outputs, resuming, several processes, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alitok_fast import Pipeline, load_tokenizer, save_model
+from alitok_fast.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments) -> (exit status, standard output, standard error)."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["alitok-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return call
+
+
+def succeed(result: tuple[int, str, str]) -> str:
+    status, out, err = result
+    assert status == 0, err
+    return out
+
+
+def photo(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    Image.fromarray(np.stack([rows * 5 % 256, columns * 6 % 256, rows + columns], -1).astype(np.uint8)).save(path)
+    return path
+
+
+# --- sample ---------------------------------------------------------------------------------------------------------
+
+
+def test_grid_and_its_metadata(run, tiny_folder, tmp_path):
+    out = succeed(run("sample", "c1", 4, "--per-class", 3, "--model", tiny_folder, "--grid", tmp_path / "g.png"))
+    assert "wrote" in out
+    with Image.open(tmp_path / "g.png") as sheet:
+        assert sheet.width > sheet.height  # a row of three for each class
+    metadata = json.loads((tmp_path / "g.json").read_text())
+    assert metadata["labels"] == [1, 1, 1, 4, 4, 4]
+    assert metadata["seed"] == 0 and metadata["guidance_scale"] == 3.0
+
+
+def test_folder_holds_what_the_pipeline_draws(run, tiny_folder, tmp_path):
+    arguments = ("--seed", 7, "--guidance-scale", 1.5, "--guidance-power", 0.8, "--temperature", 0.9, "--top-k", 9)
+    succeed(run("sample", "c2", "c3", "--model", tiny_folder, "--out", tmp_path / "p", *arguments, "--top-p", 0.95))
+    settings = dict(seed=7, guidance_scale=1.5, guidance_power=0.8, temperature=0.9, top_k=9, top_p=0.95)
+    expected = Pipeline.from_pretrained(tiny_folder)([2, 3], **settings).images
+    for i, image in enumerate(expected):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "p" / f"{i}.png")), np.asarray(image))
+    manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
+    assert {key: manifest[key] for key in settings} == settings
+
+
+def test_npz_of_all_classes_with_a_grid(run, tiny_folder, tmp_path):
+    out, grid = tmp_path / "x.npz", tmp_path / "g.png"
+    succeed(run("sample", "--num-images", 20, "--model", tiny_folder, "--out", out, "--grid", grid, "--batch-size", 8))
+    with np.load(out) as arrays:
+        assert arrays["arr_0"].shape == (20, 16, 16, 3)
+        assert np.bincount(arrays["labels"]).tolist() == [2] * 10
+    assert grid.exists()
+
+
+def test_a_killed_run_goes_on(tiny_folder, tmp_path):
+    """SIGKILL in the middle; the same command again ends with the images of an undisturbed run."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+
+    def command(out: Path) -> list[str]:
+        options = ["--model", str(tiny_folder), "--out", str(out), "--per-class", "20", "--batch-size", "2"]
+        return [sys.executable, "-m", "alitok_fast.cli", "sample", *options, "--no-progress"]
+
+    process = subprocess.Popen(command(broken), cwd=ROOT)
+    while len(list(broken.glob("*.png"))) < 10:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    begun = {file: file.stat().st_mtime_ns for file in broken.glob("[0-9]*.png")}
+    assert 10 <= len(begun) < 200
+    for out in (broken, whole):
+        subprocess.run(command(out), cwd=ROOT, check=True, capture_output=True)
+    names = [f"{i:03d}.png" for i in range(200)]
+    assert sorted(file.name for file in broken.glob("[0-9]*.png")) == names
+    assert all((broken / name).read_bytes() == (whole / name).read_bytes() for name in names)
+    kept = [file for file, written in begun.items() if file.stat().st_mtime_ns == written]
+    assert len(kept) >= len(begun) // 2 * 2 - 2  # all but the batch that was being written
+
+
+def test_two_processes_draw_the_images_of_one(run, tiny_folder, tmp_path):
+    options = ["--model", str(tiny_folder), "--per-class", "2", "--batch-size", "3", "--no-progress"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "alitok_fast.cli", "sample", *options, "--out", str(tmp_path / "two.npz")]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("20 images in") == 1
+    succeed(run("sample", *options, "--out", tmp_path / "one.npz"))
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert np.array_equal(one["arr_0"], two["arr_0"])
+        assert np.array_equal(one["labels"], two["labels"])
+
+
+# --- reconstruct, convert, info -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, tokens", [((), 21), (("--tile",), 21 * 2)])
+def test_reconstruct(run, tiny_folder, tmp_path, options, tokens):
+    out = succeed(
+        run("reconstruct", photo(tmp_path / "a.png"), "--model", tiny_folder, "--out", tmp_path / "s.png", *options)
+    )
+    assert re.search(rf"a.png: {tokens} tokens, PSNR \d+\.\d\d dB", out)
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.width > sheet.height
+
+
+def test_reconstruct_photographs_with_weights_in_the_released_format(run, golden, recipe, tmp_path):
+    """Real photographs through weights of the full size, read from a .pth file without a word about their size."""
+    torch.save(recipe("tokenizer"), tmp_path / "alitok_tokenizer.pth")
+    with np.load(golden / "tokenizer.npz") as outputs:
+        Image.fromarray(outputs["photos"][0]).save(tmp_path / "astronaut.png")
+        expected = outputs["reconstruction"][0].astype(np.float32).transpose(1, 2, 0)
+    arguments = ("--model", tmp_path / "alitok_tokenizer.pth", "--out", tmp_path / "s.png")
+    out = succeed(run("reconstruct", tmp_path / "astronaut.png", *arguments))
+    assert "astronaut.png: 273 tokens, PSNR" in out
+    with Image.open(tmp_path / "s.png") as sheet:
+        right = np.asarray(sheet)[-256 - 4 : -4, -256 - 4 : -4]
+    assert np.abs(right / 255 - expected).max() < 1.5 / 255  # truncated to eight bits
+
+
+def test_unreadable_photographs_are_named(run, tiny_folder, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    arguments = ("reconstruct", tmp_path / "bad.jpg", photo(tmp_path / "a.png"), "--model", tiny_folder)
+    status, _, err = run(*arguments, "--out", tmp_path / "s.png")
+    assert status == 2 and "bad.jpg: expected a readable image" in err and err.count("\n") == 1
+    assert not (tmp_path / "s.png").exists()
+    out = succeed(run(*arguments, "--out", tmp_path / "s.png", "--on-error", "skip"))
+    assert "a.png" in out and "bad.jpg" not in out
+
+
+def test_convert_there_and_back(run, tiny_folder, tmp_path, tiny_tokenizer):
+    succeed(run("convert", tiny_folder / "tokenizer", tmp_path / "t.safetensors"))
+    succeed(run("convert", tiny_folder, tmp_path / "half", "--kind", "tokenizer", "--dtype", "bfloat16"))
+    description = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert description["dtype"] == "bfloat16"
+    expected = tiny_tokenizer().state_dict()
+    for path in (tmp_path / "t.safetensors", tmp_path / "half"):
+        state = load_tokenizer(path, config=tiny_tokenizer().config).state_dict()
+        assert all(torch.allclose(state[name], value, atol=1e-2, rtol=1e-2) for name, value in expected.items())
+
+
+def test_convert_keeps_provenance(run, tiny_folder, tmp_path):
+    succeed(run("convert", tiny_folder / "generator", tmp_path / "g"))
+    assert json.loads((tmp_path / "g" / "config.json").read_text())["provenance"]["classes"][3] == "c3"
+
+
+def test_info(run):
+    out = succeed(run("info"))
+    assert torch.__version__ in out
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("smaple",), "No such command 'smaple'"),
+        (("sample", "--sead", "1"), "No such option: --sead"),
+        (("sample", "--seed", "x", "--grid", "g.png"), "Invalid value for '--seed'"),
+        (("sample",), "expected --out, --grid or both, got neither"),
+        (("sample", "--grid", "g.txt"), "expected the name of a picture, such as g.png, got g.txt"),
+        (("sample", "--grid", "no/g.png"), "expected a file in a folder that exists, got no/g.png"),
+        (
+            ("sample", "--grid", "g.png", "--model", "nowhere"),
+            "or a hub repository id, got 'nowhere', which does not exist",
+        ),
+        (("sample", "--grid", "g.png", "--model", "b"), "got the preset 'b', whose weights are not shipped"),
+        (("sample", "--grid", "g.png", "--dtype", "int3", "--model", "TINY"), "dtype: expected one of float32"),
+        (("sample", "sofa", "--grid", "g.png", "--model", "TINY"), "labels: expected one of 0..9 or c0, c1"),
+        (("sample", "12", "--grid", "g.png", "--model", "TINY"), "labels: expected values in [0, 10), got 12"),
+        (
+            ("sample", "--num-images", "7", "--grid", "g.png", "--model", "TINY"),
+            "expected a multiple of the 10 classes",
+        ),
+        (("sample", "--out", "x.zip", "--model", "TINY"), "output: expected a folder or a file ending in .npz"),
+        (("sample", "--out", "o", "--top-p", "2", "--model", "TINY"), "top_p: expected None or a number in (0, 1]"),
+        (("sample", "--out", "o", "--batch-size", "0", "--model", "TINY"), "batch_size: expected at least 1, got 0"),
+        (("reconstruct", "absent.png", "--out", "s.png", "--model", "TINY"), "absent.png: expected a readable image"),
+        (("reconstruct", "--out", "s.png"), "Missing argument"),
+        (("convert", "TINY", "x.zip"), "target: expected a folder, or a file ending in .safetensors"),
+        (("convert", "TINY", "x"), "kind: expected 'tokenizer' or 'generator'"),
+        (("convert", "TINY", "out", "--kind", "vocoder"), "kind: expected 'tokenizer' or 'generator', got 'vocoder'"),
+    ],
+)
+def test_mistakes_are_one_line(run, tiny_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*(str(tiny_folder) if argument == "TINY" else argument for argument in arguments))
+    assert status == 2
+    assert err.startswith("alitok-fast: ") and err.count("\n") == 1
+    assert message in err
+    assert not [file for file in tmp_path.iterdir() if file.name not in ("tiny", "o")]
+
+
+def test_nan_weights_are_one_line(run, tiny_folder, tmp_path, tiny_generator):
+    gen = tiny_generator()
+    gen.output.weight.data[0, 0] = float("nan")
+    save_model(tiny_folder / "generator", gen)
+    status, _, err = run("sample", 1, "--grid", tmp_path / "g.png", "--model", tiny_folder)
+    assert status == 1
+    assert "expected finite logits, got NaN or infinity" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command", ["sample", "reconstruct", "convert", "tokenize", "train tokenizer", "train generator"]
+)
+def test_help_shows_examples(run, command):
+    out = succeed(run(*command.split(), "--help"))
+    assert f"alitok-fast {command}" in out.split("Options")[0]
+
+
+def test_help_lists_the_commands(run):
+    out = succeed(run("--help"))
+    for command in ("info", "sample", "reconstruct", "convert", "tokenize", "train"):
+        assert re.search(rf"^\s+{command}\b", out, re.MULTILINE)
