@@ -180,7 +180,7 @@ __device__ int64_t draw(const Source& source, const SampleTokensParams& p, const
 }
 
 template <class T, bool Filter, bool Shared>
-__global__ void __launch_bounds__(kMaxThreads) sample_tokens_kernel(const SampleTokensParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) sample_tokens_kernel(const SampleTokensParams p) {
   __shared__ int64_t scratch[2 * kMaxWarps];
   const int64_t b = blockIdx.x;
   const Row<T> row = row_of<T>(p, b);
