@@ -92,16 +92,16 @@ class SamplingLoop:
     def step(self) -> None:
         """Feed the current ids, draw the next token of each image and make it current."""
         position = self.cache.position.clone()
+        column = position.reshape(1)
         logits = self.model.step(self.ids, self.cache)
         drawn = sample_tokens(
             logits,
-            guidance_scale=self.schedule[position] if self.guided else None,
+            guidance_scale=self.schedule.index_select(0, column).squeeze(0) if self.guided else None,
             seed=self.seed,
             image_ids=self.image_ids,
             step=position,
             **self.options,
         )
-        column = position.reshape(1)
         given = self.tokens.index_select(1, column).squeeze(1)
         drawn = torch.where(position < self.prompt_length, given, drawn)
         self.tokens.index_copy_(1, column, drawn.unsqueeze(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alitok_fast.ops.sample_tokens import guided_logits, sample_tokens
 from alitok_fast.sampling import SamplingLoop, guidance_schedule, sample
@@ -175,3 +176,25 @@ def test_a_loop_runs_again_with_other_labels_and_seeds(tiny_generator):
         assert torch.equal(sample(gen, labels, seed=seed, loop=loop), sample(gen, labels, seed=seed))
     with pytest.raises(ValueError, match="loop: expected one for batch 1, guided True, got batch 2, guided True"):
         sample(gen, [1], loop=loop)
+
+
+class ReadsBack(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host, each of which would stop a CUDA stream and break its capture."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_step_reads_nothing_back(tiny_generator, guided):
+    gen = tiny_generator()
+    loop = SamplingLoop(gen, 2, guided, top_k=5, top_p=0.9)
+    loop.model, loop.cache = gen, gen.new_cache(len(loop.ids))  # as on a CUDA device: the generator itself
+    with torch.no_grad(), ReadsBack() as reads:
+        loop.step()
+        assert reads.count == 0
+        loop.ids[0].item()
+        assert reads.count == 1
