@@ -89,19 +89,26 @@ def compare(benchmark, mode: Mode, device: torch.device, ceilings: Ceilings | No
             f()  # warm: caches, autotuning, compilation
         times: dict[str, list[float]] = {name: [] for name in alternatives}
         own: list[float] = []
+        cores: list[float] = []  # that the function really had: on a busy machine fewer than it has threads
+
+        def own_turn() -> None:
+            begin = time.process_time()
+            own.append(timed(function))
+            cores.append((time.process_time() - begin) / own[-1])
 
         def alternatives_take_their_turn() -> None:
             for name, alternative in alternatives.items():
                 times[name].append(timed(alternative))
 
         rounds = mode.pick(check=1, quick=QUICK_ROUNDS, full=ROUNDS)
-        benchmark.pedantic(lambda: own.append(timed(function)), setup=alternatives_take_their_turn, rounds=rounds)
+        benchmark.pedantic(own_turn, setup=alternatives_take_their_turn, rounds=rounds)
         if not mode.timed:
             return
         own = own[-rounds:]
         info = _summary(own, times, work, ceiling, getattr(ceilings, ceiling))
         info["ceilings"] = ceilings.to_dict()
         info["machine"] = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        info["cores"] = statistics.median(cores)
         benchmark.extra_info.update(info)
         request.config.stash[RESULTS].append(_line(request.node.name, info))
 
@@ -137,6 +144,12 @@ def _line(name: str, info: dict) -> str:
         f"{seconds['slowest'] * 1e3:.2f}), {rate['median'] / 1e9:.0f} {unit}, "
         f"{rate['share_of_ceiling']:.0%} of the measured {info['ceilings'][rate['unit']] / 1e9:.0f}"
     ]
+    threads = info["machine"]["threads"]
+    if info["machine"]["device"] == "cpu" and info["cores"] < 0.8 * threads:
+        while_running = rate["share_of_ceiling"] * threads / info["cores"]
+        lines.append(
+            f"    the machine was busy: {info['cores']:.2f} of {threads} cores; {while_running:.0%} while running"
+        )
     for other, result in info["alternatives"].items():
         lines.append(f"    {result['speedup']:6.2f}x  {other} (median {result['seconds']['median'] * 1e3:.2f} ms)")
     return "\n".join(lines)
