@@ -5,8 +5,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
+#include <mutex>
 #include <new>
-#include <thread>
 #include <vector>
 
 #include "decode_matmul.h"
@@ -32,22 +33,31 @@ class Barrier {
     const uint32_t generation = generation_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(shares, std::memory_order_acq_rel) + shares == shares_) {
       arrived_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);  // no thread is between looking at the generation and sleeping
+        generation_.store(generation + 1, std::memory_order_release);
+      }
+      condition_.notify_all();
       return;
     }
-    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (generation_.load(std::memory_order_acquire) != generation) return;
 #if defined(__AVX2__)
       _mm_pause();
 #endif
-      if (spins > kSpins) std::this_thread::yield();  // a core too few: let the thread that is waited for run
     }
+    // A core too few: the thread that is waited for may need this one.
+    std::unique_lock<std::mutex> lock(mutex_);
+    condition_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != generation; });
   }
 
  private:
-  static constexpr int kSpins = 1000;  // some 50 us, more than a phase's imbalance
+  static constexpr int kSpins = 2000;  // some 100 us, more than a phase's imbalance
   const int shares_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
+  std::mutex mutex_;
+  std::condition_variable condition_;
 };
 
 class Worker {
@@ -141,33 +151,70 @@ struct Bfloat16Cache {
   static void store(Vec v, uint16_t* p, int count) { v.store_bf16(p, count); }
 };
 
+// Lane i is the sum of v[i]: as many vectors as lanes.
+inline Vec sum_each(const Vec* v) {
+#if defined(__AVX512F__)
+  __m512 fours[4];  // in lane 4 b + i of fours[a]: a quarter of the sum of vector 4 a + b
+#pragma GCC unroll 4
+  for (int a = 0; a < 4; ++a) {
+    const __m512 v0 = v[4 * a].v, v1 = v[4 * a + 1].v, v2 = v[4 * a + 2].v, v3 = v[4 * a + 3].v;
+    const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(v0, v1, 0x88), _mm512_shuffle_f32x4(v0, v1, 0xDD));
+    const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(v2, v3, 0x88), _mm512_shuffle_f32x4(v2, v3, 0xDD));
+    fours[a] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+  }
+  const auto pair = [](__m512 x, __m512 y) {
+    return _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)));
+  };
+  const __m512d first = pair(fours[0], fours[1]), second = pair(fours[2], fours[3]);
+  const __m512 sums = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                                    _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));  // 4 b + a: vector 4 a + b
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
+#else
+  float sums[Vec::lanes];
+  for (int i = 0; i < Vec::lanes; ++i) sums[i] = sum(v[i]);
+  return Vec::load(sums);
+#endif
+}
+
 // Softmax attention of one query over `length` keys and values of head_dim elements each. `scores` holds `length`
-// floats and room for one vector more.
+// floats and room for one vector more; the memory at `next` will be wanted after this.
 template <class Cache, int Vectors>
 void attend_whole(const float* q, const typename Cache::Element* keys, const typename Cache::Element* values,
-                  int64_t length, float scale, float* scores, float* out) {
+                  const typename Cache::Element* next, int64_t length, float scale, float* scores, float* out) {
   constexpr int64_t head_dim = Vectors * Vec::lanes;
+  constexpr int64_t block_bytes = Vec::lanes * head_dim * sizeof(*keys);
   Vec query[Vectors];
   for (int v = 0; v < Vectors; ++v) query[v] = Vec::load(q + v * Vec::lanes) * Vec(scale);
-  float largest = -INFINITY;
-  for (int64_t j = 0; j < length; ++j, keys += head_dim) {
-    Vec dot = query[0] * Cache::load(keys);
-#pragma GCC unroll 16
-    for (int v = 1; v < Vectors; ++v) dot = fma(query[v], Cache::load(keys + v * Vec::lanes), dot);
-    scores[j] = sum(dot);
-    largest = std::max(largest, scores[j]);
-  }
-  Vec total;
-  std::fill(scores + length, scores + length + Vec::lanes, -INFINITY);
+  Vec largest = -INFINITY;
   for (int64_t j = 0; j < length; j += Vec::lanes) {
-    const Vec e = exp(Vec::load(scores + j) - Vec(largest));
+    prefetch_bytes(values + j * head_dim, block_bytes);
+    Vec dots[Vec::lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::lanes; ++i) {
+      const auto* key = keys + std::min(j + i, length - 1) * head_dim;  // past the end the last key once more
+      dots[i] = query[0] * Cache::load(key);
+#pragma GCC unroll 8
+      for (int v = 1; v < Vectors; ++v) dots[i] = fma(query[v], Cache::load(key + v * Vec::lanes), dots[i]);
+    }
+    const Vec block = sum_each(dots);
+    largest = max(largest, block);
+    block.store(scores + j);
+  }
+  const Vec top = max(largest);
+  std::fill(scores + length, scores + round_up(length, Vec::lanes), -INFINITY);
+  Vec total;
+  for (int64_t j = 0; j < length; j += Vec::lanes) {
+    const Vec e = exp(Vec::load(scores + j) - top);
     total += e;
     e.store(scores + j);
   }
   Vec mixed[Vectors];
-  for (int64_t j = 0; j < length; ++j, values += head_dim)
-#pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) mixed[v] = fma(scores[j], Cache::load(values + v * Vec::lanes), mixed[v]);
+  for (int64_t j = 0; j < length; ++j) {
+    prefetch_bytes(next + j * head_dim, head_dim * sizeof(*next));
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v)
+      mixed[v] = fma(scores[j], Cache::load(values + j * head_dim + v * Vec::lanes), mixed[v]);
+  }
   const Vec share = 1.0f / sum(total);
   for (int v = 0; v < Vectors; ++v) (mixed[v] * share).store(out + v * Vec::lanes);
 }
@@ -199,13 +246,13 @@ void attend_any(const float* q, const typename Cache::Element* keys, const typen
 
 template <class Cache>
 void attend(const float* q, const typename Cache::Element* keys, const typename Cache::Element* values,
-            int64_t head_dim, int64_t length, float scale, float* scores, float* out) {
+            const typename Cache::Element* next, int64_t head_dim, int64_t length, float scale, float* scores, float* out) {
   switch (head_dim) {
-    case 3 * Vec::lanes: return attend_whole<Cache, 3>(q, keys, values, length, scale, scores, out);
-    case 4 * Vec::lanes: return attend_whole<Cache, 4>(q, keys, values, length, scale, scores, out);
-    case 5 * Vec::lanes: return attend_whole<Cache, 5>(q, keys, values, length, scale, scores, out);
-    case 6 * Vec::lanes: return attend_whole<Cache, 6>(q, keys, values, length, scale, scores, out);
-    case 8 * Vec::lanes: return attend_whole<Cache, 8>(q, keys, values, length, scale, scores, out);
+    case 3 * Vec::lanes: return attend_whole<Cache, 3>(q, keys, values, next, length, scale, scores, out);
+    case 4 * Vec::lanes: return attend_whole<Cache, 4>(q, keys, values, next, length, scale, scores, out);
+    case 5 * Vec::lanes: return attend_whole<Cache, 5>(q, keys, values, next, length, scale, scores, out);
+    case 6 * Vec::lanes: return attend_whole<Cache, 6>(q, keys, values, next, length, scale, scores, out);
+    case 8 * Vec::lanes: return attend_whole<Cache, 8>(q, keys, values, next, length, scale, scores, out);
     default: return attend_any<Cache>(q, keys, values, head_dim, length, scale, scores, out);
   }
 }
@@ -219,6 +266,8 @@ void swiglu(const float* a, const float* b, int64_t n, float* out) {
 }
 
 // ---- the step ----
+
+constexpr int64_t kAhead = 512 << 10;  // bytes of weights that may wait in a core's second-level cache
 
 // Buffers shared by the threads, each beginning at a cache line.
 class Workspace {
@@ -279,15 +328,23 @@ class Step {
     const uint8_t* arena = p_.arena + index * arena_.bytes;
     const float *norm1 = vectors, *qkv_bias = norm1 + p_.width, *q_norm = qkv_bias + 3 * p_.width;
     const float *k_norm = q_norm + p_.head_dim, *proj_bias = k_norm + p_.head_dim, *norm2 = proj_bias + p_.width;
+    constexpr int64_t half = kPanelOutputs / 2;
+    const int64_t gate_outputs = 2 * round_up(p_.hidden, half);
 
+    prefetch_matrix<Weights>(arena + arena_.qkv, p_.width, 3 * p_.width);
     norm_rows<Weights>(norm1);
     matmul<Weights>(arena + arena_.qkv, p_.width, 3 * p_.width,
                     [&](int64_t r, int64_t o, int64_t count, const float* product) {
                       add_bias(product, qkv_bias + o, count, wide(r) + o);
                     });
     worker_.wait();
-    const Range items = worker_.part_of(p_.rows * p_.heads);
-    for (int64_t i = items.begin; i < items.end; ++i) attention(index, i / p_.heads, i % p_.heads, q_norm, k_norm);
+    // Attention leaves the memory idle half of the time: the next matrix comes in meanwhile.
+    const Range items = worker_.part_of(p_.rows * p_.heads), proj = part_of_matrix<Weights>(p_.width, p_.width);
+    const int64_t ahead = std::min(proj.end - proj.begin, kAhead) / std::max<int64_t>(items.end - items.begin, 1);
+    for (int64_t i = items.begin; i < items.end; ++i) {
+      prefetch_bytes(arena + arena_.proj + proj.begin + (i - items.begin) * ahead, ahead);
+      attention(index, i / p_.heads, i % p_.heads, q_norm, k_norm);
+    }
     worker_.wait();
     for_rows([&](int64_t r) { pack<Weights>(wide(r), p_.width, r); });
     worker_.wait();
@@ -295,13 +352,14 @@ class Step {
                     [&](int64_t r, int64_t o, int64_t count, const float* product) {
                       add_bias(product, proj_bias + o, count, x(r) + o, x(r) + o);
                     });
+    prefetch_matrix<Weights>(arena + arena_.gate, p_.width, gate_outputs);
     worker_.wait();
     norm_rows<Weights>(norm2);
-    constexpr int64_t half = kPanelOutputs / 2;
-    matmul<Weights>(arena + arena_.gate, p_.width, 2 * round_up(p_.hidden, half),
+    matmul<Weights>(arena + arena_.gate, p_.width, gate_outputs,
                     [&](int64_t r, int64_t o, int64_t, const float* product) {
                       swiglu(product, product + half, std::min(half, p_.hidden - o / 2), wide(r) + o / 2);
                     });
+    prefetch_matrix<Weights>(arena + arena_.down, p_.hidden, p_.width);
     worker_.wait();
     for_rows([&](int64_t r) { pack<Weights>(wide(r), p_.hidden, r); });
     worker_.wait();
@@ -328,7 +386,8 @@ class Step {
       Cache::store(Vec::load(v + i, count), values + p_.position * p_.head_dim + i, count);
     });
     const float scale = 1.0f / std::sqrt(static_cast<float>(p_.head_dim));
-    attend<Cache>(q, keys, values, p_.head_dim, p_.position + 1, scale, scores_.data(), q);
+    const auto* next = keys + p_.capacity * p_.head_dim;  // those of the next head
+    attend<Cache>(q, keys, values, next, p_.head_dim, p_.position + 1, scale, scores_.data(), q);
   }
 
   // Normalised rows as activations, in place of the rows' results.
@@ -361,6 +420,21 @@ class Step {
         for (int64_t r = 0; r < rows; ++r) store(row0 + r, first, count, products_ + r * kPanelOutputs);
       }
     }
+  }
+
+  // The bytes of a matrix that this thread reads.
+  template <class W>
+  Range part_of_matrix(int64_t inputs, int64_t outputs) const {
+    const Range mine = worker_.part_of(panels(outputs));
+    const int64_t bytes = panel_bytes(W::kFormat, inputs);
+    return {mine.begin * bytes, mine.end * bytes};
+  }
+
+  // Starts to fetch this thread's part of the matrix that comes after a barrier.
+  template <class W>
+  void prefetch_matrix(const uint8_t* matrix, int64_t inputs, int64_t outputs) const {
+    const Range part = part_of_matrix<W>(inputs, outputs);
+    prefetch_bytes(matrix + part.begin, std::min(part.end - part.begin, kPrefetch));
   }
 
   // product + bias + base, the latter two where not null

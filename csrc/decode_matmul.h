@@ -21,7 +21,7 @@
 namespace alitok::ALITOK_ISA {
 
 constexpr int64_t kRowBlock = 32;     // rows of one product: two AMX tiles
-constexpr int64_t kPrefetch = 4096;  // bytes ahead of the weights in use; the hardware's own prefetcher stops at 4 KiB
+constexpr int64_t kPrefetch = 8192;  // bytes ahead of the weights in use, into the second-level cache
 
 struct Activations {
   uint8_t* data;  // row r of plane q at data + r * row_bytes + q * plane_bytes
@@ -36,8 +36,8 @@ struct MatmulUnit {
   bool amx;
 };
 
-inline void prefetch_bytes(const uint8_t* data, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
+inline void prefetch_bytes(const void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(data) + i, 0, 2);
 }
 
 // ---- float32 ----
@@ -50,8 +50,8 @@ void multiply_float32(const uint8_t* panel, int64_t depth, const Activations& x,
     const float* w = reinterpret_cast<const float*>(panel) + first;
     Vec sum[Rows][2];
     for (int64_t k = 0; k < depth; ++k, w += kPanelOutputs) {
-      __builtin_prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetch);
-      __builtin_prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetch + 64);
+      __builtin_prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetch, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetch + 64, 0, 2);
       const Vec w0 = Vec::load(w), w1 = Vec::load(w + Vec::lanes);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
@@ -100,8 +100,8 @@ void multiply_bfloat16(const uint8_t* panel, int64_t depth, const Activations& x
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < depth / 2; ++k, panel += 4 * kPanelOutputs) {
-    __builtin_prefetch(panel + kPrefetch);
-    __builtin_prefetch(panel + kPrefetch + 64);
+    __builtin_prefetch(panel + kPrefetch, 0, 2);
+    __builtin_prefetch(panel + kPrefetch + 64, 0, 2);
     const __m512bh w0 = (__m512bh)_mm512_load_si512(panel), w1 = (__m512bh)_mm512_load_si512(panel + 64);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
@@ -256,8 +256,8 @@ void multiply_int8(const uint8_t* panel, int64_t depth, const Activations& x, in
   for (int r = 0; r < Rows; ++r)
     for (int q = 0; q < 2; ++q) sum[r][q][0] = sum[r][q][1] = _mm512_setzero_si512();
   for (int64_t k = 0; k < depth; k += 4, panel += 4 * kPanelOutputs) {
-    __builtin_prefetch(panel + kPrefetch);
-    __builtin_prefetch(panel + kPrefetch + 64);
+    __builtin_prefetch(panel + kPrefetch, 0, 2);
+    __builtin_prefetch(panel + kPrefetch + 64, 0, 2);
     const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
