@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Decoder": "alitok_fast.decoding",
     "Generator": "alitok_fast.models",
     "GeneratorConfig": "alitok_fast.config",
     "Pipeline": "alitok_fast.pipeline",
@@ -18,6 +19,7 @@ _PUBLIC = {
     "TokenizerConfig": "alitok_fast.config",
     "load_generator": "alitok_fast.models",
     "load_tokenizer": "alitok_fast.models",
+    "plan": "alitok_fast.memory",
     "sample": "alitok_fast.sampling",
     "save_model": "alitok_fast.models",
     "on_rows": "alitok_fast.streaming",

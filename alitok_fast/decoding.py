@@ -42,10 +42,14 @@ class Decoder:
             norm_eps=NORM_EPS,
         )
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the key/value cache, unless another is asked for: float32 for float32 weights, else bfloat16."""
+        return torch.float32 if self.packed.dtype == torch.float32 else torch.bfloat16
+
     def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `rows` sequences. `dtype` None is float32 for float32 weights, else bfloat16."""
-        if dtype is None:
-            dtype = torch.float32 if self.packed.dtype == torch.float32 else torch.bfloat16
+        """An empty cache for `rows` sequences; `dtype` is float32, bfloat16 or None for `cache_dtype`."""
+        dtype = dtype or self.cache_dtype
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype: expected float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
         return KVCache(self.config, rows, self.device, dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 from alitok_fast._library import native_enabled
 from alitok_fast.config import GeneratorConfig
 from alitok_fast.decoding import Decoder
+from alitok_fast.memory import plan
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.sample_tokens import sample_tokens
@@ -29,10 +30,17 @@ class StepModel(Protocol):
     config: GeneratorConfig
     device: torch.device
     training: bool
+    cache_dtype: torch.dtype
 
     def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache: ...
     def step(self, ids: Tensor, cache: KVCache) -> Tensor: ...
     def condition_ids(self, labels: Tensor | None, batch: int) -> Tensor: ...
+
+
+def for_steps(gen: StepModel) -> StepModel:
+    """What to step with: a generator on the CPU packed into a `Decoder` of its own dtype, anything else as it is."""
+    native = isinstance(gen, Generator) and gen.device.type == "cpu" and native_enabled()
+    return Decoder(gen) if native else gen
 
 
 class SamplingLoop:
@@ -55,12 +63,17 @@ class SamplingLoop:
         top_p: float | None = None,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(model, Generator) and model.device.type == "cpu" and native_enabled():
-            model = Decoder(model)
-        self.model, self.batch, self.guided = model, batch, guided
+        self.model, self.batch, self.guided = for_steps(model), batch, guided
         self.options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         rows, steps, device = batch * (2 if guided else 1), model.config.tokens, model.device
-        self.cache = model.new_cache(rows, kv_dtype)
+        try:
+            self.cache = self.model.new_cache(rows, kv_dtype)
+        except RuntimeError as error:
+            size = rows * KVCache.bytes_per_row(model.config, kv_dtype or self.model.cache_dtype)
+            raise MemoryError(
+                f"labels: expected a batch whose cache fits in memory, got {batch} images, {size / 2**30:.1f} GiB; "
+                "alitok_fast.plan(gen) says how many fit"
+            ) from error
         self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(batch, steps, dtype=torch.int64, device=device)
         self.prompt_length = torch.zeros((), dtype=torch.int64, device=device)
@@ -166,12 +179,14 @@ def sample(
         image_ids: (B,) ids keying each image's noise; None takes 0..B-1.
         prompt_tokens: (B, n <= N) tokens to keep; the image is completed from there. None starts from nothing.
         kv_dtype: of the key/value cache; None is the model's, torch.float8_e4m3fn stores it in 8 bits.
-        on_step: called as on_step(step, tokens so far (B, step + 1)) after each token.
+        on_step: called as on_step(step, tokens so far (B, step + 1)) after each token; for one part after the other
+            of a batch that does not fit in memory (`plan`).
         loop: a `SamplingLoop` to run again, made for this batch and these settings; None makes one for this call.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: the logits became NaN or infinite.
+        MemoryError: not even one image fits.
     """
     config, device = gen.config, gen.device
     labels = _as_ids("labels", labels, device)
@@ -194,14 +209,24 @@ def sample(
     if prompt_tokens is not None:
         prompt_tokens = _check_prompt(prompt_tokens, len(labels), config, device)
     guided = scale != 0
+    size = len(labels)
     if loop is None:
-        loop = SamplingLoop(gen, len(labels), guided, temperature, top_k, top_p, kv_dtype)
-    elif (loop.batch, loop.guided) != (len(labels), guided):
+        gen = for_steps(gen)
+        size = min(size, max(1, plan(gen, guided=guided, kv_dtype=kv_dtype).largest_batch))
+    elif (loop.batch, loop.guided) != (size, guided):
         raise ValueError(
             f"loop: expected one for batch {len(labels)}, guided {guided}, got batch {loop.batch}, guided {loop.guided}"
         )
     schedule = guidance_schedule(config.tokens, scale, power) if guided else None
-    tokens = loop.run(labels, schedule, seed, image_ids, prompt_tokens, on_step)
+    drawn = []
+    for begin in range(0, len(labels), size):
+        part = slice(begin, begin + size)
+        if loop is None or loop.batch != len(labels[part]):
+            loop = None  # before the next one is made: its memory is needed
+            loop = SamplingLoop(gen, len(labels[part]), guided, temperature, top_k, top_p, kv_dtype)
+        prompt = None if prompt_tokens is None else prompt_tokens[part]
+        drawn.append(loop.run(labels[part], schedule, seed, image_ids[part], prompt, on_step))
+    tokens = torch.cat(drawn)
     _check_drawn(tokens)
     return tokens
 
@@ -229,7 +254,8 @@ def _check_prompt(prompt: Tensor, batch: int, config: GeneratorConfig, device: t
         raise TypeError(f"prompt_tokens: expected int64, got {str(prompt.dtype).removeprefix('torch.')}")
     if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < config.codebook_size:
         raise ValueError(
-            f"prompt_tokens: expected values in [0, {config.codebook_size}), got {int(prompt.min())}..{int(prompt.max())}"
+            f"prompt_tokens: expected values in [0, {config.codebook_size}), "
+            f"got {int(prompt.min())}..{int(prompt.max())}"
         )
     return prompt.to(device)
 

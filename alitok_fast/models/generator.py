@@ -78,6 +78,11 @@ class Generator(nn.Module):
         """Of the blocks' weights."""
         return self.blocks[0].attn.qkv.weight.dtype
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the key/value cache, unless another is asked for."""
+        return self.dtype
+
     def forward(self, tokens: Tensor, labels: Tensor | None) -> Tensor:
         """tokens (B, n <= N) int64, labels (B,) int64 in [0, classes) or None: unconditional -> (B, n + 1, K) logits.
 
@@ -98,7 +103,7 @@ class Generator(nn.Module):
 
     def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `rows` sequences; `dtype` None is the model's, torch.float8_e4m3fn halves bfloat16's size."""
-        return KVCache(self.config, rows, self.device, dtype or self.dtype)
+        return KVCache(self.config, rows, self.device, dtype or self.cache_dtype)
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alitok_fast._library import native_enabled, register_fake
 from alitok_fast.ops.prefix_attention import rotate
 
 PANEL_OUTPUTS = 32
@@ -121,8 +122,6 @@ def decode(weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, po
         TypeError, ValueError: naming the argument, what was expected and what was given.
         ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
-    from alitok_fast._library import native_enabled
-
     if not native_enabled():
         return decode_reference(weights, ids, keys, values, position)
     return torch.ops.alitok.decode(
@@ -156,6 +155,11 @@ def decode_reference(weights: PackedWeights, ids: Tensor, keys: Tensor, values: 
         gated = F.silu(F.linear(y, layer.w1.to(compute))) * F.linear(y, layer.w3.to(compute))
         x = x + F.linear(gated, layer.w2.to(compute))
     return F.linear(norm(x, last_norm), head.to(compute), head_bias.to(compute))
+
+
+@register_fake("decode")
+def _(arena, vectors, embeddings, rope, ids, keys, values, position, hidden, codes, weight_bytes, norm_eps):
+    return vectors.new_empty(ids.shape[0], codes)
 
 
 def unpack_weights(

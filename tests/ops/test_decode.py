@@ -162,6 +162,16 @@ def test_nan_stays_in_its_row(cpu_isa, dtype):
     assert logits[1].isnan().any() and logits[[0, 2]].isfinite().all()
 
 
+def test_opcheck():
+    shape = SHAPES[0]
+    weights, (keys, values) = make(shape, torch.bfloat16), make_caches(shape, 2).zero_()
+    torch.library.opcheck(
+        torch.ops.alitok.decode.default,
+        (weights.arena, weights.vectors, weights.embeddings, weights.rope, torch.tensor([1, 2]), keys, values,
+         torch.tensor(3), weights.hidden, weights.codes, weights.dtype.itemsize, weights.norm_eps),
+    )  # fmt: skip
+
+
 def test_no_rows():
     shape = SHAPES[0]
     ids = torch.empty(0, dtype=torch.int64)
