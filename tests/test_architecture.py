@@ -19,7 +19,7 @@ LAYERS = (
     ("_library", "checkpoint", "data"),
     ("ops", "images"),
     ("models",),
-    ("decoding", "streaming"),
+    ("decoding", "memory", "streaming"),
     ("sampling",),
     ("pipeline", "reconstruction", "evaluation"),
     ("bulk", "training", "info"),
