@@ -116,6 +116,43 @@ def test_misaligned_and_strided_qkv(simt, dtype):
     check(simt, case, storage=storage, offset=1, row_stride=rows.shape[2] + 5)
 
 
+def gradients(case, grad_out, dtype):
+    """Of qkv and the norm weights, by autograd through the reference computed in `dtype`."""
+    leaves = {"qkv": case["qkv"].to(dtype)}
+    if case["q_norm_weight"] is not None:
+        leaves |= {k: case[k].double() for k in ("q_norm_weight", "k_norm_weight")}
+    leaves = {k: v.requires_grad_() for k, v in leaves.items()}
+    out = prefix_attention_reference(**{**case, **leaves})[0]
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out.to(dtype))
+    return {f"grad_{name}": grad.double() for name, grad in zip(leaves, grads, strict=True)}
+
+
+def check_backward(simt, case, sanitizer="address", schedules=2, **layout):
+    dtype, length = case["qkv"].dtype, case["qkv"].shape[1]
+    grad_out = torch.randn(case["qkv"][:, :, 0].shape, generator=torch.Generator().manual_seed(length)).to(dtype)
+    out, lse = reference(case, dtype)
+    exact, low = gradients(case, grad_out, torch.float64), gradients(case, grad_out, dtype)
+    outputs = {name: (tuple(exact[name].shape), torch.float32) for name in exact}
+    outputs["grad_qkv"] = (tuple(case["qkv"].shape), dtype)
+    inputs = inputs_of(case, **layout) | {"out": out, "lse": lse, "grad_out": grad_out}
+    result = simt.program("prefix_attention_backward", sanitizer).run(inputs, outputs, schedules)
+    for name in exact:
+        bound = 3 * (low[name] - exact[name]).abs().max() + 4e-6 * exact[name].abs().max()
+        error = (result[name].double() - exact[name]).abs().max()
+        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+    return result
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c))
+def test_backward(simt, case):
+    result = check_backward(simt, make_case(*case))
+    assert result.bank_conflicts == 0
+
+
 def test_forward_has_no_races(simt):
     check(simt, make_case(torch.bfloat16, 1, 140, 1, 48, 20, True, True, 0.1), "thread", schedules=1)
     check(simt, make_case(torch.float32, 1, 70, 1, 64, 0, True, True, 0.1), "thread", schedules=1)
+
+
+def test_backward_has_no_races(simt):
+    check_backward(simt, make_case(torch.bfloat16, 1, 140, 1, 48, 20, True, True, 0.1), "thread", schedules=1)
