@@ -121,13 +121,11 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& qkv_in, int64_t prefix
   p.lse = static_cast<float*>(lse.data_ptr());
 
   if (qkv.is_cuda()) {
-#ifdef ALITOK_PREFIX_ATTENTION_CUDA
+#ifdef ALITOK_CUDA
     OptionalTensor workspace;
     p.workspace = allocate(workspace, qkv, prefix_attention_workspace_cuda(p));
-    ALITOK_DISPATCH_CUDA(prefix_attention_cuda, qkv.get_device_index(), p);
-#else
-    throw std::runtime_error("prefix_attention: this build has no CUDA kernel");
 #endif
+    ALITOK_DISPATCH_CUDA(prefix_attention_cuda, qkv.get_device_index(), p);
   } else {
     const Parallel parallel = torch_parallel();
     ALITOK_DISPATCH_ISA(prefix_attention_cpu, p, parallel);
@@ -172,12 +170,10 @@ std::tuple<Tensor, Tensor, Tensor> prefix_attention_backward(
 
   OptionalTensor workspace;
   if (qkv.is_cuda()) {
-#ifdef ALITOK_PREFIX_ATTENTION_CUDA
+#ifdef ALITOK_CUDA
     b.forward.workspace = allocate(workspace, qkv, prefix_attention_backward_workspace_cuda(p));
-    ALITOK_DISPATCH_CUDA(prefix_attention_backward_cuda, qkv.get_device_index(), b);
-#else
-    throw std::runtime_error("prefix_attention: this build has no CUDA kernel");
 #endif
+    ALITOK_DISPATCH_CUDA(prefix_attention_backward_cuda, qkv.get_device_index(), b);
   } else {
     b.forward.workspace = allocate(workspace, qkv, prefix_attention_backward_workspace_cpu(p));
     const Parallel parallel = torch_parallel();

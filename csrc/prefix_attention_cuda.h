@@ -140,7 +140,8 @@ struct Fragments<float> {
 template <class T, int kDim, int kRowTiles, int kTiles>
 __device__ __forceinline__ void multiply_rows(float (&d)[kRowTiles][kTiles][4], const T* left, const T* right) {
   using F = Fragments<T>;
-#pragma unroll
+  constexpr int kUnroll = sizeof(T) == 2 ? kDim / F::kStep : 2;  // three products each in float: more only costs compile time
+#pragma unroll kUnroll
   for (int k = 0; k < kDim; k += F::kStep) {
     typename F::A a[kRowTiles];
 #pragma unroll

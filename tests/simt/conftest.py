@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
+BUILD = HERE.parents[1] / "build" / "simt"
 
 SANITIZERS = {
     "address": [
@@ -74,25 +76,28 @@ class Program:
 
 
 class Simt:
-    """Builds programs once per session and content; `patch` is an edit to a copy of a csrc file."""
+    """Builds programs under build/simt, again only when their sources or flags have changed."""
 
     Failure = KernelFailure
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder = folder  # for the cases
 
-    def program(self, op: str, sanitizer: str = "address", patch: tuple[str, str, str] | None = None) -> Program:
-        """patch = (file in csrc, text that occurs exactly once in it, its replacement)."""
-        key = hashlib.sha256(repr((op, sanitizer, patch)).encode()).hexdigest()[:16]
-        folder = self.folder / f"{op}-{key}"
-        executable = folder / "program"
-        if not executable.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            includes = [f"-I{HERE}", f"-I{CSRC}"]
-            if patch is not None:
-                includes.insert(0, f"-I{_patched(folder / 'csrc', *patch)}")
-            _compile(HERE / f"{op}.cpp", executable, includes, SANITIZERS[sanitizer])
-        return Program(executable, folder / "case")
+    def program(self, op: str, sanitizer: str = "address", patches: Sequence[tuple[str, str, str]] = ()) -> Program:
+        """Each patch is (file in csrc, text that occurs exactly once in it, its replacement), made in a copy."""
+        name = f"{op}-{sanitizer}"
+        if patches:
+            name += "-" + hashlib.sha256(repr(patches).encode()).hexdigest()[:8]
+        folder = BUILD / name
+        executable, stamp = folder / "program", folder / "sources.sha256"
+        state = _source_hash(op, sanitizer)
+        if not executable.exists() or not stamp.exists() or stamp.read_text() != state:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            sources = _patched(folder / "csrc", patches) if patches else CSRC
+            _compile(HERE / f"{op}.cpp", executable, [f"-I{HERE}", f"-I{sources}"], SANITIZERS[sanitizer])
+            stamp.write_text(state)
+        return Program(executable, self.folder / name)
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +105,15 @@ def simt(tmp_path_factory: pytest.TempPathFactory) -> Simt:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     return Simt(tmp_path_factory.mktemp("simt"))
+
+
+def _source_hash(op: str, sanitizer: str) -> str:
+    files = [*HERE.glob("*.h"), *CSRC.glob("*.h"), HERE / f"{op}.cpp", *CSRC.glob("*.cu"), Path(__file__)]
+    digest = hashlib.sha256(sanitizer.encode())
+    for file in sorted(files):
+        if file.suffix != ".cu" or file.name.startswith(op):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _compile(source: Path, executable: Path, includes: list[str], flags: list[str]) -> None:
@@ -111,11 +125,12 @@ def _compile(source: Path, executable: Path, includes: list[str], flags: list[st
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:6000]}"
 
 
-def _patched(folder: Path, name: str, old: str, new: str) -> Path:
+def _patched(folder: Path, patches: Sequence[tuple[str, str, str]]) -> Path:
     shutil.copytree(CSRC, folder)
-    text = (folder / name).read_text()
-    assert text.count(old) == 1, f"the text to replace occurs {text.count(old)} times in {name}, expected once: {old!r}"
-    (folder / name).write_text(text.replace(old, new))
+    for name, old, new in patches:
+        text = (folder / name).read_text()
+        assert text.count(old) == 1, f"{name}: expected {old!r} once, got it {text.count(old)} times"
+        (folder / name).write_text(text.replace(old, new))
     return folder
 
 

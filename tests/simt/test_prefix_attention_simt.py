@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -156,3 +158,35 @@ def test_forward_has_no_races(simt):
 
 def test_backward_has_no_races(simt):
     check_backward(simt, make_case(torch.bfloat16, 1, 140, 1, 48, 20, True, True, 0.1), "thread", schedules=1)
+
+
+# Bug seeds compile one tile width of one dtype.
+HEADER, FORWARD, BACKWARD = "prefix_attention_cuda.h", "prefix_attention_cuda.cu", "prefix_attention_backward_cuda.cu"
+ONLY_BF16_48 = [
+    (HEADER, "AttentionDtype::float32: return for_head_dim<float>(p.head_dim, launcher)", "AttentionDtype::float32: return"),
+    (HEADER, "AttentionDtype::float16: return for_head_dim<__half>(p.head_dim, launcher)", "AttentionDtype::float16: return"),
+    (HEADER, "return launcher.template run<T, 80>()", "return"),
+    (HEADER, "return launcher.template run<T, 64>()", "return"),
+    (HEADER, "launcher.template run<T, 128>()", "return"),
+]
+COMPLETE = "__syncthreads();  // this tile is complete for all, and nobody reads the other stage any more"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "sanitizer", "message"),
+    [
+        pytest.param(FORWARD, COMPLETE, "", "thread", "data race", id="forward: no barrier"),
+        pytest.param(FORWARD, "shared->v[stage][0]", "shared->v[stage ^ 1][0]", "address", "out: error", id="forward: wrong stage"),
+        pytest.param(HEADER, "max(static_cast<int>(p.prefix_len), i + 1)", "max(static_cast<int>(p.prefix_len), i)",
+                     "address", "error", id="mask off by one"),
+        pytest.param(BACKWARD, "n + e >= begin", "n + e > begin", "address", "grad_qkv: error", id="backward: mask"),
+    ],
+)  # fmt: skip
+def test_seeded_bugs_are_caught(simt, file, old, new, sanitizer, message):
+    def patched(op, sanitizer):
+        return simt.program(op, sanitizer, [*ONLY_BF16_48, (file, old, new)])
+
+    case = make_case(torch.bfloat16, 1, 130, 1, 48, 3, True, True, 0.0)
+    with pytest.raises(AssertionError, match=message):
+        check_patched = check_backward if file == BACKWARD else check
+        check_patched(SimpleNamespace(program=patched), case, sanitizer, schedules=1)

@@ -92,6 +92,6 @@ def test_backward(simt, features, codes, channels, sanitizer):
 )
 def test_seeded_bugs_are_caught(simt, old, new, sanitizer, message):
     z, codebook = vq_inputs(130, 70, 20)
-    program = simt.program("vq_lookup", sanitizer, patch=("vq_lookup_cuda.cu", old, new))
+    program = simt.program("vq_lookup", sanitizer, patches=[("vq_lookup_cuda.cu", old, new)])
     with pytest.raises(AssertionError, match=message):
         check_forward(run_forward(program, z, codebook, schedules=2), z, codebook)
