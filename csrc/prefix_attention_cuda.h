@@ -34,6 +34,7 @@ __device__ __forceinline__ float rounded(float x) {
 template <class T>
 struct Fragments {  // bf16 and fp16: one mma.sync of depth 16
   static constexpr int kStep = 16;
+  static constexpr int kUnroll = 8;  // all of a tile's steps
   struct A {
     uint32_t r[4];
   };
@@ -81,6 +82,7 @@ struct Fragments {  // bf16 and fp16: one mma.sync of depth 16
 template <>
 struct Fragments<float> {
   static constexpr int kStep = 8;
+  static constexpr int kUnroll = 2;  // of the 8 to 16 steps of a tile: more is mostly compile time
   struct A {
     uint32_t high[4], low[4];
   };
@@ -140,8 +142,7 @@ struct Fragments<float> {
 template <class T, int kDim, int kRowTiles, int kTiles>
 __device__ __forceinline__ void multiply_rows(float (&d)[kRowTiles][kTiles][4], const T* left, const T* right) {
   using F = Fragments<T>;
-  constexpr int kUnroll = sizeof(T) == 2 ? kDim / F::kStep : 2;  // three products each in float: more only costs compile time
-#pragma unroll kUnroll
+#pragma unroll F::kUnroll
   for (int k = 0; k < kDim; k += F::kStep) {
     typename F::A a[kRowTiles];
 #pragma unroll
