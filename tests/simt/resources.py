@@ -57,7 +57,7 @@ def ptxas_report(source: Path) -> str:
 
 def readable(mangled: str) -> str:
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"^void |alitok::|\(anonymous namespace\)::|\([^()]*\)$", "", name)
+    return re.sub(r"^void |alitok::|\(anonymous namespace\)::", "", name).split("(")[0]
 
 
 def measure() -> dict[str, dict[str, dict[str, int]]]:
