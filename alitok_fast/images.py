@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alitok_fast.checkpoint import write_atomically
 
-MARGIN = 4
+MARGIN, CAPTION = 4, 18  # pixels
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 
 
@@ -38,6 +38,7 @@ def grid(
     """A sheet of equally large RGB images ((H, W, 3) uint8 or PIL), row by row, each with its caption above it.
 
     `scale` enlarges every image by a whole factor; None picks one that makes images at least 96 pixels wide.
+    A row of empty captions takes no room.
     """
     if not len(images):
         raise ValueError("images: expected at least one image, got none")
@@ -47,21 +48,21 @@ def grid(
     width, height = pictures[0].size
     factor = scale if scale is not None else max(1, -(-96 // width))
     cell_width, cell_height = width * factor, height * factor
-    font = ImageFont.load_default(size=12)
-    caption_height = 18 if captions else 0
-    rows, columns = -(-len(images) // columns), min(columns, len(images))
-    size = (columns * (cell_width + MARGIN) + MARGIN, rows * (cell_height + caption_height + MARGIN) + MARGIN)
+    rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
+    heights = [CAPTION if captions and any(captions[i] for i in row) else 0 for row in rows]
+    size = (len(rows[0]) * (cell_width + MARGIN) + MARGIN, sum(heights) + len(rows) * (cell_height + MARGIN) + MARGIN)
     sheet = Image.new("RGB", size, BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for index, picture in enumerate(pictures):
-        row, column = divmod(index, columns)
-        left = MARGIN + column * (cell_width + MARGIN)
-        top = MARGIN + row * (cell_height + caption_height + MARGIN)
-        if captions:
-            text = _shorten(captions[index], cell_width, font)
-            draw.text((left + cell_width / 2, top + 1), text, fill=INK, font=font, anchor="ma")
-        enlarged = picture.resize((cell_width, cell_height), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (left, top + caption_height))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    top = MARGIN
+    for row, caption_height in zip(rows, heights, strict=True):
+        for column, index in enumerate(row):
+            left = MARGIN + column * (cell_width + MARGIN)
+            if caption_height:
+                text = _shorten(captions[index], cell_width, font)
+                draw.text((left + cell_width / 2, top + 1), text, fill=INK, font=font, anchor="ma")
+            enlarged = pictures[index].resize((cell_width, cell_height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left, top + caption_height))
+        top += caption_height + cell_height + MARGIN
     return sheet
 
 
