@@ -20,6 +20,7 @@ from alitok_fast import Pipeline, load_tokenizer, save_model
 from alitok_fast.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny models, and processes beside each other
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_killed_run_goes_on(tiny_folder, tmp_path):
         options = ["--model", str(tiny_folder), "--out", str(out), "--per-class", "6", "--batch-size", "2"]
         return [sys.executable, "-m", "alitok_fast.cli", "sample", *options, "--no-progress"]
 
-    process = subprocess.Popen(command(broken), cwd=ROOT)
+    process = subprocess.Popen(command(broken), cwd=ROOT, env=ONE_THREAD)
     while len(list(broken.glob("*.png"))) < 6:
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.002)
@@ -98,7 +99,7 @@ def test_a_killed_run_goes_on(tiny_folder, tmp_path):
     begun = {file: file.stat().st_mtime_ns for file in broken.glob("[0-9]*.png")}
     assert 6 <= len(begun) < 60
     for out in (broken, whole):
-        subprocess.run(command(out), cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(command(out), cwd=ROOT, check=True, capture_output=True, env=ONE_THREAD)
     names = [f"{i:02d}.png" for i in range(60)]
     assert sorted(file.name for file in broken.glob("[0-9]*.png")) == names
     assert all((broken / name).read_bytes() == (whole / name).read_bytes() for name in names)
@@ -110,9 +111,7 @@ def test_two_processes_draw_the_images_of_one(run, tiny_folder, tmp_path):
     options = ["--model", str(tiny_folder), "--per-class", "2", "--batch-size", "3", "--no-progress"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "alitok_fast.cli", "sample", *options, "--out", str(tmp_path / "two.npz")]
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("20 images in") == 1
     succeed(run("sample", *options, "--out", tmp_path / "one.npz"))
