@@ -102,7 +102,7 @@ class Generator(nn.Module):
         return self.output(self.norm(x))
 
     def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `rows` sequences; `dtype` None is the model's, torch.float8_e4m3fn halves bfloat16's size."""
+        """An empty cache for `rows` sequences; `dtype` None is the model's, torch.float8_e4m3fn half of bfloat16."""
         return KVCache(self.config, rows, self.device, dtype or self.cache_dtype)
 
     @torch.no_grad()

@@ -33,7 +33,9 @@ def run(qkv, caches, options):
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "heads", "dim", "capacity"), [(1, 1, 8, 1), (2, 3, 48, 20), (3, 1, 80, 37), (1, 2, 128, 5)])
+@pytest.mark.parametrize(
+    ("rows", "heads", "dim", "capacity"), [(1, 1, 8, 1), (2, 3, 48, 20), (3, 1, 80, 37), (1, 2, 128, 5)]
+)
 def test_all_steps_equal_causal_attention(monkeypatch, isa, dtype, rows, heads, dim, capacity):
     monkeypatch.setenv("ALITOK_CPU_ISA", isa)
     qkv, caches, options = make(rows, heads, dim, capacity, dtype)
@@ -64,7 +66,8 @@ def test_quantised_cache_equals_reference(dtype):
 
 
 def test_e4m3_rounding_is_torchs():
-    values = torch.cat([torch.linspace(-460, 460, 4001), torch.linspace(-0.04, 0.04, 4001), torch.logspace(-12, 3, 8000)])
+    large, small = torch.linspace(-460, 460, 4001), torch.linspace(-0.04, 0.04, 4001)
+    values = torch.cat([large, small, torch.logspace(-12, 3, 8000)])
     values = torch.cat([values, values.new_zeros(-len(values) % 8)]).view(-1, 1, 1, 8)
     rows = len(values)
     caches = torch.zeros(2, rows, 1, 1, 8, dtype=torch.float8_e4m3fn)

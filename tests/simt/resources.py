@@ -46,7 +46,8 @@ def ptxas_report(source: Path) -> str:
     if not stored.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         cubin = BUILD / f"{source.stem}.cubin"
-        done = subprocess.run(["nvcc", *FLAGS, f"-I{CSRC}", str(source), "-o", str(cubin)], capture_output=True, text=True)
+        command = ["nvcc", *FLAGS, f"-I{CSRC}", str(source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{source.name} does not compile:\n{done.stderr[:4000]}")
         for old in BUILD.glob(f"{source.stem}.*.txt"):

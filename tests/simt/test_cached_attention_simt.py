@@ -65,7 +65,10 @@ def test_matches_reference(simt, dtype, quantised, rows, heads, dim, capacity, p
     # The reference's rsqrt and the kernel's may round differently by a unit in the last place.
     unit = 2.0**-4 if quantised else 2 * TOLERANCE[dtype]
     torch.testing.assert_close(
-        result["keys"][:, :, : position + 1].double(), arguments["keys"][:, :, : position + 1].double(), rtol=unit, atol=unit
+        result["keys"][:, :, : position + 1].double(),
+        arguments["keys"][:, :, : position + 1].double(),
+        rtol=unit,
+        atol=unit,
     )
     stored = result["values"][:, :, : position + 1].float()
     assert torch.equal(stored, arguments["values"][:, :, : position + 1].float())

@@ -19,6 +19,6 @@ def test_registers_and_spills():
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+\.\d+)", version)[1]
     if release != recorded:
-        pytest.skip(f"resources.json was recorded with nvcc {recorded}, this is {release}: registers are not comparable")
+        pytest.skip(f"resources.json was recorded with nvcc {recorded}, this is {release}: registers may differ")
     done = subprocess.run([sys.executable, str(HERE / "resources.py")], capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}\nmeant? python tests/simt/resources.py --update"
