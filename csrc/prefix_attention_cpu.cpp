@@ -12,6 +12,9 @@
 #include "philox.h"
 #include "simd.h"
 #include "tile_multiply.h"
+#if defined(__AVX512BF16__)
+#include "amx_multiply.h"
+#endif
 
 namespace alitok::ALITOK_ISA {
 namespace {
@@ -64,8 +67,8 @@ struct Layout {
   int64_t row;   // a row over the head dimension
   int64_t keys;  // a row over all keys
 
-  explicit Layout(const PrefixAttentionParams& p)
-      : row(round_up(p.head_dim, kLine)), keys((round_up(p.length, kLine) / kLine | 1) * kLine) {}
+  explicit Layout(const PrefixAttentionParams& p, int64_t multiple = kLine)
+      : row(round_up(p.head_dim, multiple)), keys((round_up(p.length, multiple) / kLine | 1) * kLine) {}
   int64_t row_vectors() const { return row / kLanes; }
   int64_t per_key() const { return keys * row; }  // both (keys, row) and its transpose
   int64_t factors() const { return round_up(keys, kDropoutColumns); }
@@ -120,10 +123,10 @@ void rotate_row(float* y, const float* turn, int64_t n, bool back) {
 #endif
 }
 
-// A row as attention sees it, as float32 and zero beyond head_dim: a query or key normalised and rotated, rounded to T
-// after each, and times `factor`.
-template <class T>
-void prepare_row(const PrefixAttentionParams& p, const T* x, Part part, int64_t i, float factor, float* y) {
+// A row as attention sees it, in whole vectors with zeros beyond head_dim: a query or key normalised and rotated,
+// rounded to T after each. Out is float, or T itself, which loses nothing more.
+template <class T, class Out>
+void prepare_row(const PrefixAttentionParams& p, const T* x, Part part, int64_t i, Out* y) {
   const int64_t n = p.head_dim;
   const float* weight = norm_weight(p, part);
   const float* rope = part == kValue || p.rope == nullptr ? nullptr : p.rope + i * n;
@@ -143,17 +146,15 @@ void prepare_row(const PrefixAttentionParams& p, const T* x, Part part, int64_t 
     }
 #if defined(__AVX2__)
     if (rope != nullptr) element = round_to<T>(rotate_pairs(element, load_first(rope + d, n - d)));
-    element *= Vec(factor);
 #endif
-    element.store(y + d);
+    store_first(element, y + d, kLanes);
   }
 #if !defined(__AVX2__)  // a single lane holds no pair
   if (rope != nullptr) rotate_row<T>(y, rope, n, false);
-  for (int64_t d = 0; d < n; ++d) y[d] *= factor;
 #endif
 }
 
-// The gradient of a prepared row, as to `factor` 1, back through rotation and norm: writes the gradient of the input
+// The gradient of a prepared row back through rotation and norm: writes the gradient of the input
 // row, adds to that of the weight. Roundings count as identity. `grad` is overwritten; both end in whole vectors.
 template <class T>
 void backward_row(const PrefixAttentionParams& p, const T* x, Part part, int64_t i, float* grad, float* grad_weight,
@@ -185,21 +186,21 @@ void backward_row(const PrefixAttentionParams& p, const T* x, Part part, int64_t
   for (int64_t d = 0; d < n; d += kLanes) store_first(Vec::load(grad + d), grad_x + d, n - d);
 }
 
-// Rows i0..i0 + count of a head, each times `factor`: (count, row).
-template <class T>
+// Rows i0..i0 + count of a head: (count, row).
+template <class T, class Out>
 void prepare_rows(const PrefixAttentionParams& p, const Layout& layout, int64_t head, Part part, int64_t i0,
-                  int64_t count, float factor, float* rows) {
+                  int64_t count, Out* rows) {
   const Rows<const T> input = input_rows<T>(p, head, part);
   for (int64_t i = i0; i < i0 + count; ++i)
-    prepare_row(p, input[i], part, i, factor, rows + (i - i0) * layout.row);
+    prepare_row(p, input[i], part, i, rows + (i - i0) * layout.row);
 }
 
-// (keys, row) -> (row, keys)
-void transpose(const Layout& layout, const float* rows, float* columns) {
+// (keys, width) -> (width, keys), of any 32-bit words.
+void transpose(const Layout& layout, int64_t width, const float* rows, float* columns) {
   for (int64_t j = 0; j < layout.keys; j += kLanes)
-    for (int64_t d = 0; d < layout.row; d += kLanes) {
+    for (int64_t d = 0; d < width; d += kLanes) {
       Vec block[kLanes];
-      for (int64_t r = 0; r < kLanes; ++r) block[r] = Vec::load(rows + (j + r) * layout.row + d);
+      for (int64_t r = 0; r < kLanes; ++r) block[r] = Vec::load(rows + (j + r) * width + d);
       transpose(block);
       for (int64_t r = 0; r < kLanes; ++r) block[r].store(columns + (d + r) * layout.keys + j);
     }
@@ -225,29 +226,47 @@ void dropout_factors(const PrefixAttentionParams& p, int64_t head, int64_t i, in
   }
 }
 
-// Vector v of a row of scores, with -infinity (probability zero) for keys that are not visible.
+// Vector v of a row of logits: scaled products, and -infinity (probability zero) for keys that are not visible.
 // Hidden in the register: written to memory, the next load would wait for two overlapping stores.
-Vec visible_scores(const float* scores, int64_t v, int64_t visible) {
-  const Vec all = Vec::load(scores + v * kLanes);
+Vec visible_logits(const float* products, float scale, int64_t v, int64_t visible) {
+  const Vec all = Vec::load(products + v * kLanes) * Vec(scale);
   const int64_t count = visible - v * kLanes;
   return count >= kLanes ? all : first_lanes(all, Vec(-INFINITY), static_cast<int>(std::max<int64_t>(count, 0)));
 }
 
-// A row of scores becomes exp(score - max), zero where it is not visible.
-struct RowSoftmax {
-  float max, sum;
-};
-RowSoftmax exponentiate_row(float* scores, int64_t visible, int64_t vectors) {
-  Vec top = visible_scores(scores, 0, visible);
-  for (int64_t v = 1; v < vectors; ++v) top = max(top, visible_scores(scores, v, visible));
-  const float row_max = max(top);
-  Vec total;
-  for (int64_t v = 0; v < vectors; ++v) {
-    const Vec e = exp(visible_scores(scores, v, visible) - Vec(row_max));
-    e.store(scores + v * kLanes);
-    total += e;
+// Rows of products become probabilities times row sum, after dropout, over whole `vectors`; writes the log-sum-exp.
+// `probabilities` may be the products themselves; rows of both are layout.keys elements apart.
+template <class Out>
+void softmax_rows(const PrefixAttentionParams& p, const Layout& layout, int64_t head, int64_t i0, int64_t rows,
+                  int64_t vectors, const float* products, Out* probabilities, float* factors, float* inverse_sum) {
+  const bool dropout = p.dropout_threshold > 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* in = products + r * layout.keys;
+    Out* out = probabilities + r * layout.keys;
+    const int64_t i = i0 + r, visible = visible_keys(p, i);
+    if (dropout) dropout_factors(p, head, i, visible, factors);
+    Vec top = visible_logits(in, p.scale, 0, visible);
+    for (int64_t v = 1; v < vectors; ++v) top = max(top, visible_logits(in, p.scale, v, visible));
+    const float row_max = max(top);
+    Vec total;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Vec e = exp(visible_logits(in, p.scale, v, visible) - Vec(row_max));
+      total += e;
+      store_first(dropout ? e * Vec::load(factors + v * kLanes) : e, out + v * kLanes, kLanes);
+    }
+    const float row_sum = sum(total);
+    inverse_sum[r] = 1.0f / row_sum;
+    p.lse[head * p.length + i] = row_max + std::log(row_sum);
   }
-  return {row_max, sum(total)};
+}
+
+template <class T>
+void write_rows(const PrefixAttentionParams& p, const Layout& layout, int64_t head, int64_t i0, int64_t rows,
+                const float* sums, const float* inverse_sum) {
+  const Rows<T> out = output_rows<T>(p, head, p.out);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < p.head_dim; d += kLanes)
+      store_first(Vec::load(sums + r * layout.row + d) * Vec(inverse_sum[r]), out[i0 + r] + d, p.head_dim - d);
 }
 
 struct ForwardBuffers {
@@ -263,52 +282,110 @@ struct ForwardBuffers {
 };
 
 template <class T>
+void prepare_head(const PrefixAttentionParams& p, const Layout& layout, int64_t head, ForwardBuffers& buffers) {
+  prepare_rows<T>(p, layout, head, kKey, 0, p.length, +buffers.keys);
+  prepare_rows<T>(p, layout, head, kValue, 0, p.length, +buffers.values);
+  transpose(layout, layout.row, buffers.keys, buffers.keys_t);
+}
+
+template <class T>
 void forward_tile(const PrefixAttentionParams& p, const Layout& layout, int64_t head, int64_t i0,
                   ForwardBuffers& buffers) {
   const int64_t rows = std::min(kTile, p.length - i0), keys = visible_keys(p, i0 + rows - 1);
-  prepare_rows<T>(p, layout, head, kQuery, i0, rows, p.scale, buffers.q);
+  float inverse_sum[kTile];
+  prepare_rows<T>(p, layout, head, kQuery, i0, rows, +buffers.q);
   multiply(rows, vectors_over(keys), p.head_dim, row_major(buffers.q, layout.row), buffers.keys_t, layout.keys,
            buffers.scores, layout.keys);
-
-  float inverse_sum[kTile];
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = buffers.scores + r * layout.keys;
-    const RowSoftmax softmax = exponentiate_row(row, visible_keys(p, i0 + r), vectors_over(keys));
-    inverse_sum[r] = 1.0f / softmax.sum;
-    p.lse[head * p.length + i0 + r] = softmax.max + std::log(softmax.sum);
-    if (p.dropout_threshold > 0) {
-      dropout_factors(p, head, i0 + r, keys, buffers.factors);
-      for (int64_t j = 0; j < keys; j += kLanes)
-        (Vec::load(row + j) * Vec::load(buffers.factors + j)).store(row + j);
-    }
-  }
-
+  softmax_rows(p, layout, head, i0, rows, vectors_over(keys), buffers.scores, +buffers.scores, buffers.factors,
+               inverse_sum);
   multiply(rows, layout.row_vectors(), keys, row_major(buffers.scores, layout.keys), buffers.values, layout.row,
            buffers.out, layout.row);
-  const Rows<T> out = output_rows<T>(p, head, p.out);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t d = 0; d < p.head_dim; d += kLanes)
-      store_first(Vec::load(buffers.out + r * layout.row + d) * Vec(inverse_sum[r]), out[i0 + r] + d, p.head_dim - d);
-  }
+  write_rows<T>(p, layout, head, i0, rows, buffers.out, inverse_sum);
 }
+
+// Calls `prepare(head)` and then `tile(head, first row)` for all tiles of all heads, on all threads, each with buffers
+// of its own. Few heads for many threads: several tasks share the tiles of a head, and each prepares for itself.
+template <class Buffers, class Prepare, class Tile>
+void for_all_tiles(const PrefixAttentionParams& p, const Layout& layout, int64_t tile_rows, const Parallel& parallel,
+                   const Prepare& prepare, const Tile& tile) {
+  const int64_t heads = p.batch * p.heads, tiles = (p.length + tile_rows - 1) / tile_rows;
+  const int64_t parts = std::min(tiles, std::max<int64_t>(1, 2 * parallel.threads / heads));
+  parallel(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
+    Buffers buffers(layout);
+    for (int64_t task = begin; task < end; ++task) {
+      prepare(task / parts, buffers);
+      for (int64_t t = task % parts; t < tiles; t += parts) tile(task / parts, t * tile_rows, buffers);
+    }
+  });
+}
+
+#if defined(__AVX512BF16__)
+// The same on AMX tiles, for bfloat16: probabilities are rounded to bfloat16, all sums stay float32.
+constexpr int64_t kAmxTile = kAmxBlock;
+
+struct AmxBuffers {
+  FloatBuffer keys, keys_t, values, value_pairs, q, products, probabilities, out, factors;
+  AmxTiles tiles;
+  explicit AmxBuffers(const Layout& layout)
+      : keys(layout.per_key() / 2),
+        keys_t(layout.per_key() / 2),
+        values(layout.per_key() / 2),
+        value_pairs(layout.per_key() / 2),
+        q(kAmxTile * layout.row / 2),
+        products(kAmxTile * layout.keys),
+        probabilities(kAmxTile * layout.keys / 2),
+        out(kAmxTile * layout.row),
+        factors(layout.factors()) {}
+};
+
+bfloat16* as_bfloat16(float* data) { return reinterpret_cast<bfloat16*>(data); }
+
+void prepare_head_amx(const PrefixAttentionParams& p, const Layout& layout, int64_t head, AmxBuffers& buffers) {
+  prepare_rows<bfloat16>(p, layout, head, kKey, 0, p.length, as_bfloat16(buffers.keys));
+  transpose(layout, layout.row / 2, buffers.keys, buffers.keys_t);  // pairs along the head dimension
+  prepare_rows<bfloat16>(p, layout, head, kValue, 0, p.length, as_bfloat16(buffers.values));
+  const bfloat16* values = as_bfloat16(buffers.values);
+  for (int64_t pair = 0; pair < (p.length + 1) / 2; ++pair)
+    for (int64_t d = 0; d < layout.row; d += kLanes) {
+      const auto* low = reinterpret_cast<const __m256i*>(values + 2 * pair * layout.row + d);
+      const auto* high = reinterpret_cast<const __m256i*>(values + (2 * pair + 1) * layout.row + d);
+      const __m512i words = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_loadu_si256(low)),
+                                            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(high)), 16));
+      _mm512_storeu_si512(buffers.value_pairs + pair * layout.row + d, words);
+    }
+}
+
+void forward_tile_amx(const PrefixAttentionParams& p, const Layout& layout, int64_t head, int64_t i0,
+                      AmxBuffers& buffers) {
+  const int64_t rows = std::min(kAmxTile, p.length - i0);
+  const int64_t keys = round_up(visible_keys(p, i0 + rows - 1), kAmxBlock);
+  float inverse_sum[kAmxTile];
+  prepare_rows<bfloat16>(p, layout, head, kQuery, i0, rows, as_bfloat16(buffers.q));
+  multiply_amx(kAmxTile, keys, layout.row, buffers.q, layout.row * 2, buffers.keys_t, layout.keys * 4,
+               buffers.products, layout.keys * 4);
+  softmax_rows(p, layout, head, i0, rows, keys / kLanes, buffers.products, as_bfloat16(buffers.probabilities),
+               buffers.factors, inverse_sum);
+  multiply_amx(kAmxTile, layout.row, keys, buffers.probabilities, layout.keys * 2, buffers.value_pairs,
+               layout.row * 4, buffers.out, layout.row * 4);
+  write_rows<bfloat16>(p, layout, head, i0, rows, buffers.out, inverse_sum);
+}
+
+void forward_amx(const PrefixAttentionParams& p, const Parallel& parallel) {
+  const Layout layout(p, kAmxBlock);
+  for_all_tiles<AmxBuffers>(
+      p, layout, kAmxTile, parallel,
+      [&](int64_t head, AmxBuffers& buffers) { prepare_head_amx(p, layout, head, buffers); },
+      [&](int64_t head, int64_t i0, AmxBuffers& buffers) { forward_tile_amx(p, layout, head, i0, buffers); });
+}
+#endif
 
 template <class T>
 void forward(const PrefixAttentionParams& p, const Parallel& parallel) {
   const Layout layout(p);
-  const int64_t heads = p.batch * p.heads, tiles = (p.length + kTile - 1) / kTile;
-  // Few heads for many threads: several tasks share the tiles of a head, and each packs its keys for itself.
-  const int64_t parts = std::min(tiles, std::max<int64_t>(1, 2 * parallel.threads / heads));
-  parallel(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-    ForwardBuffers buffers(layout);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / parts;
-      prepare_rows<T>(p, layout, head, kKey, 0, p.length, 1.0f, buffers.keys);
-      prepare_rows<T>(p, layout, head, kValue, 0, p.length, 1.0f, buffers.values);
-      transpose(layout, buffers.keys, buffers.keys_t);
-      for (int64_t tile = task % parts; tile < tiles; tile += parts)
-        forward_tile<T>(p, layout, head, tile * kTile, buffers);
-    }
-  });
+  for_all_tiles<ForwardBuffers>(
+      p, layout, kTile, parallel,
+      [&](int64_t head, ForwardBuffers& buffers) { prepare_head<T>(p, layout, head, buffers); },
+      [&](int64_t head, int64_t i0, ForwardBuffers& buffers) { forward_tile<T>(p, layout, head, i0, buffers); });
 }
 
 struct BackwardBuffers {
@@ -348,8 +425,8 @@ void backward_rows(const PrefixAttentionBackwardParams& p, const Layout& layout,
     backward_row(p.forward, input[j], part, j, grads + j * layout.row, grad_weight, grad_input[j]);
 }
 
-// With P the probabilities, F the dropout factors, S the scaled scores:
-//   dV = (P F)^T dO,  dS = P (F (dO V^T) - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q.
+// With P the probabilities, F the dropout factors, S the products Q K^T:
+//   dV = (P F)^T dO,  dS = scale P (F (dO V^T) - rowsum(dO O)),  dQ = dS K,  dK = dS^T Q.
 template <class T>
 void backward_tile(const PrefixAttentionBackwardParams& params, const Layout& layout, int64_t head, int64_t i0,
                    BackwardBuffers& buffers) {
@@ -357,7 +434,7 @@ void backward_tile(const PrefixAttentionBackwardParams& params, const Layout& la
   const int64_t n = p.head_dim, rows = std::min(kTile, p.length - i0), keys = visible_keys(p, i0 + rows - 1);
   const int64_t vectors = vectors_over(keys);
   float rowsum[kTile];
-  prepare_rows<T>(p, layout, head, kQuery, i0, rows, p.scale, buffers.q);
+  prepare_rows<T>(p, layout, head, kQuery, i0, rows, +buffers.q);
   const Rows<const T> outs = output_rows<const T>(p, head, p.out);
   const Rows<const T> grad_outs = output_rows<const T>(p, head, params.grad_out);
   for (int64_t r = 0; r < rows; ++r) {
@@ -384,10 +461,10 @@ void backward_tile(const PrefixAttentionBackwardParams& params, const Layout& la
     const Vec lse = p.lse[head * p.length + i0 + r], mean = rowsum[r];
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t j = v * kLanes;
-      const Vec probability = exp(visible_scores(row, v, visible) - lse);
+      const Vec probability = exp(visible_logits(row, p.scale, v, visible) - lse);
       const Vec factor = p.dropout_threshold > 0 ? Vec::load(buffers.factors + j) : Vec(1.0f);
       (probability * factor).store(row + j);
-      (probability * (factor * Vec::load(grad_row + j) - mean)).store(grad_row + j);
+      (probability * (factor * Vec::load(grad_row + j) - mean) * Vec(p.scale)).store(grad_row + j);
     }
   }
 
@@ -401,7 +478,6 @@ void backward_tile(const PrefixAttentionBackwardParams& params, const Layout& la
   const Rows<T> grad_queries = grad_rows<T>(params, head, kQuery);
   for (int64_t r = 0; r < rows; ++r) {
     float* grad_q = buffers.grad_q + r * layout.row;
-    for (int64_t d = 0; d < n; d += kLanes) (Vec::load(grad_q + d) * Vec(p.scale)).store(grad_q + d);
     backward_row(p, queries[i0 + r], kQuery, i0 + r, grad_q, buffers.grad_weights, grad_queries[i0 + r]);
   }
 }
@@ -416,10 +492,10 @@ void backward(const PrefixAttentionBackwardParams& params, const Parallel& paral
     BackwardBuffers buffers(layout);
     for (int64_t head = begin; head < end; ++head) {
       buffers.grad_weights.zero();
-      prepare_rows<T>(p, layout, head, kKey, 0, p.length, 1.0f, buffers.keys);
-      prepare_rows<T>(p, layout, head, kValue, 0, p.length, 1.0f, buffers.values);
-      transpose(layout, buffers.keys, buffers.keys_t);
-      transpose(layout, buffers.values, buffers.values_t);
+      prepare_rows<T>(p, layout, head, kKey, 0, p.length, +buffers.keys);
+      prepare_rows<T>(p, layout, head, kValue, 0, p.length, +buffers.values);
+      transpose(layout, layout.row, buffers.keys, buffers.keys_t);
+      transpose(layout, layout.row, buffers.values, buffers.values_t);
       buffers.grad_keys.zero();
       buffers.grad_values.zero();
       for (int64_t i0 = 0; i0 < p.length; i0 += kTile) backward_tile<T>(params, layout, head, i0, buffers);
@@ -448,7 +524,11 @@ void backward(const PrefixAttentionBackwardParams& params, const Parallel& paral
 void prefix_attention_cpu(const PrefixAttentionParams& p, const Parallel& parallel) {
   switch (p.dtype) {
     case AttentionDtype::float32: return forward<float>(p, parallel);
-    case AttentionDtype::bfloat16: return forward<bfloat16>(p, parallel);
+    case AttentionDtype::bfloat16:
+#if defined(__AVX512BF16__)
+      if (cpu_has_amx()) return forward_amx(p, parallel);
+#endif
+      return forward<bfloat16>(p, parallel);
     case AttentionDtype::float16: return forward<float16>(p, parallel);
   }
 }
