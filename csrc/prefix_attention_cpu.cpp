@@ -206,24 +206,33 @@ void transpose(const Layout& layout, int64_t width, const float* rows, float* co
     }
 }
 
+// Where 16 bits of each word, its low or its high half, are not below the threshold: scale. Elsewhere 0.
+Vec keep_scaled(PhiloxVec words, bool high, uint32_t threshold, float scale) {
+#if defined(__AVX512F__)
+  const __m512i random = high ? _mm512_srli_epi32(words, 16) : _mm512_and_si512(words, philox_set(0xFFFF));
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(random, philox_set(threshold)), _mm512_set1_ps(scale));
+#elif defined(__AVX2__)
+  const __m256i random = high ? _mm256_srli_epi32(words, 16) : _mm256_and_si256(words, philox_set(0xFFFF));
+  const __m256i dropped = _mm256_cmpgt_epi32(philox_set(threshold), random);
+  return _mm256_andnot_ps(_mm256_castsi256_ps(dropped), _mm256_set1_ps(scale));
+#else
+  return (high ? words >> 16 : words & 0xFFFF) < threshold ? 0.0f : scale;
+#endif
+}
+
 // For row i of the probabilities: 0 where dropout strikes, dropout_scale elsewhere. The header says which bits decide.
 void dropout_factors(const PrefixAttentionParams& p, int64_t head, int64_t i, int64_t keys, float* factors) {
-  for (int64_t block = 0; block * kDropoutColumns < keys; ++block) {
-    uint32_t words[4][16];
-    for (int lane = 0; lane < 16; lane += kPhiloxLanes) {
-      const auto column = static_cast<uint32_t>(kPhiloxDropout + block * 16 + lane);
+  static_assert(kPhiloxLanes == kLanes, "one factor for each counter");
+  for (int64_t j = 0; j < keys; j += kDropoutColumns)
+    for (int64_t lane = 0; lane < 16; lane += kLanes) {
+      const auto column = static_cast<uint32_t>(kPhiloxDropout + j / 8 + lane);
       const PhiloxWords random =
           philox4x32_lanes(static_cast<uint64_t>(*p.seed), philox_add(philox_set(column), philox_iota()),
                            static_cast<uint32_t>(i), static_cast<uint32_t>(head), 0);
-      for (int w = 0; w < 4; ++w) std::memcpy(&words[w][lane], &random.word[w], sizeof(PhiloxVec));
+      for (int part = 0; part < 8; ++part)
+        keep_scaled(random.word[part / 2], part % 2 == 1, p.dropout_threshold, p.dropout_scale)
+            .store(factors + j + part * 16 + lane);
     }
-    float* out = factors + block * kDropoutColumns;
-    for (int w = 0; w < 4; ++w)
-      for (int lane = 0; lane < 16; ++lane) {
-        out[w * 32 + lane] = (words[w][lane] & 0xFFFF) < p.dropout_threshold ? 0.0f : p.dropout_scale;
-        out[w * 32 + 16 + lane] = (words[w][lane] >> 16) < p.dropout_threshold ? 0.0f : p.dropout_scale;
-      }
-  }
 }
 
 // Vector v of a row of logits: scaled products, and -infinity (probability zero) for keys that are not visible.
