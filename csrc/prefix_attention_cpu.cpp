@@ -1,6 +1,6 @@
 // prefix_attention on CPU: one task per (batch, head). Keys and values of a head are normalised, rotated and packed
-// once as float32 (they fit the L2 cache); a tile of query rows then meets all keys it sees, so that the softmax is
-// over complete rows and only a tile of scores ever exists.
+// once (they fit the L2 cache); a tile of query rows then meets all keys it sees, so that the softmax is over complete
+// rows and only a tile of scores ever exists. All products are float32, but for the forward pass of bfloat16 on AMX.
 #include "prefix_attention.h"
 
 #include <algorithm>
@@ -21,7 +21,6 @@ namespace {
 
 constexpr int64_t kLanes = Vec::lanes;
 constexpr int64_t kTile = 24;  // query rows of one tile: a multiple of every register block of tile_multiply.h
-constexpr int64_t kMaxHeadDim = 128;
 constexpr int64_t kDropoutColumns = 128;  // columns that sixteen Philox counters serve
 
 enum Part { kQuery, kKey, kValue };
