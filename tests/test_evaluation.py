@@ -51,7 +51,8 @@ def test_tokenizer_and_samples_are_measured() -> None:
     torch.manual_seed(0)
     encoder = dict(encoder_width=16, encoder_layers=1, encoder_heads=2)
     decoder = dict(decoder_width=16, decoder_layers=1, decoder_heads=2)
-    tokenizer = Tokenizer(TokenizerConfig(image_size=8, patch_size=4, codebook_size=16, code_dim=8, **encoder, **decoder)).eval()
+    config = TokenizerConfig(image_size=8, patch_size=4, codebook_size=16, code_dim=8, **encoder, **decoder)
+    tokenizer = Tokenizer(config).eval()
     generator = Generator(
         GeneratorConfig(width=16, layers=1, heads=2, grid=2, codebook_size=16, classes=3, hidden_multiple=8)
     ).eval()
