@@ -31,12 +31,13 @@ def test_logits_match_reference(reference, recipe):
     config = recognise(state)
     assert config == generator_preset(name)
     gen = build(Checkpoint(config, state)).eval()
-    tokens, labels, positions = outputs["tokens"], outputs["labels"], outputs["positions"]
+    rows = slice(1 if name == "xl" else None)  # one sequence of the largest: it is the slowest test there is
+    tokens, labels, positions = outputs["tokens"][rows], outputs["labels"][rows], outputs["positions"]
     with torch.inference_mode():
         conditional = gen(tokens, labels)[:, positions]
         unconditional = gen(tokens, None)[:, positions]
-    assert relative_error(conditional, outputs["logits_cond"]) < TOLERANCE
-    assert relative_error(unconditional, outputs["logits_uncond"]) < TOLERANCE
+    assert relative_error(conditional, outputs["logits_cond"][rows]) < TOLERANCE
+    assert relative_error(unconditional, outputs["logits_uncond"][rows]) < TOLERANCE
 
     schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power)
     guided = torch.stack(
@@ -46,7 +47,7 @@ def test_logits_match_reference(reference, recipe):
         ],
         dim=1,
     )
-    assert relative_error(guided, outputs["guided_logits"]) < TOLERANCE
+    assert relative_error(guided, outputs["guided_logits"][rows]) < TOLERANCE
 
 
 def test_rope_table_matches_reference(reference):

@@ -43,23 +43,24 @@ def test_forward_matches_reference(golden, recipe, name, stage):
     outputs = golden_outputs(golden, name)
     model = golden_model(recipe, name).train()
     assert model.config == tokenizer_preset("256") if stage == 2 else model.config.stage == 1
-    photos = outputs["photos"].permute(0, 3, 1, 2).float() / 255
+    count = 3 if stage == 1 else 1  # the encoder is the same: all three photos once, for the sums over them
+    photos = outputs["photos"][:count].permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         out = model(photos)
 
     # The two files share photos, encoder and codebook (weights follow from names), so one z serves both.
-    expected_z = golden_outputs(golden, "tokenizer")["z"].squeeze(2).transpose(1, 2).flatten(0, 1)
+    expected_z = golden_outputs(golden, "tokenizer")["z"][:count].squeeze(2).transpose(1, 2).flatten(0, 1)
     assert relative_error(out.z, expected_z) < TOLERANCE
-    expected_indices = outputs["indices"].flatten()
+    expected_indices = outputs["indices"][:count].flatten()
     assert_same_but_for_near_ties(out.vq.indices, out.z, model.quantize.codebook, expected_indices, expected_z)
     assert (out.vq.indices == expected_indices).float().mean() > 0.99
-    assert relative_error(out.vq.loss, outputs["quantizer_loss"]) < TOLERANCE
 
     assert (out.reconstruction[:1] - outputs["reconstruction"].float()).abs().max() < 5e-4 + TOLERANCE  # stored as fp16
-    assert relative_error(out.reconstruction.mean((2, 3)), outputs["reconstruction_mean"]) < TOLERANCE
+    assert relative_error(out.reconstruction.mean((2, 3)), outputs["reconstruction_mean"][:count]) < TOLERANCE
     if stage == 2:
         assert out.aux is None
         return
+    assert relative_error(out.vq.loss, outputs["quantizer_loss"]) < TOLERANCE
     assert relative_error(out.aux, outputs["aux"]) < TOLERANCE
 
     model.quantize.cluster_update(out.z, out.vq)
