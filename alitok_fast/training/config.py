@@ -81,18 +81,16 @@ class GeneratorTrainConfig(TrainConfig):
     batch: int = 2048
 
 
-# The demo fits two CPU cores and an afternoon: smaller batches, higher rates, shorter schedules (docs/demo.md).
-_DEMO_STAGE1 = TokenizerTrainConfig(
-    steps=2400, batch=64, lr=1e-3, end_lr=2e-5, warmup=100, betas=(0.9, 0.99), log_every=25, save_every=100
-)
+# The demo fits two CPU cores and an hour: smaller batches, higher rates, shorter schedules (docs/demo.md).
+_DEMO = dict(end_lr=2e-5, warmup=100, log_every=25, save_every=100)
+_DEMO_STAGE1 = TokenizerTrainConfig(steps=2400, batch=64, lr=1e-3, betas=(0.9, 0.99), **_DEMO)
+_DEMO_STAGE2 = TokenizerTrainConfig(steps=2000, batch=32, lr=1e-3, betas=(0.9, 0.99), **_DEMO)
+_DEMO_GENERATOR = GeneratorTrainConfig(steps=4000, batch=32, lr=1.5e-3, **_DEMO)
 _TOKENIZER = TokenizerTrainConfig()
-_DEMO_GENERATOR = GeneratorTrainConfig(
-    steps=4000, batch=64, lr=1e-3, end_lr=2e-5, warmup=200, log_every=25, save_every=100
-)
 
 TOKENIZER_PRESETS: dict[int, dict[str, TokenizerTrainConfig]] = {
     1: {"demo": _DEMO_STAGE1, "256": _TOKENIZER, "512": _TOKENIZER},
-    2: {"demo": _DEMO_STAGE1, "256": replace(_TOKENIZER, steps=300_000), "512": replace(_TOKENIZER, steps=300_000)},
+    2: {"demo": _DEMO_STAGE2, "256": replace(_TOKENIZER, steps=300_000), "512": replace(_TOKENIZER, steps=300_000)},
 }
 _GENERATOR = GeneratorTrainConfig()
 _XL = replace(_GENERATOR, steps=250_000)
