@@ -182,7 +182,8 @@ COMPLETE = "__syncthreads();  // this tile is complete for all, and nobody reads
     ("file", "old", "new", "sanitizer", "message"),
     [
         pytest.param(FORWARD, COMPLETE, "", "thread", "data race", id="forward: no barrier"),
-        pytest.param(FORWARD, "shared->v[stage][0]", "shared->v[stage ^ 1][0]", "address", "out: error", id="wrong stage"),
+        pytest.param(FORWARD, "shared->v[stage][0]", "shared->v[stage ^ 1][0]",
+                     "address", "out: error", id="forward: wrong stage"),
         pytest.param(HEADER, "max(static_cast<int>(p.prefix_len), i + 1)", "max(static_cast<int>(p.prefix_len), i)",
                      "address", "error", id="mask off by one"),
         pytest.param(BACKWARD, "n + e >= begin", "n + e > begin", "address", "grad_qkv: error", id="backward: mask"),
