@@ -238,9 +238,15 @@ def _unpack(arena: _Reader, outputs: int, inputs: int, dtype: torch.dtype) -> Te
     return matrix.flatten(0, 1)[:outputs, :inputs]
 
 
+HUGE_PAGE = 2**21
+
+
 def _in_huge_pages(data: Tensor) -> Tensor:
     """A copy in memory that asks for 2 MiB pages: a step walks through all of it and would often miss the TLB."""
-    memory = mmap.mmap(-1, data.nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=data.dtype).copy_(data)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return data.clone()
+    memory = mmap.mmap(-1, data.nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + data.nbytes].copy_(data)
