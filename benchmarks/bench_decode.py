@@ -19,7 +19,7 @@ ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}  # of logits, beside f
 
 @pytest.fixture(scope="session")
 def generator(mode):
-    """make(name) -> a generator with random weights, cut to a few layers unless timed at full size."""
+    """make(name) -> a generator with random weights, cut short unless timed at full size."""
     made = {}
 
     def make(name: str) -> Generator:
@@ -27,7 +27,8 @@ def generator(mode):
             config = generator_preset(name)
             layers = mode.pick(check=2, quick=4, full=config.layers)
             torch.manual_seed(0)
-            gen = Generator(dataclasses.replace(config, layers=layers)).eval().requires_grad_(False)
+            grid = mode.pick(check=4, quick=config.grid, full=config.grid)
+            gen = Generator(dataclasses.replace(config, layers=layers, grid=grid)).eval().requires_grad_(False)
             for parameter in gen.parameters():
                 if parameter.ndim == 2:
                     parameter.uniform_(-1, 1).mul_((3 / parameter.shape[1]) ** 0.5)
