@@ -215,6 +215,16 @@ def test_tensorboard_absent_is_a_clear_error(runs: Path, tmp_path: Path, monkeyp
         train_generator(cache, tmp_path, GENERATOR, GENERATOR_TRAINING, tensorboard=True, progress=False)
 
 
+def test_tensorboard_gets_the_log(idx_folder: Path, tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    source, config = open_source(idx_folder, image_size=8), replace(TOKENIZER_TRAINING, steps=4)
+    train_tokenizer(source, tmp_path, 1, TOKENIZER, config, tensorboard=True, progress=False)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for key in ("loss", "usage", "perplexity"):
+        assert [e.step for e in events.Scalars(key)] == [2, 4]
+        assert [e.value for e in events.Scalars(key)] == pytest.approx([e[key] for e in log_of(tmp_path)])
+
+
 def test_token_cache_holds_the_tokenizers_tokens(runs: Path, idx_folder: Path) -> None:
     from alitok_fast.data import cache_crops, validate_token_cache
 
