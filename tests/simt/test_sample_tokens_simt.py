@@ -77,7 +77,7 @@ def test_rows_longer_than_shared_memory(simt):
     ],
 )
 def test_seeded_bugs_are_caught(simt, sanitizer, old, new, rule):
-    program = simt.program("sample_tokens", sanitizer, patch=("sample_tokens_cuda.cu", old, new))
+    program = simt.program("sample_tokens", sanitizer, patches=[("sample_tokens_cuda.cu", old, new)])
     inputs, outputs, expected = make_case(258, padding=2, **rule)
     try:
         result = program.run(inputs, outputs)
