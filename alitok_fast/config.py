@@ -12,7 +12,7 @@ def _require(condition: bool, name: str, expected: str, actual: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {actual!r}")
 
 
-class _Config:
+class Config:
     """Dictionary conversion shared by the configurations; unknown keys raise."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -28,7 +28,7 @@ class _Config:
 
 
 @dataclass(frozen=True)
-class TokenizerConfig(_Config):
+class TokenizerConfig(Config):
     """AliTok tokenizer (arXiv 2506.05289, section 3).
 
     `stage` 1 has the causal decoder with its auxiliary head, `stage` 2 the
@@ -92,7 +92,7 @@ class TokenizerConfig(_Config):
 
 
 @dataclass(frozen=True)
-class GeneratorConfig(_Config):
+class GeneratorConfig(Config):
     """Decoder-only transformer over tokens (arXiv 2506.05289, section 3.3)."""
 
     width: int = 768

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any
+
+from alitok_fast.config import Config
 
 PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     """What the tokenizer's and the generator's training have in common.
 
     `batch` is the number of samples in one optimizer step, over all
@@ -47,17 +48,10 @@ class TrainConfig:
         if not condition:
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"{cls.__name__}: unknown key {unknown[0]!r}; expected one of {sorted(known)}")
-        tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
-        return cls(**values | tuples)
+        """As for the models' configurations; JSON's lists become tuples again."""
+        return super().from_dict({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 @dataclass(frozen=True)
