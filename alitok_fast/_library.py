@@ -78,6 +78,15 @@ def native_enabled() -> bool:
     return True
 
 
+def detected_cpu_isa() -> str | None:
+    """The best instruction set of this machine: "scalar", "avx2" or "avx512"; None without the extension."""
+    if load_error is not None:
+        return None
+    from alitok_fast import _C
+
+    return _C.detected_cpu_isa()
+
+
 @contextlib.contextmanager
 def use_reference(enabled: bool = True) -> Iterator[None]:
     """Run the pure-PyTorch reference operators inside this block, in all threads."""

@@ -71,6 +71,9 @@ def sample(
     weights: Annotated[
         MaybeText, typer.Option(help="CPU: matrices in float32, bfloat16 or int8; else as --dtype.")
     ] = None,
+    decode_dtype: Annotated[
+        MaybeText, typer.Option(help="Tokens to images in this; bfloat16 where it is faster if not given.")
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Draw pictures of classes; seed, guidance, precision and versions are written beside them as JSON.
@@ -89,8 +92,9 @@ def sample(
         check_image_name(grid_file)
     with process_group() as (rank, world):
         pipe = Pipeline.from_pretrained(
-            model, local_device(device), dtype_from_name(dtype), tokenizer, dtype_from_name(weights, "weights")
-        )
+            model, local_device(device), dtype_from_name(dtype), tokenizer,
+            dtype_from_name(weights, "weights"), dtype_from_name(decode_dtype, "decode_dtype"),
+        )  # fmt: skip
         classes = pipe.label_ids(labels or range(pipe.generator.config.classes))
         ids = balanced_labels(classes, num_images, per_class)
         if grid_file is not None and len(ids) > GRID_IMAGES:

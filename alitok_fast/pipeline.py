@@ -14,6 +14,7 @@ from torch import Tensor
 from alitok_fast import __version__
 from alitok_fast._library import native_enabled
 from alitok_fast.decoding import Decoder
+from alitok_fast.image_decoder import ImageDecoder
 from alitok_fast.images import to_uint8
 from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.models.loading import build, open_checkpoint
@@ -41,6 +42,7 @@ class Pipeline:
         class_names: Sequence[str] | None = None,
         source: str = "memory",
         weights: torch.dtype | None = None,
+        decode_dtype: torch.dtype | None = None,
     ) -> None:
         """A pipeline of models that are there already.
 
@@ -49,9 +51,13 @@ class Pipeline:
             source: a name for the metadata.
             weights: on the CPU, what the generator's matrices are packed in: torch.float32, torch.bfloat16 or
                 torch.int8; None is the generator's dtype. A generator changed afterwards needs a new pipeline.
+            decode_dtype: what tokens are decoded to images in, as for `ImageDecoder`: None is bfloat16 where the
+                machine multiplies it faster, about half a grey level from float32. A tokenizer changed afterwards
+                needs a new pipeline.
 
         Raises:
-            ValueError: the two models do not fit together, or `weights` does not fit the generator's device.
+            ValueError: the two models do not fit together, `weights` does not fit the generator's device, or
+                `decode_dtype` is none of float32, bfloat16 and float16.
         """
         for name in ("grid", "codebook_size"):
             have, want = getattr(generator.config, name), getattr(tokenizer.config, name)
@@ -64,6 +70,7 @@ class Pipeline:
         self.class_names = tuple(class_names) if class_names else None
         self.source = source
         self.weights = weights
+        self.image_decoder = ImageDecoder(tokenizer, decode_dtype)
         self._decoder = Decoder(generator, weights) if weights is not None else None
 
     @classmethod
@@ -74,8 +81,9 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         tokenizer: str | os.PathLike | None = None,
         weights: torch.dtype | None = None,
+        decode_dtype: torch.dtype | None = None,
     ) -> Pipeline:
-        """Load both models; `weights` as for the constructor.
+        """Load both models; `weights` and `decode_dtype` as for the constructor.
 
         `name_or_path`: "demo" (shipped with the package), a folder that holds `tokenizer/` and `generator/`, a hub
         repository of that layout, or a generator's checkpoint, for which `tokenizer` names the tokenizer's.
@@ -84,7 +92,8 @@ class Pipeline:
         generator = open_checkpoint("generator", name_or_path)
         tokenizer = open_checkpoint("tokenizer", name_or_path if tokenizer is None else tokenizer)
         models = [build(part).to(device, dtype).eval() for part in (tokenizer, generator)]
-        return cls(*models, class_names=generator.provenance.get("classes"), source=str(name_or_path), weights=weights)
+        names = generator.provenance.get("classes")
+        return cls(*models, names, str(name_or_path), weights, decode_dtype)
 
     def _step_model(self) -> Generator | Decoder:
         """What `sample` steps through: on the CPU the generator packed for it, once for all calls."""
@@ -159,7 +168,7 @@ class Pipeline:
             prompt = None if prompt_tokens is None else prompt_tokens[batch]
             drawn = sample(model, ids[batch], image_ids=keys[batch], prompt_tokens=prompt, **settings)
             tokens.append(drawn)
-            images += [Image.fromarray(image) for image in to_uint8(self.tokenizer.decode(drawn))]
+            images += [Image.fromarray(image) for image in to_uint8(self.image_decoder(drawn))]
             if on_batch is not None:
                 on_batch(len(drawn))
         metadata = {**self.metadata(settings), "labels": ids, "image_ids": keys}
@@ -193,6 +202,7 @@ class Pipeline:
             "class_names": list(self.class_names) if self.class_names else None,
             "dtype": _name(self.generator.dtype),
             "weights": _name(self.weights or self.generator.dtype),
+            "decode_dtype": _name(self.image_decoder.dtype),
             "device": str(self.generator.device),
             "versions": {"alitok_fast": __version__, "torch": torch.__version__},
         }

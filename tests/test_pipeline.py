@@ -14,6 +14,7 @@ import torch
 
 import alitok_fast
 from alitok_fast import Pipeline, on_rows, sample, save_model
+from alitok_fast.image_decoder import fast_dtype
 from alitok_fast.images import to_uint8
 
 
@@ -25,8 +26,18 @@ def pipe(tiny_folder) -> Pipeline:
 def test_pictures_are_the_decoded_tokens(pipe):
     out = pipe([1, "c2", "3"], seed=4)
     assert torch.equal(out.tokens, sample(pipe.generator, [1, 2, 3], seed=4))
-    expected = to_uint8(pipe.tokenizer.decode(out.tokens))
+    expected = to_uint8(pipe.image_decoder(out.tokens))
     assert np.array_equal(np.stack([np.asarray(image) for image in out.images]), expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_pictures_are_decoded_in_the_dtype_asked_for(tiny_folder, dtype):
+    pipe = Pipeline.from_pretrained(tiny_folder, decode_dtype=dtype)
+    out = pipe([1, 2])
+    expected = pipe.tokenizer.decode(out.tokens) if dtype == torch.float32 else pipe.image_decoder(out.tokens)
+    assert np.array_equal(np.stack([np.asarray(image) for image in out.images]), to_uint8(expected))
+    chosen = fast_dtype(torch.device("cpu")) if dtype is None else dtype
+    assert out.metadata["decode_dtype"] == str(chosen).removeprefix("torch.")
 
 
 def test_metadata_says_how_to_draw_again(pipe):

@@ -1,0 +1,83 @@
+"""From tokens to images, at speed: the second half of sampling."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from alitok_fast import _library
+from alitok_fast.cuda_graph import capture
+from alitok_fast.models.checks import check_range, check_tensor
+from alitok_fast.models.tokenizer import Tokenizer
+
+GRAPHS = 4  # batch sizes whose CUDA graphs are kept
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the machine multiplies it faster than float32, else float32.
+
+    That is CPUs with AVX-512 BF16 or AMX, and GPUs from compute capability 8.0.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    return torch.bfloat16 if _library.detected_cpu_isa() == "avx512" else torch.float32
+
+
+class ImageDecoder:
+    """`Tokenizer.decode` in a dtype of its own; on a CUDA device under a graph for each batch size.
+
+    Where the dtype is another than the tokenizer's, it holds a copy of the decoder, and later changes of the
+    tokenizer do not reach it.
+
+    Args:
+        tokenizer: in evaluation mode.
+        dtype: of the decoder's weights and activations, torch.float32, torch.bfloat16 or torch.float16; None takes
+            bfloat16 for a float32 tokenizer where that is faster (`fast_dtype`), else the tokenizer's own.
+
+    Raises:
+        ValueError: for another dtype.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> None:
+        if dtype is None:
+            dtype = fast_dtype(tokenizer.device) if tokenizer.dtype == torch.float32 else tokenizer.dtype
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"decode_dtype: expected float32, bfloat16 or float16, got {name}")
+        self.config, self.device, self.dtype = tokenizer.config, tokenizer.device, dtype
+        self._embedding = tokenizer.quantize.embedding
+        same = dtype == tokenizer.dtype
+        self._decoder = tokenizer.decoder if same else copy.deepcopy(tokenizer.decoder).to(dtype)
+        self._graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N) int64 -> images (B, 3, H, W) float32 in [0, 1]. Raises as `Tokenizer.decode`."""
+        check_tensor("tokens", tokens, torch.int64, ("B", self.config.tokens), self.device)
+        check_range("tokens", tokens, 0, self.config.codebook_size)
+        if self.device.type != "cuda" or not len(tokens):
+            return self._decode(tokens)
+        graph, given, images = self._graph(len(tokens))
+        given.copy_(tokens)
+        graph.replay()
+        return images.clone()
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        """Nothing in here waits for the device."""
+        return self._decoder(self._embedding(tokens).to(self.dtype))[0].float()
+
+    def _graph(self, batch: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """The graph for this batch size, the tokens that it reads and the images that it writes."""
+        if batch not in self._graphs:
+            while len(self._graphs) >= GRAPHS:
+                self._graphs.popitem(last=False)
+            tokens = torch.zeros(batch, self.config.tokens, dtype=torch.int64, device=self.device)
+            size = self.config.image_size
+            images = torch.empty(batch, 3, size, size, device=self.device)
+            graph = capture(self.device, lambda: images.copy_(self._decode(tokens)))
+            self._graphs[batch] = graph, tokens, images
+        self._graphs.move_to_end(batch)
+        return self._graphs[batch]
