@@ -9,8 +9,10 @@ from typing import Annotated, Optional
 
 import typer
 
+from alitok_fast import showing
 from alitok_fast.bulk import BulkRun, balanced_labels, local_device, process_group, write_json
-from alitok_fast.images import check_image_name, grid, write_image
+from alitok_fast.data.sources import read_image
+from alitok_fast.images import check_image_name, grid, write_film, write_image
 from alitok_fast.models import load_tokenizer
 from alitok_fast.models.loading import convert as convert_checkpoint
 from alitok_fast.models.loading import dtype_from_name
@@ -28,6 +30,18 @@ MaybeFloat = Optional[float]  # noqa: UP045
 MaybePath = Optional[Path]  # noqa: UP045
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Model = Annotated[str, typer.Option(help="'demo', folder, hub repository, or a generator's file.")]
+TokenizerOf = Annotated[MaybeText, typer.Option(help="The tokenizer, where --model is a generator alone.")]
+Seed = Annotated[int, typer.Option(help="Key of the noise.")]
+GuidanceScale = Annotated[MaybeFloat, typer.Option(help="0: none; the model's own if not given.")]
+GuidancePower = Annotated[MaybeFloat, typer.Option(help="Exponent of the guidance schedule.")]
+Temperature = Annotated[float, typer.Option(help="0: the likeliest token each time.")]
+TopK = Annotated[MaybeInt, typer.Option(help="Draw from the k likeliest tokens.")]
+TopP = Annotated[MaybeFloat, typer.Option(help="Draw from the smallest set with this probability.")]
+Weights = Annotated[MaybeText, typer.Option(help="CPU: matrices in float32, bfloat16 or int8; else as --dtype.")]
+DecodeDtype = Annotated[
+    MaybeText, typer.Option(help="Tokens to images in this; bfloat16 where it is faster if not given.")
+]
 GRID_IMAGES = 1000
 
 app = typer.Typer(
@@ -57,23 +71,19 @@ def sample(
     grid_file: Annotated[MaybePath, typer.Option("--grid", help="One picture of all samples, labelled.")] = None,
     per_class: Annotated[MaybeInt, typer.Option(help="Images of each class; 1 if nothing else is said.")] = None,
     num_images: Annotated[MaybeInt, typer.Option(help="Images in all, a multiple of the classes.")] = None,
-    model: Annotated[str, typer.Option(help="'demo', folder, hub repository, or a generator's file.")] = "demo",
-    tokenizer: Annotated[MaybeText, typer.Option(help="The tokenizer, where --model is a generator alone.")] = None,
-    seed: Annotated[int, typer.Option(help="Key of the noise.")] = 0,
-    guidance_scale: Annotated[MaybeFloat, typer.Option(help="0: none; the model's own if not given.")] = None,
-    guidance_power: Annotated[MaybeFloat, typer.Option(help="Exponent of the guidance schedule.")] = None,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 1.0,
-    top_k: Annotated[MaybeInt, typer.Option(help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[MaybeFloat, typer.Option(help="Draw from the smallest set with this probability.")] = None,
+    model: Model = "demo",
+    tokenizer: TokenizerOf = None,
+    seed: Seed = 0,
+    guidance_scale: GuidanceScale = None,
+    guidance_power: GuidancePower = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
     batch_size: Annotated[int, typer.Option(help="Images drawn together.")] = 32,
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    weights: Annotated[
-        MaybeText, typer.Option(help="CPU: matrices in float32, bfloat16 or int8; else as --dtype.")
-    ] = None,
-    decode_dtype: Annotated[
-        MaybeText, typer.Option(help="Tokens to images in this; bfloat16 where it is faster if not given.")
-    ] = None,
+    weights: Weights = None,
+    decode_dtype: DecodeDtype = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Draw pictures of classes; seed, guidance, precision and versions are written beside them as JSON.
@@ -91,10 +101,7 @@ def sample(
     if grid_file is not None:
         check_image_name(grid_file)
     with process_group() as (rank, world):
-        pipe = Pipeline.from_pretrained(
-            model, local_device(device), dtype_from_name(dtype), tokenizer,
-            dtype_from_name(weights, "weights"), dtype_from_name(decode_dtype, "decode_dtype"),
-        )  # fmt: skip
+        pipe = _pipeline(model, tokenizer, local_device(device), dtype, weights, decode_dtype)
         classes = pipe.label_ids(labels or range(pipe.generator.config.classes))
         ids = balanced_labels(classes, num_images, per_class)
         if grid_file is not None and len(ids) > GRID_IMAGES:
@@ -119,6 +126,78 @@ def sample(
         write_image(grid_file, grid(list(pictures), columns, [pipe.label_name(label) for label in ids]))
         write_json(grid_file.with_suffix(".json"), metadata)
         typer.echo(f"wrote {grid_file} and {grid_file.with_suffix('.json')}")
+
+
+@app.command()
+def complete(
+    photos: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    label: Annotated[str, typer.Option(help="Class to complete them as, by number or name.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: photograph, what is given, completions.")],
+    rows: Annotated[MaybeInt, typer.Option(help="Rows of patches to keep; half of them if not given.")] = None,
+    variants: Annotated[int, typer.Option(help="Completions of each photograph.")] = 3,
+    model: Model = "demo",
+    tokenizer: TokenizerOf = None,
+    seed: Seed = 0,
+    guidance_scale: GuidanceScale = None,
+    guidance_power: GuidancePower = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    weights: Weights = None,
+    decode_dtype: DecodeDtype = None,
+) -> None:
+    """Keep the upper part of photographs and let the generator draw the rest.
+
+    \b
+    Examples:
+      alitok-fast complete photo.jpg --label "ankle boot" --out completed.png
+      alitok-fast complete cat.jpg --model b.bin --tokenizer tokenizer.pth --label 281 --rows 6 --out cats.png
+    """
+    check_image_name(out)
+    pipe = _pipeline(model, tokenizer, device, dtype, weights, decode_dtype)
+    settings = pipe.settings(guidance_scale, guidance_power, temperature, top_k, top_p, seed)
+    rows = pipe.tokenizer.config.grid // 2 if rows is None else rows
+    sheet = showing.complete(pipe, [read_image(photo) for photo in photos], label, rows, variants, settings)
+    write_image(out, sheet)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def watch(
+    labels: Annotated[list[str], typer.Argument(help="Classes, by number or name.")],
+    stage1: Annotated[str, typer.Option(help="Causal (stage-1) tokenizer with the same codes.")],
+    out: Annotated[Path, typer.Option(help="Animation (.gif, .webp), or a picture with time from left to right.")],
+    model: Model = "demo",
+    tokenizer: TokenizerOf = None,
+    seed: Seed = 0,
+    guidance_scale: GuidanceScale = None,
+    guidance_power: GuidancePower = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    weights: Weights = None,
+    decode_dtype: DecodeDtype = None,
+) -> None:
+    """Draw pictures and show how they grow: each row as soon as its tokens are there, last the finished picture.
+
+    \b
+    Examples:
+      alitok-fast watch bag "ankle boot" --stage1 runs/stage1/model --out growing.gif
+      alitok-fast watch 207 --model b.bin --tokenizer tokenizer.pth --stage1 stage1.pth --out growing.png
+    """
+    check_image_name(out)
+    pipe = _pipeline(model, tokenizer, device, dtype, weights, decode_dtype)
+    settings = pipe.settings(guidance_scale, guidance_power, temperature, top_k, top_p, seed)
+    frames = showing.grow(pipe, load_tokenizer(stage1, device, dtype_from_name(dtype)), labels, settings)
+    if out.suffix.lower() in (".gif", ".webp"):
+        write_film(out, showing.film(frames, [pipe.label_name(i) for i in pipe.label_ids(labels)]))
+    else:
+        write_image(out, showing.filmstrip(frames))
+    typer.echo(f"wrote {out}")
 
 
 @app.command()
@@ -163,6 +242,19 @@ def convert(
       alitok-fast convert models/b/generator alitok_b.safetensors
     """
     typer.echo(f"wrote {convert_checkpoint(source, target, kind, dtype_from_name(dtype))}")
+
+
+def _pipeline(
+    model: str, tokenizer: str | None, device: str, dtype: str, weights: str | None, decode_dtype: str | None
+) -> Pipeline:
+    return Pipeline.from_pretrained(
+        model,
+        device,
+        dtype_from_name(dtype),
+        tokenizer,
+        dtype_from_name(weights, "weights"),
+        dtype_from_name(decode_dtype, "decode_dtype"),
+    )
 
 
 def main() -> None:

@@ -91,6 +91,16 @@ def write_image(path: Path, image: np.ndarray | Image.Image) -> None:
     write_atomically(path, lambda temporary: picture.save(temporary, format=kind))
 
 
+def write_film(path: Path, pictures: Sequence[Image.Image], seconds: float = 0.25, last: float = 3.0) -> None:
+    """Write equally large pictures as one animation (.gif, .webp, .png), each shown `seconds` long, the last `last`."""
+    kind = check_image_name(path)
+    if kind not in ("GIF", "WEBP", "PNG"):
+        raise ValueError(f"path: expected a file ending in .gif, .webp or .png, got {path}")
+    times = [round(1000 * seconds)] * (len(pictures) - 1) + [round(1000 * last)]
+    options = {"save_all": True, "append_images": list(pictures[1:]), "duration": times, "loop": 0}
+    write_atomically(path, lambda temporary: pictures[0].save(temporary, format=kind, **options))
+
+
 def write_npz(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int, int], labels: np.ndarray) -> None:
     """Write ADM's sample file, uncompressed: `arr_0` (n, H, W, 3) uint8 and `labels` (n,) int64.
 

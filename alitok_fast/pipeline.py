@@ -95,7 +95,8 @@ class Pipeline:
         names = generator.provenance.get("classes")
         return cls(*models, names, str(name_or_path), weights, decode_dtype)
 
-    def _step_model(self) -> Generator | Decoder:
+    @property
+    def step_model(self) -> Generator | Decoder:
         """What `sample` steps through: on the CPU the generator packed for it, once for all calls."""
         if self._decoder is None and self.generator.device.type == "cpu" and native_enabled():
             self._decoder = Decoder(self.generator)
@@ -162,7 +163,7 @@ class Pipeline:
         if prompt_tokens is not None and len(prompt_tokens) != len(ids):
             raise ValueError(f"prompt_tokens: expected {len(ids)} rows, one per label, got {len(prompt_tokens)}")
         size = batch_size or max(len(ids), 1)
-        model, tokens, images = self._step_model(), [], []
+        model, tokens, images = self.step_model, [], []
         for start in range(0, max(len(ids), 1), size):  # no label at all: let `sample` say so
             batch = slice(start, start + size)
             prompt = None if prompt_tokens is None else prompt_tokens[batch]

@@ -3,7 +3,7 @@
 samples.png      garments of every class, drawn by the demo model
 test_set.png     photographs of the Fashion-MNIST test set and their reconstructions
 completion.png   upper halves of test photographs, completed by the generator (prompt_tokens)
-growing.png      one drawing as its rows appear (on_rows); needs the stage-1 model that the demo was trained with
+growing.png      drawings as their rows appear; needs the stage-1 model that the demo was trained with
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from alitok_fast import Pipeline, load_tokenizer, on_rows, sample
+from alitok_fast import Pipeline, load_tokenizer
 from alitok_fast.data import open_source, to_tensor
-from alitok_fast.images import grid, to_uint8, write_image
+from alitok_fast.images import grid, write_image
 from alitok_fast.models import Tokenizer
 from alitok_fast.reconstruction import reconstruct
+from alitok_fast.showing import filmstrip, grow
 
 HERE = Path(__file__).parent / "images"
 COLUMNS = 10
@@ -60,22 +60,6 @@ def completions(pipe: Pipeline, photos: list[np.ndarray], labels: list[int]) -> 
     return grid(rows, len(photos), [name for name in names for _ in photos], scale=2)
 
 
-def growing(pipe: Pipeline, stage1: Tokenizer) -> Image.Image:
-    """The causal decoder's rows so far, and last the bidirectional decoder's picture."""
-    labels, frames = [0, 1, 7, 8, 9], []
-    size = stage1.config.image_size
-
-    def show(rows: int, images: torch.Tensor) -> None:
-        blank = torch.full((len(images), 3, size - images.shape[2], size), 1.0)
-        frames.append(to_uint8(torch.cat([images, blank], dim=2)))
-
-    tokens = sample(pipe.generator, labels, seed=0, on_step=on_rows(stage1, show))
-    frames.append(to_uint8(pipe.tokenizer.decode(tokens)))
-    pictures = [frame[i] for i in range(len(labels)) for frame in frames]
-    captions = [f"{row + 1} rows" for row in range(len(frames) - 1)] + ["finished"]
-    return grid(pictures, len(frames), captions + [""] * (len(pictures) - len(captions)), scale=2)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the Fashion-MNIST IDX files")
@@ -89,7 +73,8 @@ def main() -> None:
     write_image(HERE / "test_set.png", reconstructions(pipe.tokenizer, photos))
     write_image(HERE / "completion.png", completions(pipe, photos, labels))
     if arguments.stage1:
-        write_image(HERE / "growing.png", growing(pipe, load_tokenizer(arguments.stage1)))
+        frames = grow(pipe, load_tokenizer(arguments.stage1), [0, 1, 7, 8, 9], pipe.settings())
+        write_image(HERE / "growing.png", filmstrip(frames))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ LAYERS = (
     ("decoding", "image_decoder", "memory", "streaming"),
     ("sampling",),
     ("pipeline", "reconstruction", "evaluation"),
-    ("bulk", "training", "info"),
+    ("bulk", "showing", "training", "info"),
     ("cli",),
     ("testing",),
 )
@@ -104,7 +104,8 @@ def test_models_never_branch_on_device():
 
 def test_lengths_come_from_the_config():
     """256 x 256 images of 16 x 16 patches give 17 prefix, 256 image and 273 tokens; no model knows that."""
-    for part in ("models", "ops", "sampling.py", "decoding.py", "image_decoder.py", "streaming.py", "pipeline.py"):
+    modules = ("sampling", "decoding", "image_decoder", "streaming", "pipeline", "showing")
+    for part in ("models", "ops", *(f"{name}.py" for name in modules)):
         for path in sorted((PACKAGE / part).glob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]:
             if not path.exists():
                 continue

@@ -18,6 +18,7 @@ from PIL import Image
 
 from alitok_fast import Pipeline, load_tokenizer, save_model
 from alitok_fast.cli import main
+from alitok_fast.images import CAPTION, MARGIN
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny models, and processes beside each other
@@ -196,6 +197,8 @@ def test_info(run):
         ),
         (("sample", "--grid", "g.png", "--model", "b"), "got the preset 'b', whose weights are not shipped"),
         (("sample", "--grid", "g.png", "--dtype", "int3", "--model", "TINY"), "dtype: expected one of float32"),
+        (("sample", "--grid", "g.png", "--decode-dtype", "int8", "--model", "TINY"), "decode_dtype: expected one of"),
+        (("watch", "1", "--stage1", "TINY", "--out", "g.png", "--model", "TINY"), "got stage 2"),
         (("sample", "sofa", "--grid", "g.png", "--model", "TINY"), "labels: expected one of 0..9 or c0, c1"),
         (("sample", "12", "--grid", "g.png", "--model", "TINY"), "labels: expected values in [0, 10), got 12"),
         (
@@ -230,8 +233,55 @@ def test_nan_weights_are_one_line(run, tiny_folder, tmp_path, tiny_generator):
     assert "expected finite logits, got NaN or infinity" in err and err.count("\n") == 1
 
 
+# --- complete, watch ------------------------------------------------------------------------------------------------
+
+
+def test_photographs_are_completed(run, tiny_folder, tmp_path):
+    photos = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png", (30, 40))]
+    out = tmp_path / "sheet.png"
+    call = ("complete", *photos, "--label", "c2", "--variants", 2, "--model", tiny_folder, "--out", out)
+    assert f"wrote {out}" in succeed(run(*call))
+    half = np.asarray(Image.open(out))
+    succeed(run(*call, "--rows", 4))
+    whole = np.asarray(Image.open(out))
+    assert half.shape == whole.shape and not np.array_equal(half, whole)
+    half, whole = (np.split(sheet[MARGIN + CAPTION :][:96, MARGIN:], 4, axis=1) for sheet in (half, whole))
+    assert np.array_equal(half[0], whole[0]) and np.array_equal(whole[0], whole[1])  # the photograph, given whole
+    assert np.array_equal(half[1][:48], whole[1][:48]) and (half[1][48:] == 255).all()
+    assert np.array_equal(whole[2], whole[3]) and not np.array_equal(half[2], half[3])  # completed
+    status, _, err = run(*call, "--rows", 5)
+    assert status == 2 and "rows: expected 0..4, the rows of patches in an image, got 5" in err
+
+
+@pytest.fixture
+def stage1_folder(tiny_folder, tiny_tokenizer, tmp_path) -> Path:
+    """A causal tokenizer with the codes of the pipeline in `tiny_folder`."""
+    stage1 = tiny_tokenizer(1)
+    stage1.quantize.load_state_dict(load_tokenizer(tiny_folder).quantize.state_dict(), strict=False)
+    return save_model(tmp_path / "stage1", stage1)
+
+
+def test_drawings_are_watched(run, tiny_folder, stage1_folder, tmp_path):
+    call = ("watch", "c1", 4, 5, "--model", tiny_folder, "--stage1", stage1_folder, "--out")
+    succeed(run(*call, tmp_path / "growing.gif"))
+    succeed(run(*call, tmp_path / "growing.png"))
+    with Image.open(tmp_path / "growing.gif") as film:
+        assert film.n_frames == 5  # four rows of patches, then the finished picture
+    with Image.open(tmp_path / "growing.png") as strip:
+        assert getattr(strip, "n_frames", 1) == 1 and strip.width > strip.height
+
+
+def test_another_codebook_is_refused(run, tiny_folder, tiny_tokenizer, tmp_path):
+    other = tiny_tokenizer(1)
+    torch.nn.init.normal_(other.quantize.embedding.weight)
+    stage1 = save_model(tmp_path / "other", other)
+    status, _, err = run("watch", 1, "--model", tiny_folder, "--stage1", stage1, "--out", tmp_path / "g.gif")
+    assert status == 2 and "stage1: expected the tokenizer whose codebook the pipeline has" in err
+
+
 @pytest.mark.parametrize(
-    "command", ["sample", "reconstruct", "convert", "tokenize", "train tokenizer", "train generator"]
+    "command",
+    ["sample", "complete", "watch", "reconstruct", "convert", "tokenize", "train tokenizer", "train generator"],
 )
 def test_help_shows_examples(run, command):
     out = succeed(run(*command.split(), "--help"))
@@ -240,5 +290,5 @@ def test_help_shows_examples(run, command):
 
 def test_help_lists_the_commands(run):
     out = succeed(run("--help"))
-    for command in ("info", "sample", "reconstruct", "convert", "tokenize", "train"):
+    for command in ("info", "sample", "complete", "watch", "reconstruct", "convert", "tokenize", "train"):
         assert re.search(rf"^\s+{command}\b", out, re.MULTILINE)

@@ -45,7 +45,8 @@ def test_bfloat16_is_within_half_a_grey_level_on_trained_weights():
 
 
 @pytest.mark.parametrize(
-    "isa, expected", [("avx512", torch.bfloat16), ("avx2", torch.float32), ("scalar", torch.float32), (None, torch.float32)]
+    "isa, expected",
+    [("avx512", torch.bfloat16), ("avx2", torch.float32), ("scalar", torch.float32), (None, torch.float32)],
 )
 def test_bfloat16_only_where_the_cpu_multiplies_it(tiny_tokenizer, monkeypatch, isa, expected):
     monkeypatch.setattr(_library, "detected_cpu_isa", lambda: isa)

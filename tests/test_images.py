@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alitok_fast.images import grid, psnr, to_uint8, write_image, write_npz
+from alitok_fast.images import grid, psnr, to_uint8, write_film, write_image, write_npz
 
 
 def test_values_are_clamped_and_truncated():
@@ -80,3 +80,15 @@ def test_npz_pieces_must_add_up(tmp_path):
     with pytest.raises(ValueError, match=r"images: expected uint8 pieces of \(4, 4, 3\), got float32"):
         write_npz(tmp_path / "x.npz", [images.astype(np.float32)], (3, 4, 4, 3), np.zeros(3))
     assert not list(tmp_path.iterdir())
+
+
+def test_films(tmp_path):
+    pictures = [Image.new("RGB", (8, 6), (shade, 0, 0)) for shade in (0, 100, 200)]
+    write_film(tmp_path / "f.gif", pictures, seconds=0.1, last=1)
+    with Image.open(tmp_path / "f.gif") as film:
+        assert (film.n_frames, film.size, film.info["duration"]) == (3, (8, 6), 100)
+        film.seek(2)
+        assert film.info["duration"] == 1000 and film.convert("RGB").getpixel((0, 0))[0] > 150
+    with pytest.raises(ValueError, match=r"path: expected a file ending in .gif, .webp or .png, got .*f.bmp"):
+        write_film(tmp_path / "f.bmp", pictures)
+    assert [file.name for file in tmp_path.iterdir()] == ["f.gif"]
