@@ -2,15 +2,19 @@
 
     python -m alitok_fast.evaluation.demo --data /usr/share/datasets/fashion-mnist
 
-PSNR and codebook use of the tokenizer on all test images; then the share of
-samples that a small classifier, trained here on the real training images,
-gives the class asked for.
+PSNR and codebook use of the tokenizer on all test images; then, for every
+guidance and precision asked for, the share of samples that a small
+classifier, trained here on the real training images, gives the class asked
+for, and the Frechet distance of its features from those of the test images,
+each with its standard error.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +23,14 @@ from torch import Tensor
 
 from alitok_fast.data import open_source
 from alitok_fast.data.transforms import centre_crop
-from alitok_fast.evaluation.classifier import predict, train_classifier
+from alitok_fast.decoding import Decoder
+from alitok_fast.evaluation.classifier import SmallClassifier, predict, train_classifier
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
+from alitok_fast.evaluation.feature_distance import features, frechet_distance, standard_error
 from alitok_fast.evaluation.psnr import psnr
+from alitok_fast.image_decoder import ImageDecoder
 from alitok_fast.models.generator import Generator
-from alitok_fast.models.loading import load_generator, load_tokenizer
+from alitok_fast.models.loading import dtype_from_name, load_generator, load_tokenizer
 from alitok_fast.models.tokenizer import Tokenizer
 from alitok_fast.sampling import sample
 
@@ -58,16 +65,47 @@ def evaluate_tokenizer(tokenizer: Tokenizer, images: Tensor, batch: int = 250) -
 
 
 def draw_samples(
-    generator: Generator, tokenizer: Tokenizer, per_class: int, seed: int = 0, batch: int = 250, **sampling
+    generator: Generator | Decoder,
+    decode: Callable[[Tensor], Tensor],
+    per_class: int,
+    seed: int = 0,
+    batch: int = 250,
+    **sampling,
 ) -> tuple[Tensor, Tensor]:
-    """`per_class` images of every class, (n, 3, S, S) in [0, 1], and their labels (n,)."""
+    """`per_class` images of every class, (n, 3, S, S) in [0, 1], and their labels (n,).
+
+    `decode` turns tokens into images: `Tokenizer.decode` or an `ImageDecoder`.
+    """
     labels = torch.arange(generator.config.classes).repeat(per_class)
     ids = torch.arange(len(labels))
     images = [
-        tokenizer.decode(sample(generator, part, seed=seed, image_ids=numbers, **sampling)).clamp(0, 1)
+        decode(sample(generator, part, seed=seed, image_ids=numbers, **sampling)).clamp(0, 1)
         for part, numbers in zip(labels.split(batch), ids.split(batch), strict=True)
     ]
     return torch.cat(images), labels
+
+
+def evaluate_samples(
+    classifier: SmallClassifier, images: Tensor, labels: Tensor, real_features: Tensor
+) -> dict[str, float | list[float]]:
+    """Class agreement and feature distance of samples (n, 3, S, S), with their standard errors.
+
+    `real_features` as `features` returns them for real images.
+    """
+    agreed = (predict(classifier, images) == labels).double()
+    drawn = features(classifier, images)
+
+    def distance(values: Tensor) -> float:
+        return frechet_distance(values, real_features)
+
+    return {
+        "samples": len(labels),
+        "class_accuracy": float(agreed.mean()),
+        "class_accuracy_error": float(agreed.std() / len(agreed) ** 0.5),
+        "feature_distance": distance(drawn),
+        "feature_distance_error": standard_error(distance, drawn),
+        "by_class": [float(agreed[labels == i].mean()) for i in range(int(labels.max()) + 1)],
+    }
 
 
 def main() -> None:
@@ -77,6 +115,8 @@ def main() -> None:
     parser.add_argument("--generator", default="demo", help="generator: a name, folder or file")
     parser.add_argument("--per-class", type=int, default=100, help="samples of each class")
     parser.add_argument("--guidance", action="append", metavar="SCALE,POWER", help="repeatable; default: the preset's")
+    parser.add_argument("--precision", action="append", metavar="WEIGHTS",
+                        help="float32, bfloat16 or int8; repeatable; default: float32")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -93,17 +133,21 @@ def main() -> None:
     accuracy = (predict(classifier, test_images) == test_labels).double().mean()
     print(json.dumps({"classifier_test_accuracy": float(accuracy)}), flush=True)
 
-    config = generator.config
-    for text in arguments.guidance or [f"{config.guidance_scale},{config.guidance_power}"]:
+    config, real_features = generator.config, features(classifier, test_images)
+    guidance = arguments.guidance or [f"{config.guidance_scale},{config.guidance_power}"]
+    for text, precision in itertools.product(guidance, arguments.precision or ["float32"]):
         scale, power = map(float, text.split(","))
+        dtype = dtype_from_name(precision, "weights")
+        decode = ImageDecoder(tokenizer, torch.float32 if dtype == torch.float32 else None)
         images, labels = draw_samples(
-            generator, tokenizer, arguments.per_class, arguments.seed,
+            Decoder(generator, dtype), decode, arguments.per_class, arguments.seed,
             guidance_scale=scale, guidance_power=power, temperature=arguments.temperature,
         )  # fmt: skip
-        agreed = (predict(classifier, images) == labels).double()
-        by_class = {name: float(agreed[labels == i].mean()) for i, name in enumerate(train_source.classes)}
-        result = {"guidance_scale": scale, "guidance_power": power, "class_accuracy": float(agreed.mean())}
-        print(json.dumps({**result, "samples": len(labels), "by_class": by_class}), flush=True)
+        result = evaluate_samples(classifier, images, labels, real_features)
+        result["by_class"] = dict(zip(train_source.classes, result["by_class"], strict=True))
+        setting = {"guidance_scale": scale, "guidance_power": power, "weights": precision,
+                   "decode_dtype": str(decode.dtype).removeprefix("torch.")}  # fmt: skip
+        print(json.dumps({**setting, **result}), flush=True)
 
 
 if __name__ == "__main__":
