@@ -1,4 +1,4 @@
-"""A generator packed for sampling on the CPU: its weights in one arena, one native operator for each step."""
+"""A generator packed for sampling on the CPU: its weights in one arena, steps and their draws in one native call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from alitok_fast.models.generator import Generator, condition_ids
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.models.layers import NORM_EPS
-from alitok_fast.ops.decode import LayerWeights, decode, pack_weights
+from alitok_fast.ops.decode import Drawing, decode, decode_tokens
+from alitok_fast.ops.decode_weights import LayerWeights, pack_weights
 
 
 class Decoder:
@@ -59,6 +60,10 @@ class Decoder:
         logits = decode(self.packed, ids, cache.keys, cache.values, cache.position)
         cache.position += 1
         return logits
+
+    def draw(self, drawing: Drawing, cache: KVCache, steps: int) -> None:
+        """`steps` times `step` and `draw_next`, in one native call. Raises ValueError past the cache's end."""
+        decode_tokens(self.packed, drawing, cache.keys, cache.values, cache.position, steps)
 
     def condition_ids(self, labels: Tensor | None, batch: int) -> Tensor:
         """As `Generator.condition_ids`."""

@@ -15,7 +15,7 @@ from alitok_fast.decoding import Decoder
 from alitok_fast.memory import plan
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.kv_cache import KVCache
-from alitok_fast.ops.sample_tokens import sample_tokens
+from alitok_fast.ops.decode import Drawing, draw_next
 
 
 def guidance_schedule(tokens: int, scale: float, power: float) -> Tensor:
@@ -49,9 +49,11 @@ class SamplingLoop:
     On a CUDA device the first run captures a step as a CUDA graph and replays it: no launch overhead, nothing read
     back. A loop can be run again with other labels, seeds and schedules.
 
-    A generator on the CPU is packed into a `Decoder` of its own dtype, for native steps; inside `use_reference` it
-    runs as it is.
+    A generator on the CPU is packed into a `Decoder` of its own dtype, which draws many tokens in one native call;
+    inside `use_reference` it runs as it is.
     """
+
+    STEPS_PER_CALL = 16  # Ctrl-C waits for the end of a native call; starting one costs far less than a step
 
     def __init__(
         self,
@@ -64,7 +66,6 @@ class SamplingLoop:
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.batch, self.guided = for_steps(model), batch, guided
-        self.options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         rows, steps, device = batch * (2 if guided else 1), model.config.tokens, model.device
         try:
             self.cache = self.model.new_cache(rows, kv_dtype)
@@ -74,12 +75,21 @@ class SamplingLoop:
                 f"labels: expected a batch whose cache fits in memory, got {batch} images, {size / 2**30:.1f} GiB; "
                 "alitok_fast.plan(gen) says how many fit"
             ) from error
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(batch, steps, dtype=torch.int64, device=device)
-        self.prompt_length = torch.zeros((), dtype=torch.int64, device=device)
-        self.schedule = torch.zeros(steps, dtype=torch.float32, device=device)
-        self.seed = torch.zeros((), dtype=torch.int64, device=device)
-        self.image_ids = torch.zeros(batch, dtype=torch.int64, device=device)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.drawing = Drawing(
+            ids=zeros(rows),
+            tokens=zeros(batch, steps),
+            prompt_length=zeros(),
+            schedule=zeros(steps, dtype=torch.float32) if guided else None,
+            seed=zeros(),
+            image_ids=zeros(batch),
+            temperature=float(temperature),
+            top_k=top_k,
+            top_p=top_p,
+        )
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(
@@ -96,43 +106,39 @@ class SamplingLoop:
             self._start(labels, schedule, seed, image_ids, prompt_tokens)
             self._capture()
         self._start(labels, schedule, seed, image_ids, prompt_tokens)
-        for step in range(self.tokens.shape[1]):
-            self.step() if self._graph is None else self._graph.replay()
+        tokens = self.drawing.tokens
+        length = tokens.shape[1]
+        stride = 1 if on_step is not None else self.STEPS_PER_CALL
+        for begin in range(0, length, stride):
+            end = min(begin + stride, length)
+            self._advance(end - begin)
             if on_step is not None:
-                on_step(step, self.tokens[:, : step + 1])
-        return self.tokens.clone()
+                on_step(begin, tokens[:, :end])
+        return tokens.clone()
 
     def step(self) -> None:
         """Feed the current ids, draw the next token of each image and make it current."""
         position = self.cache.position.clone()
-        column = position.reshape(1)
-        logits = self.model.step(self.ids, self.cache)
-        drawn = sample_tokens(
-            logits,
-            guidance_scale=self.schedule.index_select(0, column).squeeze(0) if self.guided else None,
-            seed=self.seed,
-            image_ids=self.image_ids,
-            step=position,
-            **self.options,
-        )
-        given = self.tokens.index_select(1, column).squeeze(1)
-        drawn = torch.where(position < self.prompt_length, given, drawn)
-        self.tokens.index_copy_(1, column, drawn.unsqueeze(1))
-        # A row without a distribution is marked -1; it is reported at the end, so that no step waits for the device.
-        self.ids.copy_(drawn.clamp(min=0).repeat(2 if self.guided else 1))
+        draw_next(self.drawing, self.model.step(self.drawing.ids, self.cache), position)
+
+    def _advance(self, steps: int) -> None:
+        if isinstance(self.model, Decoder):
+            return self.model.draw(self.drawing, self.cache, steps)
+        for _ in range(steps):
+            self.step() if self._graph is None else self._graph.replay()
 
     def _start(self, labels, schedule, seed, image_ids, prompt_tokens) -> None:
-        condition = self.model.condition_ids(labels, self.batch)
+        drawing, condition = self.drawing, self.model.condition_ids(labels, self.batch)
         if self.guided:
             condition = torch.cat([condition, self.model.condition_ids(None, self.batch)])
-            self.schedule.copy_(schedule)
-        self.ids.copy_(condition)
+            drawing.schedule.copy_(schedule)
+        drawing.ids.copy_(condition)
         self.cache.position.zero_()
-        self.seed.fill_(seed)
-        self.image_ids.copy_(image_ids)
-        self.prompt_length.fill_(0 if prompt_tokens is None else prompt_tokens.shape[1])
+        drawing.seed.fill_(seed)
+        drawing.image_ids.copy_(image_ids)
+        drawing.prompt_length.fill_(0 if prompt_tokens is None else prompt_tokens.shape[1])
         if prompt_tokens is not None:
-            self.tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
+            drawing.tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
 
     def _capture(self) -> None:
         stream = torch.cuda.Stream(self.model.device)
@@ -247,9 +253,7 @@ def _check_at_least(name: str, value: float, low: float, strictly: bool = False)
 
 def _check_prompt(prompt: Tensor, batch: int, config: GeneratorConfig, device: torch.device) -> Tensor:
     if prompt.ndim != 2 or len(prompt) != batch or prompt.shape[1] > config.tokens:
-        raise ValueError(
-            f"prompt_tokens: expected shape ({batch}, n <= {config.tokens}), got {tuple(prompt.shape)}"
-        )
+        raise ValueError(f"prompt_tokens: expected shape ({batch}, n <= {config.tokens}), got {tuple(prompt.shape)}")
     if prompt.dtype != torch.int64:
         raise TypeError(f"prompt_tokens: expected int64, got {str(prompt.dtype).removeprefix('torch.')}")
     if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < config.codebook_size:

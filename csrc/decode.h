@@ -1,11 +1,13 @@
 // decode: one cached step of the generator for all rows, conditional and unconditional together.
-// The definition is decode_reference in alitok_fast/ops/decode.py.
+// decode_tokens: several of them, each with its draw, within one call.
+// The definitions are decode_reference and decode_tokens_reference in alitok_fast/ops/decode.py.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu_isa.h"
 #include "parallel.h"
+#include "sample_tokens.h"
 
 namespace alitok {
 
@@ -34,19 +36,32 @@ struct DecodeParams {
   WeightFormat weights;
   CacheFormat cache;
   int64_t layers, rows, width, heads, head_dim, hidden, codes;
-  int64_t capacity, position;  // positions of the cache, and the one that this step appends
+  int64_t capacity, position;  // positions of the cache, and the one that the (first) step appends
 
   const uint8_t* arena;  // aligned to 64 bytes
   // float32: for each layer norm1 (width), qkv bias (3 width), q norm (head_dim), k norm (head_dim), proj bias (width),
   // norm2 (width); then the last norm (width) and the head's bias (codes).
   const float* vectors;
   const float* embeddings;  // (vocabulary, width)
-  const float* rope;        // (head_dim / 2, 2): cos, sin of this position
+  const float* rope;        // (positions, head_dim / 2, 2): cos, sin
   float norm_eps;
 
   const int64_t* ids;   // (rows), in [0, vocabulary)
   void *keys, *values;  // (layers, rows, heads, capacity, head_dim); keys normalised and rotated
   float* logits;        // (rows, codes)
+};
+
+// What follows the logits of step `position`: token `position` of each image.
+struct DrawParams {
+  int64_t steps, batch;   // rows = batch, or 2 batch with guidance: conditional, then unconditional ones
+  const float* guidance;  // scale at each position; null: no guidance
+  SampleRule rule;
+  uint64_t seed;
+  const int64_t* image_ids;  // (batch)
+  int64_t prompt_length;     // tokens before this position are given
+  int64_t* tokens;           // (batch, tokens_stride)
+  int64_t tokens_stride;
+  int64_t* ids;  // (rows): DecodeParams::ids, which the next step reads
 };
 
 constexpr WeightFormat head_format(WeightFormat weights) {
@@ -71,5 +86,6 @@ constexpr int64_t arena_size(const DecodeParams& p) {
 
 // A row's logits do not depend on the other rows nor on the number of threads, to the last bit.
 ALITOK_DECLARE_PER_ISA(void decode_cpu(const DecodeParams&, const Parallel&));
+ALITOK_DECLARE_PER_ISA(void decode_tokens_cpu(const DecodeParams&, const DrawParams&, const Parallel&));
 
 }  // namespace alitok

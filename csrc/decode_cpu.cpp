@@ -1,4 +1,4 @@
-// CPU kernel of decode: one parallel region for the whole step. Each thread owns fixed panels of every matrix, so that it
+// CPU kernel of decode: one parallel region for a step, or for many with their draws. Each thread owns fixed panels of every matrix, so that it
 // streams through its own part of the arena, and meets the others at a barrier where a phase needs all of the last one.
 #include "decode.h"
 
@@ -306,9 +306,22 @@ template <class Weights, class Head, class Cache>
 class Step {
  public:
   Step(const DecodeParams& p, const Workspace& workspace, Worker worker, MatmulUnit unit)
-      : p_(p), w_(workspace), worker_(worker), unit_(unit), arena_(layer_arena(p)) {}
+      : p_(p), w_(workspace), worker_(worker), unit_(unit), arena_(layer_arena(p)), position_(p.position) {}
 
-  void run() {
+  void run(const DrawParams* draw) {
+    if (draw == nullptr) return decode();
+    std::vector<float> row(sample_row_size(p_.codes));
+    for (const int64_t end = position_ + draw->steps; position_ < end; ++position_) {
+      decode();
+      worker_.wait();
+      const Range mine = worker_.part_of(draw->batch);
+      for (int64_t b = mine.begin; b < mine.end; ++b) draw_token(*draw, b, row.data());
+      worker_.wait();
+    }
+  }
+
+ private:
+  void decode() {
     for_rows([&](int64_t r) {
       const float* from = p_.embeddings + p_.ids[r] * p_.width;
       std::copy(from, from + p_.width, x(r));
@@ -323,7 +336,23 @@ class Step {
                  });
   }
 
- private:
+  // Token `position_` of image b, which its rows are fed next. `row` has room for sample_row_size(codes) floats.
+  void draw_token(const DrawParams& draw, int64_t b, float* row) {
+    int64_t& token = draw.tokens[b * draw.tokens_stride + position_];
+    if (position_ >= draw.prompt_length) {
+      const float *c = p_.logits + b * p_.codes, *u = c + draw.batch * p_.codes;
+      if (draw.guidance == nullptr) {
+        std::copy(c, c + p_.codes, row);
+      } else {
+        guide_row(c, u, draw.guidance[position_], p_.codes, row);
+      }
+      const SampleKey key{draw.seed, static_cast<uint64_t>(draw.image_ids[b]), static_cast<uint32_t>(position_)};
+      token = sample_row(row, p_.codes, draw.rule, key);
+    }
+    // A row without a distribution is marked -1; whoever reads the tokens reports it.
+    for (int64_t r = b; r < p_.rows; r += draw.batch) draw.ids[r] = std::max<int64_t>(token, 0);
+  }
+
   void layer(int64_t index, const float* vectors) {
     const uint8_t* arena = p_.arena + index * arena_.bytes;
     const float *norm1 = vectors, *qkv_bias = norm1 + p_.width, *q_norm = qkv_bias + 3 * p_.width;
@@ -376,18 +405,19 @@ class Step {
     float *k = q + p_.width, *v = k + p_.width;
     rms_norm(q, q_norm, p_.head_dim, p_.norm_eps, q);
     rms_norm(k, k_norm, p_.head_dim, p_.norm_eps, k);
-    rotate(q, p_.rope, p_.head_dim);
-    rotate(k, p_.rope, p_.head_dim);
+    const float* rope = p_.rope + position_ * p_.head_dim;
+    rotate(q, rope, p_.head_dim);
+    rotate(k, rope, p_.head_dim);
     const int64_t start = ((layer * p_.rows + row) * p_.heads + head) * p_.capacity * p_.head_dim;
     auto* keys = static_cast<typename Cache::Element*>(p_.keys) + start;
     auto* values = static_cast<typename Cache::Element*>(p_.values) + start;
     for_vectors(p_.head_dim, [&](int64_t i, int count) {
-      Cache::store(Vec::load(k + i, count), keys + p_.position * p_.head_dim + i, count);
-      Cache::store(Vec::load(v + i, count), values + p_.position * p_.head_dim + i, count);
+      Cache::store(Vec::load(k + i, count), keys + position_ * p_.head_dim + i, count);
+      Cache::store(Vec::load(v + i, count), values + position_ * p_.head_dim + i, count);
     });
     const float scale = 1.0f / std::sqrt(static_cast<float>(p_.head_dim));
     const auto* next = keys + p_.capacity * p_.head_dim;  // those of the next head
-    attend<Cache>(q, keys, values, next, p_.head_dim, p_.position + 1, scale, scores_.data(), q);
+    attend<Cache>(q, keys, values, next, p_.head_dim, position_ + 1, scale, scores_.data(), q);
   }
 
   // Normalised rows as activations, in place of the rows' results.
@@ -466,35 +496,41 @@ class Step {
   Worker worker_;
   const MatmulUnit unit_;
   const LayerArena arena_;
-  std::vector<float> scores_ = std::vector<float>(p_.position + 1 + Vec::lanes);
+  int64_t position_;
+  std::vector<float> scores_ = std::vector<float>(p_.capacity + Vec::lanes);
   alignas(64) float products_[kRowBlock * kPanelOutputs];
 };
 
 template <class Weights, class Head, class Cache>
-void run_step(const DecodeParams& p, const Parallel& parallel) {
+void run_steps(const DecodeParams& p, const DrawParams* draw, const Parallel& parallel) {
   const MatmulUnit unit{cpu_has_amx()};
   const Workspace workspace(p);
   Barrier barrier(parallel.threads);
   parallel(0, parallel.threads, 1, [&](int64_t first, int64_t last) {
     const Tiles tiles(unit.amx && Weights::kFormat != WeightFormat::float32);
-    Step<Weights, Head, Cache>(p, workspace, Worker(barrier, first, last, parallel.threads), unit).run();
+    Step<Weights, Head, Cache>(p, workspace, Worker(barrier, first, last, parallel.threads), unit).run(draw);
   });
 }
 
 template <class Cache>
-void run_with_cache(const DecodeParams& p, const Parallel& parallel) {
+void run_with_cache(const DecodeParams& p, const DrawParams* draw, const Parallel& parallel) {
   switch (p.weights) {
-    case WeightFormat::float32: return run_step<Float32Weights, Float32Weights, Cache>(p, parallel);
-    case WeightFormat::bfloat16: return run_step<Bfloat16Weights<1>, Bfloat16Weights<2>, Cache>(p, parallel);
-    case WeightFormat::int8: return run_step<Int8Weights, Bfloat16Weights<2>, Cache>(p, parallel);
+    case WeightFormat::float32: return run_steps<Float32Weights, Float32Weights, Cache>(p, draw, parallel);
+    case WeightFormat::bfloat16: return run_steps<Bfloat16Weights<1>, Bfloat16Weights<2>, Cache>(p, draw, parallel);
+    case WeightFormat::int8: return run_steps<Int8Weights, Bfloat16Weights<2>, Cache>(p, draw, parallel);
   }
+}
+
+void run(const DecodeParams& p, const DrawParams* draw, const Parallel& parallel) {
+  if (p.cache == CacheFormat::float32) return run_with_cache<Float32Cache>(p, draw, parallel);
+  return run_with_cache<Bfloat16Cache>(p, draw, parallel);
 }
 
 }  // namespace
 
-void decode_cpu(const DecodeParams& p, const Parallel& parallel) {
-  if (p.cache == CacheFormat::float32) return run_with_cache<Float32Cache>(p, parallel);
-  return run_with_cache<Bfloat16Cache>(p, parallel);
+void decode_cpu(const DecodeParams& p, const Parallel& parallel) { run(p, nullptr, parallel); }
+void decode_tokens_cpu(const DecodeParams& p, const DrawParams& draw, const Parallel& parallel) {
+  run(p, &draw, parallel);
 }
 
 }  // namespace ALITOK_ISA

@@ -11,6 +11,11 @@ STABLE_TORCH_LIBRARY(alitok, m) {
       "decode(Tensor arena, Tensor vectors, Tensor embeddings, Tensor rope, Tensor ids, Tensor(a!) keys, "
       "Tensor(b!) values, Tensor position, int hidden, int codes, int weight_bytes, float norm_eps) -> Tensor");
   m.def(
+      "decode_tokens(Tensor arena, Tensor vectors, Tensor embeddings, Tensor rope, Tensor(a!) ids, Tensor(b!) keys, "
+      "Tensor(c!) values, Tensor(d!) position, Tensor(e!) tokens, Tensor prompt_length, Tensor? schedule, "
+      "float temperature, int? top_k, float? top_p, Tensor seed, Tensor image_ids, int steps, int hidden, int codes, "
+      "int weight_bytes, float norm_eps) -> ()");
+  m.def(
       "cached_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? q_norm_weight, "
       "Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");

@@ -11,6 +11,15 @@
 #include "torch_parallel.h"
 
 namespace alitok {
+
+SampleRule sample_rule(double temperature, std::optional<int64_t> top_k, std::optional<double> top_p, int64_t codes) {
+  check(temperature == 0 || (temperature >= 1e-30 && temperature <= 1e30), "temperature",
+        "0 (greedy) or a number in 1e-30..1e30", temperature);
+  check(!top_k || *top_k >= 1, "top_k", "None or a number >= 1", top_k.value_or(0));
+  check(!top_p || (*top_p > 0 && *top_p <= 1), "top_p", "None or a number in (0, 1]", top_p.value_or(0));
+  return {static_cast<float>(temperature), top_k.value_or(codes), top_p.value_or(1.0)};
+}
+
 namespace {
 
 LogitsDtype logits_dtype(const Tensor& logits) {
@@ -27,14 +36,6 @@ const int64_t* one_integer(const Tensor& t, const char* argument, const Tensor& 
   check(t.numel() == 1, argument, "one element", "shape " + shape_name(t));
   check_same_device(t, argument, logits, "logits");
   return static_cast<const int64_t*>(t.const_data_ptr());
-}
-
-SampleRule sample_rule(double temperature, std::optional<int64_t> top_k, std::optional<double> top_p, int64_t codes) {
-  check(temperature == 0 || (temperature >= 1e-30 && temperature <= 1e30), "temperature",
-        "0 (greedy) or a number in 1e-30..1e30", temperature);
-  check(!top_k || *top_k >= 1, "top_k", "None or a number >= 1", top_k.value_or(0));
-  check(!top_p || (*top_p > 0 && *top_p <= 1), "top_p", "None or a number in (0, 1]", top_p.value_or(0));
-  return {static_cast<float>(temperature), top_k.value_or(codes), top_p.value_or(1.0)};
 }
 
 Tensor sample_tokens(const Tensor& logits_any, const std::optional<Tensor>& guidance_scale, double temperature,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "cpu_isa.h"
 #include "parallel.h"
@@ -35,6 +36,9 @@ struct SampleTokensParams {
   const int64_t *seed, *image_ids, *step;  // one element, (batch), one element
   int64_t* ids;                            // (batch); -1 for a row that is no distribution
 };
+
+// The arguments of the operator as a rule. Throws std::invalid_argument, naming the one that is wrong.
+SampleRule sample_rule(double temperature, std::optional<int64_t> top_k, std::optional<double> top_p, int64_t codes);
 
 ALITOK_DECLARE_PER_ISA(void sample_tokens_cpu(const SampleTokensParams&, const Parallel&));
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alitok_fast._library import use_reference
+from alitok_fast.decoding import Decoder
 from alitok_fast.ops.sample_tokens import guided_logits, sample_tokens
 from alitok_fast.sampling import SamplingLoop, guidance_schedule, sample
 
@@ -48,9 +50,9 @@ def test_guided_logits_of_the_loop_match_a_full_pass(tiny_generator, monkeypatch
     seen = []
     step = gen.step
     monkeypatch.setattr(gen, "step", lambda ids, cache: seen.append(step(ids, cache)) or seen[-1])
-    tokens = sample(gen, [3, 4], 8.0, 1.0)
-    if not seen:
-        pytest.skip("the native decode step does not go through Generator.step; its own tests compare logits")
+    with use_reference():  # else a generator on the CPU is packed; tests/test_decoding.py compares those logits
+        tokens = sample(gen, [3, 4], 8.0, 1.0)
+    assert len(seen) == gen.config.tokens
     schedule = guidance_schedule(gen.config.tokens, 8.0, 1.0)
     with torch.no_grad():
         full = torch.cat([gen(tokens, torch.tensor([3, 4])), gen(tokens, None)])
@@ -178,6 +180,45 @@ def test_a_loop_runs_again_with_other_labels_and_seeds(tiny_generator):
         sample(gen, [1], loop=loop)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.0}, {"temperature": 0.6, "top_k": 5}, {"top_p": 0.7}],
+    ids=["plain", "greedy", "top_k", "top_p"],
+)
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_run_equals_single_steps(tiny_generator, weights, guided, settings):
+    """Ids and cache to the last bit, whether a call draws one token, some, or a part that ends elsewhere."""
+    gen = tiny_generator()
+    prompt = torch.tensor([[5, 6, 7], [8, 9, 31], [0, 1, 2]])
+    schedule = guidance_schedule(gen.config.tokens, 4.0, 1.2) if guided else None
+    arguments = (torch.tensor([3, 3, 9]), schedule, 7, torch.tensor([11, 2**40, -5]))
+    loops = [SamplingLoop(Decoder(gen, weights), 3, guided, **settings) for _ in range(3)]
+    for tokens in (None, prompt):
+        whole = loops[0].run(*arguments, tokens)
+        seen = []
+        observed = loops[1].run(*arguments, tokens, on_step=lambda _, part, seen=seen: seen.append(part.clone()))
+        loops[2]._start(*arguments, tokens)
+        with torch.no_grad():
+            for _ in range(gen.config.tokens):
+                loops[2].step()
+        assert torch.equal(whole, loops[2].drawing.tokens) and torch.equal(whole, observed)
+        assert all(torch.equal(part, whole[:, : step + 1]) for step, part in enumerate(seen))
+        assert torch.equal(loops[0].cache.keys, loops[2].cache.keys)
+        assert torch.equal(loops[0].cache.values, loops[2].cache.values)
+
+
+def test_a_keyboard_interrupt_waits_for_a_few_steps_only(tiny_generator, monkeypatch):
+    """Python handles signals between native calls: no call draws more than STEPS_PER_CALL tokens."""
+    gen = tiny_generator(grid=8)
+    decoder, calls = Decoder(gen), []
+    draw = decoder.draw
+    monkeypatch.setattr(decoder, "draw", lambda *args: calls.append(args[-1]) or draw(*args))
+    sample(decoder, [1, 2])
+    assert sum(calls) == gen.config.tokens > 2 * SamplingLoop.STEPS_PER_CALL
+    assert max(calls) == SamplingLoop.STEPS_PER_CALL
+
+
 class ReadsBack(TorchDispatchMode):
     """Counts reads of a tensor's value by the host, each of which would stop a CUDA stream and break its capture."""
 
@@ -192,9 +233,9 @@ class ReadsBack(TorchDispatchMode):
 def test_a_step_reads_nothing_back(tiny_generator, guided):
     gen = tiny_generator()
     loop = SamplingLoop(gen, 2, guided, top_k=5, top_p=0.9)
-    loop.model, loop.cache = gen, gen.new_cache(len(loop.ids))  # as on a CUDA device: the generator itself
+    loop.model, loop.cache = gen, gen.new_cache(4 if guided else 2)  # as on a CUDA device: the generator itself
     with torch.no_grad(), ReadsBack() as reads:
         loop.step()
         assert reads.count == 0
-        loop.ids[0].item()
+        loop.drawing.ids[0].item()
         assert reads.count == 1

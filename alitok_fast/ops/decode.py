@@ -1,9 +1,7 @@
-"""One cached step of the generator for all rows: packed weights, and what the step computes."""
+"""Cached steps of the generator for all rows: one, with its logits, or several, each with its draw."""
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,94 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alitok_fast._library import native_enabled, register_fake
+from alitok_fast.ops.decode_weights import PackedWeights, unpack_weights
 from alitok_fast.ops.prefix_attention import rotate
-
-PANEL_OUTPUTS = 32
-DEPTH_MULTIPLE = 64
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One block of the generator: matrices (outputs, inputs), norms and biases as vectors."""
-
-    norm1: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor
-    q_norm: Tensor
-    k_norm: Tensor
-    proj: Tensor
-    proj_bias: Tensor
-    norm2: Tensor
-    w1: Tensor
-    w3: Tensor
-    w2: Tensor
-
-    @property
-    def vectors(self) -> list[Tensor]:
-        return [self.norm1, self.qkv_bias, self.q_norm, self.k_norm, self.proj_bias, self.norm2]
-
-
-@dataclass(frozen=True)
-class PackedWeights:
-    """The generator's weights in the order in which a step reads them (csrc/decode.h states the layout).
-
-    Attributes:
-        arena: uint8, all matrices in panels of 32 outputs.
-        vectors: float32, all norms and biases.
-        embeddings: (vocabulary, width) float32.
-        rope: (positions, head_dim / 2, 2) float32.
-        dtype: of the matrices: float32, bfloat16, or int8 with one float32 scale for each output. The head of an int8
-            generator is bfloat16.
-        hidden: width inside the MLP.
-        codes: number of logits.
-        norm_eps: added to the mean squares.
-    """
-
-    arena: Tensor
-    vectors: Tensor
-    embeddings: Tensor
-    rope: Tensor
-    dtype: torch.dtype
-    hidden: int
-    codes: int
-    norm_eps: float
-
-    @property
-    def step_bytes(self) -> int:
-        """Weights that every step reads."""
-        return self.arena.nbytes + self.vectors.nbytes
-
-
-def pack_weights(
-    layers: Sequence[LayerWeights],
-    norm: Tensor,
-    head: Tensor,
-    head_bias: Tensor,
-    embeddings: Tensor,
-    rope: Tensor,
-    dtype: torch.dtype,
-    norm_eps: float = 1e-5,
-) -> PackedWeights:
-    """Round the matrices to `dtype` and lay them out for streaming. Raises ValueError for another dtype."""
-    if dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"dtype: expected float32, bfloat16 or int8, got {str(dtype).removeprefix('torch.')}")
-    matrices, vectors = [], []
-    for layer in layers:
-        gate = _interleave(layer.w1, layer.w3)
-        matrices += [_pack(matrix, dtype) for matrix in (layer.qkv, layer.proj, gate, layer.w2)]
-        vectors += layer.vectors
-    matrices.append(_pack(head, _head_dtype(dtype)))
-    return PackedWeights(
-        arena=_in_huge_pages(torch.cat(matrices)),
-        vectors=torch.cat([v.detach().float() for v in (*vectors, norm, head_bias)]),
-        embeddings=embeddings.detach().float().contiguous(),
-        rope=rope,
-        dtype=dtype,
-        hidden=layers[0].w2.shape[1],
-        codes=len(head),
-        norm_eps=norm_eps,
-    )
+from alitok_fast.ops.sample_tokens import sample_tokens
 
 
 def decode(weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
@@ -157,96 +70,91 @@ def decode_reference(weights: PackedWeights, ids: Tensor, keys: Tensor, values: 
     return F.linear(norm(x, last_norm), head.to(compute), head_bias.to(compute))
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A batch of token sequences being drawn: tensors that stay where they are, written by `draw_next`.
+
+    Attributes:
+        ids: (R,) int64, what each row is fed next; R = B, or 2 B with guidance, conditional rows first.
+        tokens: (B, N) int64, the sequences; from the present position on only those of the prompt count.
+        prompt_length: () int64, tokens before this position are given.
+        schedule: (N,) float32, the guidance scale of each step; None: no guidance.
+        seed: () int64.
+        image_ids: (B,) int64.
+        temperature, top_k, top_p: as for `sample_tokens`.
+    """
+
+    ids: Tensor
+    tokens: Tensor
+    prompt_length: Tensor
+    schedule: Tensor | None
+    seed: Tensor
+    image_ids: Tensor
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+def draw_next(drawing: Drawing, logits: Tensor, position: Tensor) -> None:
+    """Draw token `position` of each image from the logits (R, K), and feed it next; nothing is read by the host."""
+    column = position.reshape(1)
+    drawn = sample_tokens(
+        logits,
+        guidance_scale=None if drawing.schedule is None else drawing.schedule.index_select(0, column).squeeze(0),
+        temperature=drawing.temperature,
+        top_k=drawing.top_k,
+        top_p=drawing.top_p,
+        seed=drawing.seed,
+        image_ids=drawing.image_ids,
+        step=position,
+    )
+    given = drawing.tokens.index_select(1, column).squeeze(1)
+    drawn = torch.where(position < drawing.prompt_length, given, drawn)
+    drawing.tokens.index_copy_(1, column, drawn.unsqueeze(1))
+    # A row without a distribution is marked -1; it is reported at the end, so that no step waits for the device.
+    drawing.ids.copy_(drawn.clamp(min=0).repeat(len(drawing.ids) // len(drawn)))
+
+
+def decode_tokens(
+    weights: PackedWeights, drawing: Drawing, keys: Tensor, values: Tensor, position: Tensor, steps: int
+) -> None:
+    """`steps` times `decode`, `draw_next` and position + 1, to the last bit, in one native call.
+
+    Args:
+        weights: packed on the CPU.
+        drawing: of sequences on the CPU, contiguous; its `ids` and `tokens` are written.
+        keys, values: as for `decode`.
+        position: () int64, moved on by `steps`.
+        steps: >= 1; position + steps is at most the capacity.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was given.
+        ImportError: when the extension is missing (`use_reference` is the explicit way around it).
+    """
+    if not native_enabled():
+        return decode_tokens_reference(weights, drawing, keys, values, position, steps)
+    return torch.ops.alitok.decode_tokens(
+        weights.arena, weights.vectors, weights.embeddings, weights.rope, drawing.ids, keys, values, position,
+        drawing.tokens, drawing.prompt_length, drawing.schedule, drawing.temperature, drawing.top_k, drawing.top_p,
+        drawing.seed, drawing.image_ids, steps, weights.hidden, weights.codes, weights.dtype.itemsize,
+        weights.norm_eps,
+    )  # fmt: skip
+
+
+def decode_tokens_reference(
+    weights: PackedWeights, drawing: Drawing, keys: Tensor, values: Tensor, position: Tensor, steps: int
+) -> None:
+    """The definition of `decode_tokens`."""
+    for _ in range(steps):
+        draw_next(drawing, decode_reference(weights, drawing.ids, keys, values, position), position)
+        position += 1
+
+
 @register_fake("decode")
 def _(arena, vectors, embeddings, rope, ids, keys, values, position, hidden, codes, weight_bytes, norm_eps):
     return vectors.new_empty(ids.shape[0], codes)
 
 
-def unpack_weights(
-    weights: PackedWeights, heads: int, head_dim: int
-) -> tuple[list[LayerWeights], Tensor, Tensor, Tensor]:
-    """The layers, the last norm, the head and its bias as float32: exactly the numbers that the arena stands for."""
-    width, hidden, dtype = heads * head_dim, weights.hidden, weights.dtype
-    arena, vectors = _Reader(weights.arena), _Reader(weights.vectors)
-    count = (len(weights.vectors) - width - weights.codes) // (6 * width + 2 * head_dim)
-    layers = []
-    for _ in range(count):
-        norm1, qkv_bias, q_norm, k_norm, proj_bias, norm2 = vectors.take(
-            width, 3 * width, head_dim, head_dim, width, width
-        )
-        qkv, proj = _unpack(arena, 3 * width, width, dtype), _unpack(arena, width, width, dtype)
-        w1, w3 = _unpack(arena, 2 * _round_up(hidden, PANEL_OUTPUTS // 2), width, dtype).unflatten(
-            0, (-1, 2, PANEL_OUTPUTS // 2)
-        ).transpose(0, 1).flatten(1, 2)[:, :hidden]  # fmt: skip
-        w2 = _unpack(arena, width, hidden, dtype)
-        layers.append(LayerWeights(norm1, qkv, qkv_bias, q_norm, k_norm, proj, proj_bias, norm2, w1, w3, w2))
-    head = _unpack(arena, weights.codes, width, _head_dtype(dtype))
-    return layers, *vectors.take(width), head, *vectors.take(weights.codes)
-
-
-class _Reader:
-    def __init__(self, data: Tensor) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, *sizes: int) -> Iterator[Tensor]:
-        parts = self.data[self.at : self.at + sum(sizes)].split(sizes)
-        self.at += sum(sizes)
-        return iter(parts)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _head_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.bfloat16 if dtype == torch.int8 else dtype
-
-
-def _interleave(w1: Tensor, w3: Tensor) -> Tensor:
-    """Half a panel of w1, half a panel of w3, and so on: a thread meets both factors of SwiGLU together."""
-    half = PANEL_OUTPUTS // 2
-    padding = _round_up(len(w1), half) - len(w1)
-    pair = [F.pad(w.detach(), (0, 0, 0, padding)).unflatten(0, (-1, half)) for w in (w1, w3)]
-    return torch.stack(pair, 1).flatten(0, 2)
-
-
-def _pack(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """(outputs, inputs) as the bytes of its panels."""
-    outputs, inputs = matrix.shape
-    group = 4 // dtype.itemsize
-    padding = (0, _round_up(inputs, DEPTH_MULTIPLE) - inputs, 0, _round_up(outputs, PANEL_OUTPUTS) - outputs)
-    matrix = F.pad(matrix.detach().float(), padding).unflatten(0, (-1, PANEL_OUTPUTS))
-    extra = []
-    if dtype == torch.int8:
-        scale = matrix.abs().amax(-1) / 127
-        matrix = (matrix / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)).round()
-        extra = [scale.view(torch.uint8), matrix.sum(-1).to(torch.int32).view(torch.uint8)]
-    panels = matrix.to(dtype).unflatten(-1, (-1, group)).transpose(1, 2).contiguous()
-    return torch.cat([panels.view(torch.uint8).flatten(1), *extra], 1).flatten()
-
-
-def _unpack(arena: _Reader, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
-    count, depth = _round_up(outputs, PANEL_OUTPUTS) // PANEL_OUTPUTS, _round_up(inputs, DEPTH_MULTIPLE)
-    weight_bytes = PANEL_OUTPUTS * depth * dtype.itemsize
-    scale_bytes = PANEL_OUTPUTS * 4 if dtype == torch.int8 else 0
-    (data,) = arena.take(count * (weight_bytes + 2 * scale_bytes))
-    panels, scale, _ = data.view(count, -1).split([weight_bytes, scale_bytes, scale_bytes], 1)
-    matrix = panels.contiguous().view(dtype).view(count, -1, PANEL_OUTPUTS, 4 // dtype.itemsize)
-    matrix = matrix.transpose(1, 2).reshape(count, PANEL_OUTPUTS, depth).float()
-    if dtype == torch.int8:
-        matrix = matrix * scale.contiguous().view(torch.float32).unsqueeze(-1)
-    return matrix.flatten(0, 1)[:outputs, :inputs]
-
-
-HUGE_PAGE = 2**21
-
-
-def _in_huge_pages(data: Tensor) -> Tensor:
-    """A copy in memory that asks for 2 MiB pages: a step walks through all of it and would often miss the TLB."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return data.clone()
-    memory = mmap.mmap(-1, data.nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + data.nbytes].copy_(data)
+@register_fake("decode_tokens")
+def _(*arguments):
+    return None

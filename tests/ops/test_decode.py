@@ -5,14 +5,8 @@ import torch
 from torch import Tensor
 
 from alitok_fast._library import use_reference
-from alitok_fast.ops.decode import (
-    LayerWeights,
-    PackedWeights,
-    decode,
-    decode_reference,
-    pack_weights,
-    unpack_weights,
-)
+from alitok_fast.ops.decode import decode, decode_reference
+from alitok_fast.ops.decode_weights import LayerWeights, PackedWeights, pack_weights, unpack_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 # (layers, heads, head_dim, hidden, codes): a preset's head sizes, a matrix of one padded panel, odd everything.

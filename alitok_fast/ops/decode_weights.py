@@ -1,0 +1,188 @@
+"""The generator's weights rounded and laid out for `decode`, and back again."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL_OUTPUTS = 32
+DEPTH_MULTIPLE = 64
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block of the generator: matrices (outputs, inputs), norms and biases as vectors."""
+
+    norm1: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    norm2: Tensor
+    w1: Tensor
+    w3: Tensor
+    w2: Tensor
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        return [self.norm1, self.qkv_bias, self.q_norm, self.k_norm, self.proj_bias, self.norm2]
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """The generator's weights in the order in which a step reads them (csrc/decode.h states the layout).
+
+    Attributes:
+        arena: uint8, all matrices in panels of 32 outputs.
+        vectors: float32, all norms and biases.
+        embeddings: (vocabulary, width) float32.
+        rope: (positions, head_dim / 2, 2) float32.
+        dtype: of the matrices: float32, bfloat16, or int8 with one float32 scale for each output. The head of an int8
+            generator is bfloat16.
+        hidden: width inside the MLP.
+        codes: number of logits.
+        norm_eps: added to the mean squares.
+    """
+
+    arena: Tensor
+    vectors: Tensor
+    embeddings: Tensor
+    rope: Tensor
+    dtype: torch.dtype
+    hidden: int
+    codes: int
+    norm_eps: float
+
+    @property
+    def step_bytes(self) -> int:
+        """Weights that every step reads."""
+        return self.arena.nbytes + self.vectors.nbytes
+
+
+def pack_weights(
+    layers: Sequence[LayerWeights],
+    norm: Tensor,
+    head: Tensor,
+    head_bias: Tensor,
+    embeddings: Tensor,
+    rope: Tensor,
+    dtype: torch.dtype,
+    norm_eps: float = 1e-5,
+) -> PackedWeights:
+    """Round the matrices to `dtype` and lay them out for streaming. Raises ValueError for another dtype."""
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype: expected float32, bfloat16 or int8, got {str(dtype).removeprefix('torch.')}")
+    matrices, vectors = [], []
+    for layer in layers:
+        gate = _interleave(layer.w1, layer.w3)
+        matrices += [_pack(matrix, dtype) for matrix in (layer.qkv, layer.proj, gate, layer.w2)]
+        vectors += layer.vectors
+    matrices.append(_pack(head, _head_dtype(dtype)))
+    return PackedWeights(
+        arena=_in_huge_pages(torch.cat(matrices)),
+        vectors=torch.cat([v.detach().float() for v in (*vectors, norm, head_bias)]),
+        embeddings=embeddings.detach().float().contiguous(),
+        rope=rope,
+        dtype=dtype,
+        hidden=layers[0].w2.shape[1],
+        codes=len(head),
+        norm_eps=norm_eps,
+    )
+
+
+def unpack_weights(
+    weights: PackedWeights, heads: int, head_dim: int
+) -> tuple[list[LayerWeights], Tensor, Tensor, Tensor]:
+    """The layers, the last norm, the head and its bias as float32: exactly the numbers that the arena stands for."""
+    width, hidden, dtype = heads * head_dim, weights.hidden, weights.dtype
+    arena, vectors = _Reader(weights.arena), _Reader(weights.vectors)
+    count = (len(weights.vectors) - width - weights.codes) // (6 * width + 2 * head_dim)
+    layers = []
+    for _ in range(count):
+        norm1, qkv_bias, q_norm, k_norm, proj_bias, norm2 = vectors.take(
+            width, 3 * width, head_dim, head_dim, width, width
+        )
+        qkv, proj = _unpack(arena, 3 * width, width, dtype), _unpack(arena, width, width, dtype)
+        w1, w3 = _unpack(arena, 2 * _round_up(hidden, PANEL_OUTPUTS // 2), width, dtype).unflatten(
+            0, (-1, 2, PANEL_OUTPUTS // 2)
+        ).transpose(0, 1).flatten(1, 2)[:, :hidden]  # fmt: skip
+        w2 = _unpack(arena, width, hidden, dtype)
+        layers.append(LayerWeights(norm1, qkv, qkv_bias, q_norm, k_norm, proj, proj_bias, norm2, w1, w3, w2))
+    head = _unpack(arena, weights.codes, width, _head_dtype(dtype))
+    return layers, *vectors.take(width), head, *vectors.take(weights.codes)
+
+
+class _Reader:
+    def __init__(self, data: Tensor) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, *sizes: int) -> Iterator[Tensor]:
+        parts = self.data[self.at : self.at + sum(sizes)].split(sizes)
+        self.at += sum(sizes)
+        return iter(parts)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _head_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.int8 else dtype
+
+
+def _interleave(w1: Tensor, w3: Tensor) -> Tensor:
+    """Half a panel of w1, half a panel of w3, and so on: a thread meets both factors of SwiGLU together."""
+    half = PANEL_OUTPUTS // 2
+    padding = _round_up(len(w1), half) - len(w1)
+    pair = [F.pad(w.detach(), (0, 0, 0, padding)).unflatten(0, (-1, half)) for w in (w1, w3)]
+    return torch.stack(pair, 1).flatten(0, 2)
+
+
+def _pack(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """(outputs, inputs) as the bytes of its panels."""
+    outputs, inputs = matrix.shape
+    group = 4 // dtype.itemsize
+    padding = (0, _round_up(inputs, DEPTH_MULTIPLE) - inputs, 0, _round_up(outputs, PANEL_OUTPUTS) - outputs)
+    matrix = F.pad(matrix.detach().float(), padding).unflatten(0, (-1, PANEL_OUTPUTS))
+    extra = []
+    if dtype == torch.int8:
+        scale = matrix.abs().amax(-1) / 127
+        matrix = (matrix / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)).round()
+        extra = [scale.view(torch.uint8), matrix.sum(-1).to(torch.int32).view(torch.uint8)]
+    panels = matrix.to(dtype).unflatten(-1, (-1, group)).transpose(1, 2).contiguous()
+    return torch.cat([panels.view(torch.uint8).flatten(1), *extra], 1).flatten()
+
+
+def _unpack(arena: _Reader, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    count, depth = _round_up(outputs, PANEL_OUTPUTS) // PANEL_OUTPUTS, _round_up(inputs, DEPTH_MULTIPLE)
+    weight_bytes = PANEL_OUTPUTS * depth * dtype.itemsize
+    scale_bytes = PANEL_OUTPUTS * 4 if dtype == torch.int8 else 0
+    (data,) = arena.take(count * (weight_bytes + 2 * scale_bytes))
+    panels, scale, _ = data.view(count, -1).split([weight_bytes, scale_bytes, scale_bytes], 1)
+    matrix = panels.contiguous().view(dtype).view(count, -1, PANEL_OUTPUTS, 4 // dtype.itemsize)
+    matrix = matrix.transpose(1, 2).reshape(count, PANEL_OUTPUTS, depth).float()
+    if dtype == torch.int8:
+        matrix = matrix * scale.contiguous().view(torch.float32).unsqueeze(-1)
+    return matrix.flatten(0, 1)[:outputs, :inputs]
+
+
+HUGE_PAGE = 2**21
+
+
+def _in_huge_pages(data: Tensor) -> Tensor:
+    """A copy in memory that asks for 2 MiB pages: a step walks through all of it and would often miss the TLB."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return data.clone()
+    memory = mmap.mmap(-1, data.nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + data.nbytes].copy_(data)
