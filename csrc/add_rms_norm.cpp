@@ -18,6 +18,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const std::optional<Ten
                                         double eps) {
   check_dtype(x, "x", {ScalarType::Float});
   check_dim(x, "x", 2);
+  check(x.size(0) < int64_t{1} << 31, "x", "fewer than 2^31 rows", "shape " + shape_name(x));
   check_contiguous(x, "x");
   check_dtype(weight, "weight", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check_shape(weight, "weight", {x.size(1)});

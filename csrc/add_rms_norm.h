@@ -13,7 +13,7 @@ enum class AddRmsNormDtype : int { float32, bfloat16, float16 };
 
 struct AddRmsNormParams {
   AddRmsNormDtype dtype;  // of delta, weight and normed
-  int64_t rows, width;    // all (rows, width) contiguous
+  int64_t rows, width;    // all (rows, width) contiguous; rows below 2^31, a CUDA block each
   const float* x;
   const void* delta;   // null: nothing is added, and sum is not written
   const void* weight;  // (width)

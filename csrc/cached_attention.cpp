@@ -31,6 +31,13 @@ void check_cache(const Tensor& cache, const char* argument, const Tensor& qkv) {
   check_size(cache, argument, 3, qkv.size(3));
   check(cache.stride(3) == 1 && cache.stride(2) == cache.size(3), argument, "dense last two dimensions",
         "strides that are not");
+  // CUDA kernels move 8 elements at a time; a view may begin anywhere and stride anyhow.
+  const bool aligned = reinterpret_cast<uintptr_t>(cache.const_data_ptr()) % 16 == 0 && cache.stride(0) % 8 == 0 &&
+                       cache.stride(1) % 8 == 0;
+  check(!cache.is_cuda() || aligned, argument, "memory aligned to 16 bytes, strides that are multiples of 8",
+        "a view that is not");
+  check(cache.size(2) <= kCachedAttentionMostPositions, argument,
+        "at most " + std::to_string(kCachedAttentionMostPositions) + " positions", "shape " + shape_name(cache));
 }
 
 const float* check_weight(const std::optional<Tensor>& weight, const char* argument, const Tensor& qkv) {
@@ -48,10 +55,11 @@ Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Ten
   check_dtype(qkv, "qkv", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check_dim(qkv, "qkv", 4);
   check_size(qkv, "qkv", 1, 3);
-  check_contiguous(qkv, "qkv");
   const int64_t rows = qkv.size(0), heads = qkv.size(2), head_dim = qkv.size(3);
   check(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 128, "qkv", "a head dimension that is a multiple of 8 in 8..128",
         head_dim);
+  check(rows * heads < int64_t{1} << 31, "qkv", "R * H below 2^31", "shape " + shape_name(qkv));
+  check_contiguous(qkv, "qkv");
   check_cache(keys, "keys", qkv);
   check_cache(values, "values", qkv);
   check(keys.scalar_type() == values.scalar_type(), "values", "the dtype of keys", dtype_name(values.scalar_type()));

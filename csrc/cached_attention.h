@@ -15,7 +15,7 @@ enum class CachedAttentionDtype : int { float32, bfloat16, float16, e4m3 };
 struct CachedAttentionParams {
   CachedAttentionDtype dtype;        // of qkv, out and the norm weights; not e4m3
   CachedAttentionDtype cache_dtype;  // `dtype` or e4m3
-  int64_t rows, heads, head_dim, capacity;
+  int64_t rows, heads, head_dim, capacity;  // rows * heads below 2^31, a CUDA block each
 
   const void* qkv;  // (rows, 3, heads, head_dim) contiguous
   // Element (r, h, j, d) at r * row_stride + h * head_stride + j * head_dim + d; 16-byte aligned rows.
@@ -34,6 +34,11 @@ struct CachedAttentionParams {
 
 // A position outside [0, capacity) touches nothing and gives NaN: it is known on the device alone.
 ALITOK_DECLARE_PER_ISA(void cached_attention_cpu(const CachedAttentionParams&, const Parallel&));
+
+// The longest cache: CUDA keeps its scores in shared memory, and with them a block stays below the 99 KiB that every
+// architecture from sm_80 on has.
+constexpr int64_t kCachedAttentionMostPositions = 16384;
+
 void cached_attention_cuda(const CachedAttentionParams&, void* stream);
 
 }  // namespace alitok

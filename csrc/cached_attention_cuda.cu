@@ -37,7 +37,7 @@ __global__ void cached_attention_kernel(const CachedAttentionParams p) {
   ALITOK_DYNAMIC_SHARED(float, shared);
   const int dim = static_cast<int>(p.head_dim), chunks = dim / kVector;
   const int tid = threadIdx.x, warp = tid / 32, threads = blockDim.x;
-  const int64_t row = blockIdx.y, head = blockIdx.x;
+  const int64_t row = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
   T* out = static_cast<T*>(p.out) + (row * p.heads + head) * dim;
   const int64_t position = *p.position;
   if (position < 0 || position >= p.capacity) {
@@ -119,8 +119,7 @@ void launch(const CachedAttentionParams& p, void* stream) {
   const size_t floats = 2 * p.head_dim + 32 + p.capacity + threads / (p.head_dim / kVector) * p.head_dim;
   const auto kernel = cached_attention_kernel<T, Cache>;
   allow_shared_bytes(kernel, floats * sizeof(float));
-  const dim3 grid(static_cast<unsigned>(p.heads), static_cast<unsigned>(p.rows));
-  ALITOK_LAUNCH(kernel, grid, threads, floats * sizeof(float), stream, p);
+  ALITOK_LAUNCH(kernel, dim3(static_cast<unsigned>(p.rows * p.heads)), threads, floats * sizeof(float), stream, p);
 }
 
 template <class T>

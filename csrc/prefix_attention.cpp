@@ -93,9 +93,10 @@ void check_qkv(const Tensor& qkv) {
   const int64_t head_dim = qkv.size(4);
   check(head_dim >= 8 && head_dim <= 128 && head_dim % 8 == 0, "qkv",
         "a head dimension (last) that is a multiple of 8 in 8..128", head_dim);
-  // Dropout numbers heads and rows with 32 bits, blocks of 128 columns with 30.
-  check(qkv.size(1) < int64_t{1} << 31 && qkv.size(0) * qkv.size(3) < int64_t{1} << 31, "qkv",
-        "L and B * H below 2**31", "shape " + shape_name(qkv));
+  // Heads go along a side of the CUDA grid, and dropout numbers them with 32 bits.
+  check(qkv.size(1) <= kPrefixAttentionMostLength && qkv.size(0) * qkv.size(3) < int64_t{1} << 31, "qkv",
+        "L at most " + std::to_string(kPrefixAttentionMostLength) + " and B * H below 2**31",
+        "shape " + shape_name(qkv));
   check(qkv.is_cpu() || qkv.is_cuda(), "qkv", "a tensor on cpu or cuda", device_name(qkv));
 }
 

@@ -60,6 +60,9 @@ inline int64_t prefix_attention_backward_workspace_cpu(const PrefixAttentionPara
   return p.q_norm_weight == nullptr ? 0 : p.batch * p.heads * 2 * p.head_dim * static_cast<int64_t>(sizeof(float));
 }
 
+// The longest sequence: a CUDA block takes at least 64 rows, along a side of the grid that ends at 65535.
+constexpr int64_t kPrefixAttentionMostLength = int64_t{65535} * 64;
+
 void prefix_attention_cuda(const PrefixAttentionParams&, void* stream);
 void prefix_attention_backward_cuda(const PrefixAttentionBackwardParams&, void* stream);
 int64_t prefix_attention_workspace_cuda(const PrefixAttentionParams&);

@@ -1,6 +1,7 @@
 // prefix_attention on CPU: one task per (batch, head). Keys and values of a head are normalised, rotated and packed
 // once (they fit the L2 cache); a tile of query rows then meets all keys it sees, so that the softmax is over complete
-// rows and only a tile of scores ever exists. All products are float32, but for the forward pass of bfloat16 on AMX.
+// rows and only a tile of scores ever exists. All products are float32, but for the forward pass of bfloat16 with AMX or
+// AVX-512 BF16.
 #include "prefix_attention.h"
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include "tile_multiply.h"
 #if defined(__AVX512BF16__)
 #include "amx_multiply.h"
+#include "dot_multiply.h"
 #endif
 
 namespace alitok::ALITOK_ISA {
@@ -328,27 +330,39 @@ void for_all_tiles(const PrefixAttentionParams& p, const Layout& layout, int64_t
 }
 
 #if defined(__AVX512BF16__)
-// The same on AMX tiles, for bfloat16: probabilities are rounded to bfloat16, all sums stay float32.
-constexpr int64_t kAmxTile = kAmxBlock;
-
-struct AmxBuffers {
-  FloatBuffer keys, keys_t, values, value_pairs, q, products, probabilities, out, factors;
+// The same for bfloat16, whose products two kinds of instructions sum in float32; probabilities are rounded to bfloat16.
+// kBlock: what columns and depth of a product are a multiple of; kRowBlock: its rows.
+struct AmxProducts {
+  static constexpr int64_t kTileRows = kAmxBlock, kRowBlock = kAmxBlock, kBlock = kAmxBlock;
+  static constexpr auto multiply = multiply_amx;
   AmxTiles tiles;
-  explicit AmxBuffers(const Layout& layout)
+};
+struct DotProducts {
+  static constexpr int64_t kTileRows = kTile, kRowBlock = 1, kBlock = kLanes;
+  static constexpr auto multiply = multiply_dot;
+};
+
+template <class Products>
+struct PairBuffers {
+  FloatBuffer keys, keys_t, values, value_pairs, q, products, probabilities, out, factors;
+  Products instructions;
+  explicit PairBuffers(const Layout& layout)
       : keys(layout.per_key() / 2),
         keys_t(layout.per_key() / 2),
         values(layout.per_key() / 2),
         value_pairs(layout.per_key() / 2),
-        q(kAmxTile * layout.row / 2),
-        products(kAmxTile * layout.keys),
-        probabilities(kAmxTile * layout.keys / 2),
-        out(kAmxTile * layout.row),
+        q(Products::kTileRows * layout.row / 2),
+        products(Products::kTileRows * layout.keys),
+        probabilities(Products::kTileRows * layout.keys / 2),
+        out(Products::kTileRows * layout.row),
         factors(layout.factors()) {}
 };
 
 bfloat16* as_bfloat16(float* data) { return reinterpret_cast<bfloat16*>(data); }
 
-void prepare_head_amx(const PrefixAttentionParams& p, const Layout& layout, int64_t head, AmxBuffers& buffers) {
+template <class Products>
+void prepare_head_pairs(const PrefixAttentionParams& p, const Layout& layout, int64_t head,
+                        PairBuffers<Products>& buffers) {
   prepare_rows<bfloat16>(p, layout, head, kKey, 0, p.length, as_bfloat16(buffers.keys));
   transpose(layout, layout.row / 2, buffers.keys, buffers.keys_t);  // pairs along the head dimension
   prepare_rows<bfloat16>(p, layout, head, kValue, 0, p.length, as_bfloat16(buffers.values));
@@ -363,27 +377,31 @@ void prepare_head_amx(const PrefixAttentionParams& p, const Layout& layout, int6
     }
 }
 
-void forward_tile_amx(const PrefixAttentionParams& p, const Layout& layout, int64_t head, int64_t i0,
-                      AmxBuffers& buffers) {
-  const int64_t rows = std::min(kAmxTile, p.length - i0);
-  const int64_t keys = round_up(visible_keys(p, i0 + rows - 1), kAmxBlock);
-  float inverse_sum[kAmxTile];
+template <class Products>
+void forward_tile_pairs(const PrefixAttentionParams& p, const Layout& layout, int64_t head, int64_t i0,
+                        PairBuffers<Products>& buffers) {
+  const int64_t rows = std::min(Products::kTileRows, p.length - i0), all_rows = round_up(rows, Products::kRowBlock);
+  const int64_t keys = round_up(visible_keys(p, i0 + rows - 1), Products::kBlock);
+  const int64_t dim = round_up(p.head_dim, Products::kBlock);
+  float inverse_sum[Products::kTileRows];
   prepare_rows<bfloat16>(p, layout, head, kQuery, i0, rows, as_bfloat16(buffers.q));
-  multiply_amx(kAmxTile, keys, layout.row, buffers.q, layout.row * 2, buffers.keys_t, layout.keys * 4,
-               buffers.products, layout.keys * 4);
+  Products::multiply(all_rows, keys, dim, buffers.q, layout.row * 2, buffers.keys_t, layout.keys * 4,
+                     buffers.products, layout.keys * 4);
   softmax_rows(p, layout, head, i0, rows, keys / kLanes, buffers.products, as_bfloat16(buffers.probabilities),
                buffers.factors, inverse_sum);
-  multiply_amx(kAmxTile, layout.row, keys, buffers.probabilities, layout.keys * 2, buffers.value_pairs,
-               layout.row * 4, buffers.out, layout.row * 4);
+  Products::multiply(all_rows, dim, keys, buffers.probabilities, layout.keys * 2, buffers.value_pairs, layout.row * 4,
+                     buffers.out, layout.row * 4);
   write_rows<bfloat16>(p, layout, head, i0, rows, buffers.out, inverse_sum);
 }
 
-void forward_amx(const PrefixAttentionParams& p, const Parallel& parallel) {
-  const Layout layout(p, kAmxBlock);
-  for_all_tiles<AmxBuffers>(
-      p, layout, kAmxTile, parallel,
-      [&](int64_t head, AmxBuffers& buffers) { prepare_head_amx(p, layout, head, buffers); },
-      [&](int64_t head, int64_t i0, AmxBuffers& buffers) { forward_tile_amx(p, layout, head, i0, buffers); });
+template <class Products>
+void forward_pairs(const PrefixAttentionParams& p, const Parallel& parallel) {
+  using Buffers = PairBuffers<Products>;
+  const Layout layout(p, 2 * kLanes);  // rows of pairs are whole vectors
+  for_all_tiles<Buffers>(
+      p, layout, Products::kTileRows, parallel,
+      [&](int64_t head, Buffers& buffers) { prepare_head_pairs(p, layout, head, buffers); },
+      [&](int64_t head, int64_t i0, Buffers& buffers) { forward_tile_pairs(p, layout, head, i0, buffers); });
 }
 #endif
 
@@ -534,9 +552,10 @@ void prefix_attention_cpu(const PrefixAttentionParams& p, const Parallel& parall
     case AttentionDtype::float32: return forward<float>(p, parallel);
     case AttentionDtype::bfloat16:
 #if defined(__AVX512BF16__)
-      if (cpu_has_amx()) return forward_amx(p, parallel);
-#endif
+      return cpu_has_amx() ? forward_pairs<AmxProducts>(p, parallel) : forward_pairs<DotProducts>(p, parallel);
+#else
       return forward<bfloat16>(p, parallel);
+#endif
     case AttentionDtype::float16: return forward<float16>(p, parallel);
   }
 }

@@ -59,6 +59,9 @@ ALITOK_DECLARE_PER_ISA(void vq_lookup_backward_cpu(const VqLookupBackwardParams&
 
 // Features of one CUDA block.
 constexpr int64_t kVqLookupBlock = 128;
+// The most channels: CUDA's backward pass gives 32 to a block, along a side of the grid that ends at 65535. Limits like
+// this one hold on every device, so that what runs on the CPU runs on CUDA.
+constexpr int64_t kVqLookupMostChannels = int64_t{65535} * 32;
 
 // Bytes, aligned to 8: a partial loss (double) for each block, and the half norm of each code.
 inline int64_t vq_lookup_workspace_cuda(const VqLookupParams& p) {

@@ -28,13 +28,43 @@ def golden() -> Path:
 @pytest.fixture(params=CPU_ISAS)
 def cpu_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set that this machine has, in turn; native operators use it for the length of the test."""
+    choose_isa(request.param, monkeypatch)
+    return request.param
+
+
+def choose_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from alitok_fast import _C
 
     best = "amx" if _C.detected_amx() else _C.detected_cpu_isa()
-    if CPU_ISAS.index(request.param) > CPU_ISAS.index(best):
-        pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setenv("ALITOK_CPU_ISA", request.param)
-    return request.param
+    if CPU_ISAS.index(isa) > CPU_ISAS.index(best):
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("ALITOK_CPU_ISA", isa)
+
+
+def torch_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    return torch.device(name)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each kind of device that operators run on."""
+    return torch_device(request.param)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    return torch_device("cuda")
+
+
+@pytest.fixture(params=[*CPU_ISAS, "cuda"])
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Each set of kernels: the instruction sets of the CPU, and CUDA."""
+    if request.param == "cuda":
+        return torch_device("cuda")
+    choose_isa(request.param, monkeypatch)
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

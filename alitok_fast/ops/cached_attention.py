@@ -31,8 +31,8 @@ def cached_attention(
     Args:
         qkv: (R, 3, H, D) float32, bfloat16 or float16, contiguous: the new position of R sequences; D a multiple of 8
             up to 128.
-        keys, values: (R, H, N, D), written at `position` in place. The dtype of `qkv`, or float8_e4m3fn, to which
-            keys and values are rounded, saturating at 448. Keys are stored normalised and rotated.
+        keys, values: (R, H, N, D), N up to 16384, written at `position` in place. The dtype of `qkv`, or float8_e4m3fn,
+            to which keys and values are rounded, saturating at 448. Keys are stored normalised and rotated.
         position: one int64 element on the device of `qkv`, in [0, N). Outside, nothing is written and the result is
             NaN: the range is known on the device alone.
         q_norm_weight, k_norm_weight: (D,), both or neither, RMSNorm as in `prefix_attention`.

@@ -26,7 +26,7 @@ def prefix_attention(
     `prefix_len` 0 is causal attention, `prefix_len` L is bidirectional, between them a prefix language model.
 
     Args:
-        qkv: (B, L, 3, H, D), float32, bfloat16 or float16; D a multiple of 8 up to 128.
+        qkv: (B, L, 3, H, D), float32, bfloat16 or float16; D a multiple of 8 up to 128, L up to 4,194,240.
         prefix_len: 0..L, the keys that every position sees.
         q_norm_weight, k_norm_weight: (D,), both or neither: RMSNorm over D on queries and keys, computed in
             float32, rounded to the dtype of `qkv`, then multiplied by the weight in that dtype.

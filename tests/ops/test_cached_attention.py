@@ -11,7 +11,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-def make(rows=2, heads=3, dim=48, capacity=20, dtype=torch.float32, cache_dtype=None, seed=0):
+def make(rows=2, heads=3, dim=48, capacity=20, dtype=torch.float32, cache_dtype=None, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     angles = torch.randn(capacity, dim // 2, generator=generator)
     rope = torch.stack([angles.cos(), angles.sin()], -1)
@@ -19,32 +19,28 @@ def make(rows=2, heads=3, dim=48, capacity=20, dtype=torch.float32, cache_dtype=
     caches = torch.full((2, rows, heads, capacity, dim), torch.nan).to(cache_dtype or dtype)
     weights = 1 + 0.1 * torch.randn(2, dim, generator=generator)
     qkv = torch.randn(rows, capacity, 3, heads, dim, generator=generator).to(dtype)
-    return qkv, caches, {"q_norm_weight": weights[0], "k_norm_weight": weights[1], "rope": rope}
+    options = {"q_norm_weight": weights[0], "k_norm_weight": weights[1], "rope": rope}
+    return qkv.to(device), caches.to(device), {name: option.to(device) for name, option in options.items()}
+
+
+def step(qkv, caches, options, position, source=None):
+    """Position `source` of qkv, by default `position` too."""
+    new = qkv[:, position if source is None else source].contiguous()
+    return cached_attention(new, caches[0], caches[1], torch.tensor(position, device=qkv.device), **options)
 
 
 def run(qkv, caches, options):
     """Every position in turn; (R, L, H, D)."""
-    steps = [
-        cached_attention(qkv[:, i].contiguous(), caches[0], caches[1], torch.tensor(i), **options)
-        for i in range(qkv.shape[1])
-    ]
-    return torch.stack(steps, 1)
+    return torch.stack([step(qkv, caches, options, position) for position in range(qkv.shape[1])], 1)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "heads", "dim", "capacity"), [(1, 1, 8, 1), (2, 3, 48, 20), (3, 1, 80, 37), (1, 2, 128, 5)]
 )
-def test_all_steps_equal_causal_attention(monkeypatch, isa, dtype, rows, heads, dim, capacity):
-    monkeypatch.setenv("ALITOK_CPU_ISA", isa)
-    qkv, caches, options = make(rows, heads, dim, capacity, dtype)
-    try:
-        got = run(qkv, caches, options)
-    except RuntimeError as error:
-        if "ALITOK_CPU_ISA" not in str(error):
-            raise
-        pytest.skip(f"this machine has no {isa}")
+def test_all_steps_equal_causal_attention(target, dtype, rows, heads, dim, capacity):
+    qkv, caches, options = make(rows, heads, dim, capacity, dtype, device=target)
+    got = run(qkv, caches, options)
     with use_reference():
         expected = prefix_attention(qkv.double(), 0, **options)
         rounded = prefix_attention(qkv, 0, **options)
@@ -53,51 +49,51 @@ def test_all_steps_equal_causal_attention(monkeypatch, isa, dtype, rows, heads, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantised_cache_equals_reference(dtype):
-    qkv, caches, options = make(dtype=dtype, cache_dtype=torch.float8_e4m3fn)
+def test_quantised_cache_equals_reference(target, dtype):
+    qkv, caches, options = make(dtype=dtype, cache_dtype=torch.float8_e4m3fn, device=target)
     other = caches.clone()
     got = run(qkv, caches, options)
     with use_reference():
         expected = run(qkv, other, options)
     torch.testing.assert_close(got, expected, rtol=EPSILON[dtype], atol=0.05)
     # Against exact caches the error is that of rounding to four significant bits, no more.
-    qkv, exact, options = make(dtype=dtype)
+    qkv, exact, options = make(dtype=dtype, device=target)
     assert (got.float() - run(qkv, exact, options).float()).abs().max() < 0.25
 
 
-def test_e4m3_rounding_is_torchs():
+def test_e4m3_rounding_is_torchs(target):
     large, small = torch.linspace(-460, 460, 4001), torch.linspace(-0.04, 0.04, 4001)
     values = torch.cat([large, small, torch.logspace(-12, 3, 8000)])
     values = torch.cat([values, values.new_zeros(-len(values) % 8)]).view(-1, 1, 1, 8)
     rows = len(values)
-    caches = torch.zeros(2, rows, 1, 1, 8, dtype=torch.float8_e4m3fn)
-    qkv = values.unsqueeze(1).expand(rows, 3, 1, 1, 8).reshape(rows, 3, 1, 8).contiguous()
-    cached_attention(qkv, caches[0], caches[1], torch.tensor(0))
+    caches = torch.zeros(2, rows, 1, 1, 8, dtype=torch.float8_e4m3fn, device=target)
+    qkv = values.expand(rows, 3, 1, 8).contiguous().to(target)
+    cached_attention(qkv, caches[0], caches[1], torch.tensor(0, device=target))
     expected = values.clamp(-448, 448).to(torch.float8_e4m3fn)
-    assert torch.equal(caches[0].view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(caches[0].cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
-def test_position_outside_gives_nan_and_writes_nothing():
-    qkv, caches, options = make()
+def test_position_outside_gives_nan_and_writes_nothing(device):
+    qkv, caches, options = make(device=device)
     caches.zero_()
     for position in (-1, 20):
-        out = cached_attention(qkv[:, 0].contiguous(), caches[0], caches[1], torch.tensor(position), **options)
+        out = step(qkv, caches, options, position, source=0)
         assert out.isnan().all() and not caches.any()
 
 
-def test_strided_cache_and_no_rows():
-    qkv, caches, options = make()
-    wide = torch.full((2, 4, 3, 25, 48), torch.nan)
+def test_strided_cache_and_no_rows(device):
+    qkv, caches, options = make(device=device)
+    wide = torch.full((2, 4, 3, 25, 48), torch.nan, device=device)
     view = wide[:, ::2, :, :20]
     torch.testing.assert_close(run(qkv, view, options), run(qkv, caches, options), rtol=0, atol=0)
     assert wide[:, 1::2].isnan().all() and wide[:, :, :, 20:].isnan().all()
-    empty = cached_attention(qkv[:0, 0].contiguous(), caches[0, :0], caches[1, :0], torch.tensor(0), **options)
+    empty = step(qkv[:0], caches[:, :0], options, 0)
     assert empty.shape == (0, 3, 48)
 
 
-def test_opcheck():
-    qkv, caches, options = make()
-    arguments = (qkv[:, 0].contiguous(), caches[0].zero_(), caches[1].zero_(), torch.tensor(3))
+def test_opcheck(device):
+    qkv, caches, options = make(device=device)
+    arguments = (qkv[:, 0].contiguous(), caches[0].zero_(), caches[1].zero_(), torch.tensor(3, device=device))
     arguments += (options["q_norm_weight"], options["k_norm_weight"], 1e-5, options["rope"], 0.2)
     torch.library.opcheck(torch.ops.alitok.cached_attention.default, arguments)
 
@@ -121,3 +117,12 @@ def test_messages(change, message):
     change(arguments)
     with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         cached_attention(**arguments)
+
+
+def test_misaligned_cache_is_refused_on_cuda(cuda, view):
+    """On the CPU it does no harm."""
+    flat = torch.zeros(4096, device=cuda)
+    keys = flat[4:].as_strided((2, 3, 20, 16), (964, 320, 16, 1))  # 964 is not a multiple of 8
+    qkv = torch.zeros(2, 3, 3, 16, device=cuda)
+    with pytest.raises(ValueError, match="keys: expected memory aligned to 16 bytes"):
+        cached_attention(qkv, keys, keys.clone(), torch.tensor(0, device=cuda))

@@ -15,7 +15,7 @@ UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 operator = torch.ops.alitok.prefix_attention
 
 
-def make(batch=2, length=33, heads=2, head_dim=48, dtype=torch.float32, norm=True, rope=True, seed=0):
+def make(batch=2, length=33, heads=2, head_dim=48, dtype=torch.float32, norm=True, rope=True, seed=0, device="cpu"):
     """qkv and the optional arguments; the first rotary row is zeros, as in the generator."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(batch, length, 3, heads, head_dim, generator=generator).to(dtype)
@@ -27,7 +27,7 @@ def make(batch=2, length=33, heads=2, head_dim=48, dtype=torch.float32, norm=Tru
         angles = 3 * torch.randn(length, head_dim // 2, generator=generator)
         options["rope"] = torch.stack((angles.cos(), angles.sin()), -1)
         options["rope"][0] = 0
-    return qkv, options
+    return qkv.to(device), {name: option.to(device) for name, option in options.items()}
 
 
 def outputs_and_gradients(qkv: Tensor, prefix_len: int, options: dict, seed=1) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def outputs_and_gradients(qkv: Tensor, prefix_len: int, options: dict, seed=1) -
             leaves[name] = options[name].to(torch.promote_types(qkv.dtype, torch.float32)).requires_grad_()
     arguments = options | {name: leaf for name, leaf in leaves.items() if name != "qkv"}
     out = prefix_attention(leaves["qkv"], prefix_len, **arguments)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(qkv.dtype)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(qkv)
     gradients = torch.autograd.grad(out, list(leaves.values()), direction.to(out.dtype))
     return {"out": out.detach()} | {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
@@ -119,67 +119,68 @@ def test_dropout_mask_is_documented_philox():
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("length", [1, 2, 17, 31, 274, 305, 529])
-def test_lengths(dtype, length):
-    qkv, options = make(batch=1, length=length, dtype=dtype)
+def test_lengths(device, dtype, length):
+    qkv, options = make(batch=1, length=length, dtype=dtype, device=device)
     for prefix_len in sorted({0, 1, min(17, length), length - 1, length}):
         assert_as_exact_as_reference(qkv, prefix_len, options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("head_dim", [8, 24, 48, 64, 80, 104, 128])
-def test_head_dims(cpu_isa, dtype, head_dim):
-    qkv, options = make(length=50, head_dim=head_dim, dtype=dtype)
+def test_head_dims(target, dtype, head_dim):
+    qkv, options = make(length=50, head_dim=head_dim, dtype=dtype, device=target)
     assert_as_exact_as_reference(qkv, 0, options)
     assert_as_exact_as_reference(qkv, 17, options | {"dropout": 0.2, "seed": 2**62 + 12345, "scale": 0.3})
 
 
-def test_every_head_dim_and_odd_length():
+def test_every_head_dim_and_odd_length(device):
     for head_dim in range(8, 129, 8):
-        qkv, options = make(batch=1, length=head_dim // 2 + 3, heads=1, head_dim=head_dim, norm=False, seed=head_dim)
+        length = head_dim // 2 + 3
+        qkv, options = make(1, length, 1, head_dim, norm=False, seed=head_dim, device=device)
         assert_as_exact_as_reference(qkv, 2, options)
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rope", [False, True])
-def test_norm_and_rotation_are_optional(norm, rope):
-    qkv, options = make(norm=norm, rope=rope, dtype=torch.bfloat16)
+def test_norm_and_rotation_are_optional(device, norm, rope):
+    qkv, options = make(norm=norm, rope=rope, dtype=torch.bfloat16, device=device)
     assert_as_exact_as_reference(qkv, 33, options)
 
 
 @pytest.mark.parametrize("preset", ["b", "l", "xl"])
-def test_generator_shapes(preset):
+def test_generator_shapes(device, preset):
     config = GENERATORS[preset]
-    qkv, options = make(1, 1 + config.tokens, 2, config.head_dim, torch.bfloat16)
+    qkv, options = make(1, 1 + config.tokens, 2, config.head_dim, torch.bfloat16, device=device)
     assert_as_exact_as_reference(qkv, 0, options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_log_sum_exp(cpu_isa, dtype):
-    qkv, options = make(dtype=dtype, norm=False, rope=False)
-    arguments = (qkv, 3, None, None, 1e-5, None, 0.5, 0.1, torch.tensor([1]))
+def test_log_sum_exp(target, dtype):
+    qkv, options = make(dtype=dtype, norm=False, rope=False, device=target)
+    arguments = (qkv, 3, None, None, 1e-5, None, 0.5, 0.1, torch.tensor([1], device=target))
     lse, expected = operator(*arguments)[1], prefix_attention_reference(*arguments)[1]
     torch.testing.assert_close(lse, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_large_logits_do_not_overflow():
-    qkv, _ = make(norm=False, rope=False)
+def test_large_logits_do_not_overflow(device):
+    qkv, _ = make(norm=False, rope=False, device=device)
     assert_as_exact_as_reference(qkv, 0, {"scale": 40.0}, multiple=5)
 
 
-def test_nan_is_not_hidden(cpu_isa):
-    qkv, options = make(batch=1, length=40, heads=2)
+def test_nan_is_not_hidden(target):
+    qkv, options = make(batch=1, length=40, heads=2, device=target)
     qkv[0, 20, 1, 0, 3] = torch.nan  # one key of head 0
     broken = prefix_attention(qkv, 0, **options)[0].isnan()
     assert broken[20:, 0].all() and not broken[:, 1].any() and not broken[:16, 0].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_strided_input_is_the_same(dtype):
-    qkv, options = make(batch=3, length=20, dtype=dtype)
+def test_strided_input_is_the_same(device, dtype):
+    qkv, options = make(batch=3, length=20, dtype=dtype, device=device)
     expected = outputs_and_gradients(qkv, 4, options)
-    wide = torch.full((3, 2, 20, 3, 2, 48), torch.nan, dtype=dtype)
+    wide = torch.full((3, 2, 20, 3, 2, 48), torch.nan, dtype=dtype, device=device)
     wide[:, 1] = qkv
-    by_rows = torch.empty(20, 3, 3, 2, 48, dtype=dtype).copy_(qkv.transpose(0, 1)).transpose(0, 1)
+    by_rows = qkv.transpose(0, 1).contiguous().transpose(0, 1)
     heads_first = qkv.transpose(2, 3).contiguous().transpose(2, 3)  # read through a copy
     for other in (wide[:, 1], by_rows, heads_first):
         assert not other.is_contiguous()
@@ -187,25 +188,25 @@ def test_strided_input_is_the_same(dtype):
             torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
-def test_output_gradient_may_be_strided():
-    qkv, options = make()
+def test_output_gradient_may_be_strided(device):
+    qkv, options = make(device=device)
     qkv.requires_grad_()
     out = prefix_attention(qkv, 0, **options)
-    expanded = torch.ones(()).expand_as(out)
+    expanded = torch.ones((), device=device).expand_as(out)
     a, b = (torch.autograd.grad(out, qkv, g, retain_graph=True)[0] for g in (expanded, expanded.contiguous()))
     assert torch.equal(a, b)
 
 
-def test_empty_batch():
-    qkv, options = make(batch=0)
+def test_empty_batch(device):
+    qkv, options = make(batch=0, device=device)
     gradients = outputs_and_gradients(qkv, 0, options)
     assert gradients["out"].shape == (0, 33, 2, 48)
     assert gradients["grad qkv"].shape == qkv.shape
     assert gradients["grad q_norm_weight"].eq(0).all()
 
 
-def test_rows_of_a_batch_do_not_depend_on_it():
-    qkv, options = make(batch=3)
+def test_rows_of_a_batch_do_not_depend_on_it(device):
+    qkv, options = make(batch=3, device=device)
     whole = prefix_attention(qkv, 0, **options)
     assert torch.equal(prefix_attention(qkv[1:2], 0, **options), whole[1:2])
 
@@ -227,24 +228,24 @@ def test_same_bits_for_every_number_of_threads(dtype):
             assert torch.equal(value, results[0][name]), name
 
 
-def test_dropout_is_the_reference_mask(cpu_isa):
+def test_dropout_is_the_reference_mask(target):
     """With one-hot values the output is the matrix of probabilities itself."""
-    qkv, _ = make(batch=2, length=40, heads=3, head_dim=40, norm=False, rope=False)
-    qkv[:, :, 2] = torch.eye(40)[:, None]
+    qkv, _ = make(batch=2, length=40, heads=3, head_dim=40, norm=False, rope=False, device=target)
+    qkv[:, :, 2] = torch.eye(40, device=target)[:, None]
     plain = prefix_attention(qkv, 40).transpose(1, 2)
     dropped = prefix_attention(qkv, 40, dropout=0.4, seed=-5).transpose(1, 2)
-    keep, kept = dropout_keep_mask(torch.tensor([-5]), 2, 3, 40, 0.4)
+    keep, kept = dropout_keep_mask(torch.tensor([-5], device=target), 2, 3, 40, 0.4)
     assert torch.equal(dropped != 0, keep)
     torch.testing.assert_close(dropped, plain * keep / kept)
 
 
-def test_seed():
-    qkv, options = make()
+def test_seed(device):
+    qkv, options = make(device=device)
 
     def attend(seed):
         return prefix_attention(qkv, 0, dropout=0.5, seed=seed, **options)
 
-    assert torch.equal(attend(4), attend(torch.tensor(4)))
+    assert torch.equal(attend(4), attend(torch.tensor(4, device=device)))
     assert not torch.equal(attend(4), attend(5))
     torch.manual_seed(0)
     first, second = attend(None), attend(None)
@@ -256,11 +257,11 @@ def test_seed():
 
 
 @pytest.mark.parametrize("options", ["all", "none"])
-def test_opcheck(options):
-    qkv, given = make(batch=2, length=9, head_dim=16)
+def test_opcheck(device, options):
+    qkv, given = make(batch=2, length=9, head_dim=16, device=device)
     weights = [given[name].requires_grad_() for name in ("q_norm_weight", "k_norm_weight")]
     qkv.requires_grad_()
-    arguments = (qkv, 3, *weights, 1e-5, given["rope"], 0.25, 0.1, torch.tensor([1]))
+    arguments = (qkv, 3, *weights, 1e-5, given["rope"], 0.25, 0.1, torch.tensor([1], device=device))
     if options == "none":
         arguments = (qkv, 3, None, None, 1e-5, None, 0.25, 0.0, None)
     torch.library.opcheck(operator, arguments)
@@ -270,8 +271,8 @@ def test_opcheck(options):
     )
 
 
-def test_compiles_without_graph_breaks():
-    qkv, options = make()
+def test_compiles_without_graph_breaks(device):
+    qkv, options = make(device=device)
 
     def attend(qkv):
         return prefix_attention(qkv, qkv.shape[1], dropout=0.1, seed=6, **options)
@@ -284,18 +285,18 @@ def test_compiles_without_graph_breaks():
         assert torch.equal(*(torch.autograd.grad(o.sum(), x)[0] for o in (expected, out)))
 
 
-def test_autocast_runs_in_the_dtype_of_qkv():
-    qkv, options = make()
+def test_autocast_runs_in_the_dtype_of_qkv(device):
+    qkv, options = make(device=device)
     expected = prefix_attention(qkv, 0, **options)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         assert torch.equal(prefix_attention(qkv, 0, **options), expected)
         assert prefix_attention(qkv.bfloat16(), 0, **options).dtype == torch.bfloat16
         with use_reference():
             torch.testing.assert_close(prefix_attention(qkv, 0, **options), expected)
 
 
-def test_bfloat16_weights_get_bfloat16_gradients():
-    qkv, options = make(dtype=torch.bfloat16)
+def test_bfloat16_weights_get_bfloat16_gradients(device):
+    qkv, options = make(dtype=torch.bfloat16, device=device)
     weights = [options[name].bfloat16().requires_grad_() for name in ("q_norm_weight", "k_norm_weight")]
     prefix_attention(qkv, 0, q_norm_weight=weights[0], k_norm_weight=weights[1]).sum().backward()
     assert [weight.grad.dtype for weight in weights] == [torch.bfloat16] * 2

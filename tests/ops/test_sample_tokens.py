@@ -16,6 +16,12 @@ def random_logits(rows, codes, dtype=torch.float32, spread=3.0, seed=0):
     return (spread * torch.randn(rows, codes, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
+def draw_on(device, logits, **arguments):
+    """sample_tokens with all tensors on `device`; the ids on the CPU."""
+    moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    return sample_tokens(logits.to(device), **moved).cpu()
+
+
 def assert_is_the_draw(
     ids, logits, *, guidance_scale=None, temperature=1.0, top_k=None, top_p=None, seed, image_ids, step
 ):
@@ -58,24 +64,24 @@ def assert_is_the_draw(
     ids=str,
 )
 @pytest.mark.parametrize("guidance", [None, 4.5, "each"])
-def test_is_the_draw(rule, guidance, reference):
+def test_is_the_draw(device, rule, guidance, reference):
     for codes, batch in ((1, 2), (3, 5), (64, 3), (257, 7), (1024, 4)):
         logits = random_logits(batch * (1 if guidance is None else 2), codes)
         scale = torch.linspace(0, 16, batch) if guidance == "each" else guidance
         arguments = dict(guidance_scale=scale, **rule, seed=5, image_ids=torch.arange(batch) * 77, step=3)
         with use_reference(reference):
-            ids = sample_tokens(logits, **arguments)
+            ids = draw_on(device, logits, **arguments)
         assert ids.dtype == torch.int64
         assert_is_the_draw(ids, logits, **arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("codes", [1, 2, 4, 5, 63, 64, 65, 1021, 4096])
-def test_every_instruction_set(cpu_isa, codes, dtype):
+def test_every_instruction_set(target, codes, dtype):
     logits = random_logits(64, codes, dtype, spread=1.0)
     for rule in ({}, {"top_k": 30, "top_p": 0.8}):
         arguments = dict(guidance_scale=2.0, **rule, seed=-(2**63), image_ids=torch.arange(32) - 5, step=2**32 - 1)
-        assert_is_the_draw(sample_tokens(logits, **arguments), logits, **arguments)
+        assert_is_the_draw(draw_on(target, logits, **arguments), logits, **arguments)
 
 
 def test_instruction_sets_agree_exactly(monkeypatch):
@@ -87,12 +93,12 @@ def test_instruction_sets_agree_exactly(monkeypatch):
         monkeypatch.delenv("ALITOK_CPU_ISA")
 
 
-def test_an_image_is_the_same_in_any_batch():
+def test_an_image_is_the_same_in_any_batch(device):
     logits, images = random_logits(12, 300), torch.tensor([0, 1, -1, 2**32, 2**40 + 1, 7, 8, 9, 10, 11, 12, 2**63 - 1])
-    together = sample_tokens(logits, seed=3, image_ids=images, step=9)
+    together = draw_on(device, logits, seed=3, image_ids=images, step=9)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     for part in order.split(5):
-        assert torch.equal(sample_tokens(logits[part], seed=3, image_ids=images[part], step=9), together[part])
+        assert torch.equal(draw_on(device, logits[part], seed=3, image_ids=images[part], step=9), together[part])
 
 
 def test_every_part_of_the_key_counts():
@@ -127,12 +133,12 @@ def chi_square_z(counts, probability):
     ],
     ids=str,
 )
-def test_distribution(codes, draws, rule):
+def test_distribution(device, codes, draws, rule):
     rows, chunk = random_logits(2 if "guidance_scale" in rule else 1, codes, spread=0.5), 2**12
     logits = rows.repeat_interleave(chunk, 0) if len(rows) > 1 else rows.expand(chunk, -1)
     counts = torch.zeros(codes, dtype=torch.int64)
     for images in torch.arange(draws).split(chunk):
-        counts += sample_tokens(logits, **rule, seed=11, image_ids=images, step=4).bincount(minlength=codes)
+        counts += draw_on(device, logits, **rule, seed=11, image_ids=images, step=4).bincount(minlength=codes)
 
     scale = torch.tensor(rule["guidance_scale"]) if "guidance_scale" in rule else None
     x = guided_logits(rows, scale)[0].double()
@@ -153,9 +159,9 @@ def test_distribution(codes, draws, rule):
 
 
 @NATIVE_AND_REFERENCE
-def test_ties(reference):
-    draw = dict(seed=0, image_ids=torch.arange(2000), step=0)
-    logits = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, -INF]).expand(2000, -1)
+def test_ties(device, reference):
+    draw = dict(seed=0, image_ids=torch.arange(2000, device=device), step=0)
+    logits = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, -INF], device=device).expand(2000, -1)
     with use_reference(reference):
         assert (sample_tokens(logits, temperature=0, **draw) == 1).all()
         assert sample_tokens(logits, top_k=1, **draw).unique().tolist() == [1, 3]
@@ -163,27 +169,27 @@ def test_ties(reference):
         assert sample_tokens(logits, top_p=0.1, **draw).unique().tolist() == [1, 3]
         assert sample_tokens(logits, top_p=0.9, **draw).unique().tolist() == [1, 2, 3, 4]
         assert sample_tokens(logits, top_k=100, top_p=1.0, **draw).unique().tolist() == [0, 1, 2, 3, 4]
-        zeros = torch.tensor([-1.0, -0.0, 0.0]).expand(2000, -1)
+        zeros = torch.tensor([-1.0, -0.0, 0.0], device=device).expand(2000, -1)
         assert (sample_tokens(zeros, temperature=0, **draw) == 1).all()
 
 
 @NATIVE_AND_REFERENCE
 @pytest.mark.parametrize("rule", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
-def test_rows_that_are_no_distribution(reference, rule):
+def test_rows_that_are_no_distribution(device, reference, rule):
     rows = [[0, NAN, 1], [0, INF, 1], [-INF, -INF, -INF], [-NAN, -INF, 5], [-INF, 2, -INF], [-3e38, 3e38, 0]]
     with use_reference(reference):
-        ids = sample_tokens(torch.tensor(rows), **rule, seed=0, image_ids=torch.arange(6), step=0)
+        ids = draw_on(device, torch.tensor(rows), **rule, seed=0, image_ids=torch.arange(6), step=0)
     assert ids.tolist() == [-1, -1, -1, -1, 1, 1]
 
 
 @NATIVE_AND_REFERENCE
-def test_guidance_over_masked_codes(reference):
+def test_guidance_over_masked_codes(device, reference):
     c = [[1, -INF, -INF, 0], [NAN, -INF, 0, 0], [-INF, INF, 0, 0], [-INF, 3, -3.4e38, 0]]
     u = [[-INF, -INF, 0, 0], [-INF, 0, 0, 0], [INF, -INF, 0, 0], [-INF, -INF, -3.4e38, 0]]
     for scale in (0.0, 0.5, 3.0, -1.0):
         with use_reference(reference):
             draw = dict(seed=0, image_ids=torch.arange(4), step=0, guidance_scale=scale)
-            ids = sample_tokens(torch.tensor(c + u), **draw)
+            ids = draw_on(device, torch.tensor(c + u), **draw)
         assert ids.tolist() == [3, -1, -1, 3]
 
 
@@ -232,11 +238,12 @@ def test_bad_arguments(change, message):
         sample_tokens(arguments.pop("logits"), **arguments)
 
 
-def test_opcheck():
-    seed, step, images = torch.tensor(1), torch.tensor(2), torch.arange(3)
+def test_opcheck(device):
+    seed, step, images = (t.to(device) for t in (torch.tensor(1), torch.tensor(2), torch.arange(3)))
+    few, many = random_logits(3, 20).to(device), random_logits(6, 20, torch.bfloat16).to(device)
     for arguments in (
-        (random_logits(3, 20), None, 1.0, None, None, seed, images, step),
-        (random_logits(6, 20, torch.bfloat16), torch.tensor(2.0), 0.7, 5, 0.9, seed, images, step),
+        (few, None, 1.0, None, None, seed, images, step),
+        (many, torch.tensor(2.0, device=device), 0.7, 5, 0.9, seed, images, step),
     ):
         torch.library.opcheck(torch.ops.alitok.sample_tokens, arguments)
 

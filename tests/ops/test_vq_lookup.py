@@ -29,6 +29,10 @@ SHAPES = [
 ]
 
 
+def inputs(device, *sizes):
+    return [t.to(device) for t in vq_inputs(*sizes)]
+
+
 def assert_agrees(result, z, codebook, with_closest=True):
     """Everything that vq_lookup returns, given that its indices are right."""
     assert_nearest(z, codebook, result.indices, result.closest if len(z) else None)
@@ -36,7 +40,7 @@ def assert_agrees(result, z, codebook, with_closest=True):
     assert torch.equal(result.usage, torch.bincount(result.indices, minlength=len(codebook)))
     assert (result.closest is not None) == with_closest
     if with_closest and len(z) == 0:
-        assert torch.equal(result.closest, torch.full((len(codebook),), -1))
+        assert torch.equal(result.closest, torch.full_like(result.closest, -1))
     squares = (codebook.double()[result.indices] - z.double()).square()
     expected = (1 + COMMITMENT) * squares.sum() / max(z.numel(), 1)
     torch.testing.assert_close(result.loss.double(), expected, rtol=1e-6, atol=0)
@@ -44,30 +48,30 @@ def assert_agrees(result, z, codebook, with_closest=True):
 
 
 @pytest.mark.parametrize(("features", "codes", "channels"), SHAPES)
-def test_reference(features, codes, channels):
-    z, codebook = vq_inputs(features, codes, channels)
+def test_reference(device, features, codes, channels):
+    z, codebook = inputs(device, features, codes, channels)
     with use_reference():
         result = vq_lookup(z.double(), codebook, COMMITMENT)  # cast to float32 by the public function
     assert_nearest(z, codebook, vq_lookup_reference(z.double(), codebook.double()).indices)
     assert result.quantized.dtype == torch.float32
-    assert torch.equal(result.usage.sum(), torch.tensor(features))
+    assert int(result.usage.sum()) == features
 
 
 @pytest.mark.parametrize(("features", "codes", "channels"), SHAPES)
-def test_native(cpu_isa, features, codes, channels):
-    z, codebook = vq_inputs(features, codes, channels)
+def test_native(target, features, codes, channels):
+    z, codebook = inputs(target, features, codes, channels)
     assert_agrees(vq_lookup(z, codebook, COMMITMENT), z, codebook)
 
 
-def test_without_closest(cpu_isa):
-    z, codebook = vq_inputs(100, 70, 16)
+def test_without_closest(target):
+    z, codebook = inputs(target, 100, 70, 16)
     assert_agrees(vq_lookup(z, codebook, COMMITMENT, with_closest=False), z, codebook, with_closest=False)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
-def test_features_far_from_the_codes(cpu_isa, scale):
+def test_features_far_from_the_codes(target, scale):
     """A codebook as initialised is tiny beside the features: |z|^2 must not drown the differences between codes."""
-    z, codebook = vq_inputs(500, 300, 32)
+    z, codebook = inputs(target, 500, 300, 32)
     codebook *= scale
     exact = vq_lookup_reference(z.double(), codebook.double()).indices
     result = vq_lookup(z, codebook)
@@ -75,12 +79,12 @@ def test_features_far_from_the_codes(cpu_isa, scale):
     assert (result.indices == exact).float().mean() > 0.99
 
 
-def test_any_strides_and_alignment():
-    z, codebook = vq_inputs(65, 37, 8)
+def test_any_strides_and_alignment(device):
+    z, codebook = inputs(device, 65, 37, 8)
     expected = vq_lookup(z, codebook)
-    wide = torch.randn(37, 17)
+    wide = torch.randn(37, 17, device=device)
     wide[:, 1::2] = codebook
-    shifted = torch.randn(65 * 8 + 1)
+    shifted = torch.randn(65 * 8 + 1, device=device)
     shifted[1:] = z.flatten()
     for got in (vq_lookup(z.T.contiguous().T, wide[:, 1::2]), vq_lookup(shifted[1:].view(65, 8), codebook)):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -102,9 +106,9 @@ def test_same_result_on_any_number_of_threads(cpu_isa):
 
 
 @pytest.mark.parametrize(("features", "codes", "channels"), SHAPES)
-def test_gradients(cpu_isa, features, codes, channels):
-    z, codebook = vq_inputs(features, codes, channels)
-    grad_quantized, grad_loss = torch.randn(features, channels), torch.tensor(100.0)
+def test_gradients(target, features, codes, channels):
+    z, codebook = inputs(target, features, codes, channels)
+    grad_quantized, grad_loss = torch.randn_like(z), torch.tensor(100.0, device=target)
 
     def gradients(operator, dtype):
         inputs = [t.to(dtype).requires_grad_() for t in (z, codebook)]
@@ -136,13 +140,13 @@ def test_reference_gradient_is_straight_through():
 
 
 @pytest.mark.parametrize("with_closest", [True, False])
-def test_opcheck(with_closest):
+def test_opcheck(device, with_closest):
     for features in (0, 9):
-        z, codebook = (t.requires_grad_() for t in vq_inputs(features, 5, 3))
+        z, codebook = (t.requires_grad_() for t in inputs(device, features, 5, 3))
         torch.library.opcheck(torch.ops.alitok.vq_lookup, (z, codebook, COMMITMENT, with_closest))
-    z, codebook = vq_inputs(9, 5, 3)
-    indices = torch.arange(9) % 5
-    torch.library.opcheck(torch.ops.alitok.vq_lookup_backward, (z, torch.tensor(1.0), z, codebook, indices, COMMITMENT))
+    z, codebook = inputs(device, 9, 5, 3)
+    indices, grad_loss = torch.arange(9, device=device) % 5, torch.tensor(1.0, device=device)
+    torch.library.opcheck(torch.ops.alitok.vq_lookup_backward, (z, grad_loss, z, codebook, indices, COMMITMENT))
 
 
 def test_second_derivative_is_refused():
@@ -152,12 +156,12 @@ def test_second_derivative_is_refused():
         grad_z.sum().backward()
 
 
-def test_compiles_without_graph_break():
+def test_compiles_without_graph_break(device):
     def step(z, codebook):
         result = vq_lookup(z, codebook)
         return result.quantized * 2, result.loss, result.indices
 
-    z, codebook = (t.requires_grad_() for t in vq_inputs(40, 20, 8))
+    z, codebook = (t.requires_grad_() for t in inputs(device, 40, 20, 8))
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(z, codebook), step(z, codebook), strict=True):
         assert torch.equal(got, expected)
@@ -166,27 +170,27 @@ def test_compiles_without_graph_break():
 
 
 @pytest.mark.parametrize("reference", [True, False])
-def test_autocast_and_low_precision_compute_in_float32(reference):
-    z, codebook = vq_inputs(50, 40, 16)
+def test_autocast_and_low_precision_compute_in_float32(device, reference):
+    z, codebook = inputs(device, 50, 40, 16)
     z = z.bfloat16().requires_grad_()
     expected = vq_lookup_reference(z.detach().float(), codebook)
-    with use_reference(reference), torch.autocast("cpu", torch.bfloat16):
+    with use_reference(reference), torch.autocast(device.type, torch.bfloat16):
         result = vq_lookup(z, codebook)
     assert result.quantized.dtype == result.loss.dtype == torch.float32
     assert torch.equal(result.indices, expected.indices)
     assert torch.autograd.grad(result.loss, z)[0].dtype == torch.bfloat16
 
 
-def test_not_a_number_never_wins(cpu_isa):
-    z, codebook = vq_inputs(20, 70, 8)
+def test_not_a_number_never_wins(target):
+    z, codebook = inputs(target, 20, 70, 8)
     expected = vq_lookup(z[4:], codebook[7:])
     z[:4] = float("nan")
     codebook[:5] = float("nan")
     codebook[5:7] = float("inf")
     result = vq_lookup(z, codebook)
-    assert torch.equal(result.indices[:4], torch.zeros(4, dtype=torch.int64))
+    assert not result.indices[:4].any()
     assert torch.equal(result.indices[4:], expected.indices + 7)
-    assert torch.equal(result.closest[:7], torch.zeros(7, dtype=torch.int64))
+    assert not result.closest[:7].any()
     assert torch.equal(result.closest[7:], expected.closest + 4)
     assert result.loss.isnan()
 
@@ -219,6 +223,14 @@ def test_bad_commitment_and_dtype_of_the_native_operator():
         vq_lookup(z, codebook, float("nan"))
     with pytest.raises(ValueError, match="z: expected float32, got float64"):
         torch.ops.alitok.vq_lookup(z.double(), codebook, COMMITMENT, True)
+
+
+def test_never_holds_the_distances_on_cuda(cuda):
+    z, codebook = (torch.randn(size, 8, device=cuda, requires_grad=True) for size in (20000, 4096))
+    torch.cuda.reset_peak_memory_stats(cuda)
+    before = torch.cuda.memory_allocated(cuda)
+    vq_lookup(z, codebook).loss.backward()
+    assert torch.cuda.max_memory_allocated(cuda) - before < 20000 * 4096 * 4 / 20
 
 
 def test_never_holds_the_distances():

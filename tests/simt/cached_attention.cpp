@@ -11,10 +11,16 @@ void run_case(simt::Case& test) {
   p.head_dim = test.integer("head_dim");
   p.capacity = test.integer("capacity");
   p.qkv = test.input<void>("qkv");
-  p.keys = test.inout<void>("keys");
-  p.values = test.inout<void>("values");
   p.head_stride = p.capacity * p.head_dim;
-  p.row_stride = p.heads * p.head_stride;
+  if (test.has("row_stride")) {  // caches of float
+    p.row_stride = test.integer("row_stride");
+    p.keys = test.spread<float>("keys", p.rows, p.row_stride);
+    p.values = test.spread<float>("values", p.rows, p.row_stride);
+  } else {
+    p.row_stride = p.heads * p.head_stride;
+    p.keys = test.inout<void>("keys");
+    p.values = test.inout<void>("values");
+  }
   p.position = test.input<int64_t>("position");
   p.q_norm_weight = test.input<float>("q_norm_weight");
   p.k_norm_weight = test.input<float>("k_norm_weight");

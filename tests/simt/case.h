@@ -3,6 +3,8 @@
 // reads `<name>.out`. The case is run once for each schedule seed, and every output must be the same bits each time.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <deque>
@@ -36,6 +38,23 @@ class Buffer {
   size_t bytes_;
 };
 
+// Address space of which only the pages that are touched become memory: for strides beyond 2^31 elements.
+class AddressSpace {
+ public:
+  explicit AddressSpace(size_t bytes) : bytes_(bytes) {
+    data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data_ == MAP_FAILED) fail("no address space of %zu bytes", bytes);
+  }
+  ~AddressSpace() { munmap(data_, bytes_); }
+  AddressSpace(const AddressSpace&) = delete;
+  AddressSpace& operator=(const AddressSpace&) = delete;
+  void* data() { return data_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+
 class Case {
  public:
   explicit Case(std::string folder) : folder_(std::move(folder)) {
@@ -51,6 +70,7 @@ class Case {
     return found->second;
   }
   int64_t integer(const std::string& name) const { return static_cast<int64_t>(number(name)); }
+  bool has(const std::string& name) const { return scalars_.count(name) != 0; }
 
   // The tensor that the test wrote; null when it wrote none. The kernel must leave it as it is.
   template <class T>
@@ -61,6 +81,18 @@ class Case {
   template <class T>
   T* inout(const std::string& name) {
     return reinterpret_cast<T*>(load(name, false));
+  }
+  // The tensor that the test wrote, cut into `rows` equal parts that begin `stride` elements apart.
+  template <class T>
+  T* spread(const std::string& name, int64_t rows, int64_t stride) {
+    const std::vector<char> content = read(name);
+    const size_t row_bytes = content.size() / static_cast<size_t>(rows), stride_bytes = stride * sizeof(T);
+    spaces_.push_back(std::make_unique<AddressSpace>(static_cast<size_t>(rows - 1) * stride_bytes + row_bytes));
+    char* data = static_cast<char*>(spaces_.back()->data());
+    for (int64_t row = 0; row < rows; ++row) {
+      std::copy_n(content.data() + row * row_bytes, row_bytes, data + row * stride_bytes);
+    }
+    return reinterpret_cast<T*>(data);
   }
   // Poisoned memory that is compared between schedules and handed to the test.
   template <class T>
@@ -98,10 +130,14 @@ class Case {
  private:
   static std::unique_ptr<Buffer> make_buffer(size_t bytes) { return std::make_unique<Buffer>(bytes); }
 
-  unsigned char* load(const std::string& name, bool constant) {
+  std::vector<char> read(const std::string& name) const {
     std::ifstream file(folder_ + "/" + name + ".bin", std::ios::binary);
-    if (!file) return nullptr;
-    const std::vector<char> content{std::istreambuf_iterator<char>(file), {}};
+    if (!file) fail("the case has no tensor %s", name.c_str());
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+  unsigned char* load(const std::string& name, bool constant) {
+    if (!std::ifstream(folder_ + "/" + name + ".bin")) return nullptr;
+    const std::vector<char> content = read(name);
     auto buffer = make_buffer(content.size());
     unsigned char* data = buffer->data();
     std::copy(content.begin(), content.end(), data);
@@ -118,6 +154,7 @@ class Case {
   std::deque<std::pair<std::unique_ptr<Buffer>, std::vector<unsigned char>>> inputs_;
   std::deque<std::pair<std::string, std::unique_ptr<Buffer>>> outputs_;
   std::deque<std::unique_ptr<Buffer>> workspaces_;
+  std::deque<std::unique_ptr<AddressSpace>> spaces_;
 };
 
 }  // namespace simt

@@ -11,7 +11,7 @@ void run_case(simt::Case& test) {
   b.grad_k_norm_weight = normed ? test.output<float>("grad_k_norm_weight", p.head_dim) : nullptr;
   with_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    p.qkv = test.input<T>("qkv") + test.integer("offset");
+    p.qkv = read_qkv<T>(test, p);
     p.out = const_cast<T*>(test.input<T>("out"));
     p.lse = const_cast<float*>(test.input<float>("lse"));
     b.grad_out = test.input<T>("grad_out");

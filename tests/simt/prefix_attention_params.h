@@ -25,6 +25,13 @@ inline alitok::PrefixAttentionParams read_params(simt::Case& test) {
   return p;
 }
 
+// Rows of qkv: `offset` elements into the tensor, or, with the scalar `far`, spread out by the row stride.
+template <class T>
+const T* read_qkv(simt::Case& test, const alitok::PrefixAttentionParams& p) {
+  if (test.has("far")) return test.spread<T>("qkv", p.batch * p.length, p.qkv_row_stride);
+  return test.input<T>("qkv") + test.integer("offset");
+}
+
 // Calls f(T{}) with the element type of the case.
 template <class F>
 void with_dtype(alitok::AttentionDtype dtype, const F& f) {

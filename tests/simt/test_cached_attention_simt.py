@@ -34,18 +34,17 @@ def inputs(rows, heads, dim, capacity, position, dtype, cache_dtype, norm_and_ro
     return arguments
 
 
-def run(simt, arguments, sanitizer="address"):
+def run(simt, arguments, sanitizer="address", **layout):
     qkv, keys = arguments["qkv"], arguments["keys"]
     rows, _, heads, dim = qkv.shape
     scalars = {"rows": rows, "heads": heads, "head_dim": dim, "capacity": keys.shape[2]}
     kinds = {"dtype": DTYPES.index(qkv.dtype), "cache_dtype": DTYPES.index(keys.dtype)}
     tensors = {name: value for name, value in arguments.items() if name != "norm_eps"}
-    outputs = {
-        "out": ((rows, heads, dim), qkv.dtype),
-        "keys": (tuple(keys.shape), keys.dtype),
-        "values": (tuple(keys.shape), keys.dtype),
-    }
-    return simt.program("cached_attention", sanitizer).run({**tensors, **scalars, **kinds}, outputs, schedules=2)
+    outputs = {"out": ((rows, heads, dim), qkv.dtype)}
+    if not layout:
+        outputs |= {name: (tuple(keys.shape), keys.dtype) for name in ("keys", "values")}
+    inputs = {**tensors, **scalars, **kinds, **layout}
+    return simt.program("cached_attention", sanitizer).run(inputs, outputs, schedules=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
@@ -84,3 +83,9 @@ def test_position_outside_is_nan_and_writes_nothing(simt):
 def test_no_data_race(simt):
     arguments = inputs(1, 1, 48, 21, 20, torch.float32, torch.float32, True)
     run(simt, arguments, sanitizer="thread")
+
+
+def test_rows_beyond_two_to_the_31_elements(simt):
+    arguments = inputs(2, 2, 16, 5, 3, torch.float32, torch.float32, True)
+    near, far = run(simt, arguments), run(simt, arguments, row_stride=2**31 + 64)
+    assert torch.equal(near["out"], far["out"])

@@ -37,14 +37,16 @@ def make_case(dtype, batch, length, heads, head_dim, prefix_len, norm, rope, dro
     }
 
 
-def inputs_of(case, storage=None, offset=0, row_stride=None):
-    """What the program reads; `storage` holds qkv at `offset` with rows `row_stride` apart."""
+def inputs_of(case, storage=None, offset=0, row_stride=None, far=None):
+    """What the program reads; `storage` holds qkv at `offset` with rows `row_stride` apart. With `far` the program
+    itself lays them out so."""
     batch, length, _, heads, head_dim = case["qkv"].shape
     row_stride = row_stride or 3 * heads * head_dim
     threshold = round(case["dropout"] * 65536)
     return {k: v for k, v in case.items() if k not in ("qkv", "dropout")} | {
         "qkv": case["qkv"] if storage is None else storage,
         "offset": offset,
+        "far": far,
         "row_stride": row_stride,
         "batch_stride": row_stride * length,
         "batch": batch,
@@ -150,6 +152,16 @@ def test_backward(simt, case):
     assert result.bank_conflicts == 0
 
 
+FAR = {"row_stride": 2**31 + 8, "far": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_offsets_beyond_two_to_the_31_elements(simt, dtype):
+    case = make_case(dtype, 2, 3, 2, 24, 1, True, True, 0.0)
+    check(simt, case, **FAR)
+    check_backward(simt, case, **FAR)
+
+
 # The programs below hold one tile width of one dtype: they compile in seconds.
 HEADER, FORWARD, BACKWARD = "prefix_attention_cuda.h", "prefix_attention_cuda.cu", "prefix_attention_backward_cuda.cu"
 ONLY_BF16_48 = [
@@ -186,11 +198,15 @@ COMPLETE = "__syncthreads();  // this tile is complete for all, and nobody reads
                      "address", "out: error", id="forward: wrong stage"),
         pytest.param(HEADER, "max(static_cast<int>(p.prefix_len), i + 1)", "max(static_cast<int>(p.prefix_len), i)",
                      "address", "error", id="mask off by one"),
+        pytest.param(HEADER, "(valid ? row * rows.row_stride", "(valid ? static_cast<int>(row * rows.row_stride)",
+                     "address", "exit code", id="offset of 32 bits"),
         pytest.param(BACKWARD, "n + e >= begin", "n + e > begin", "address", "grad_qkv: error", id="backward: mask"),
     ],
 )  # fmt: skip
 def test_seeded_bugs_are_caught(simt, file, old, new, sanitizer, message):
-    case = make_case(torch.bfloat16, 1, 130, 1, 48, 3, True, True, 0.0)
+    case, layout = make_case(torch.bfloat16, 1, 130, 1, 48, 3, True, True, 0.0), {}
+    if "int>(row" in new:
+        case, layout = make_case(torch.bfloat16, 1, 5, 1, 48, 3, True, True, 0.0), FAR
     with pytest.raises(AssertionError, match=message):
         run = check_backward if file == BACKWARD else check
-        run(only_bf16_48(simt, (file, old, new)), case, sanitizer, schedules=1)
+        run(only_bf16_48(simt, (file, old, new)), case, sanitizer, schedules=1, **layout)
