@@ -1,11 +1,17 @@
-"""prefix_attention at the generator's and the tokenizer's shapes, beside the eager chain it replaces and SDPA alone."""
+"""prefix_attention at the generator's and the tokenizer's shapes, beside the eager chain that it replaces and every
+attention there is: torch's back ends by name, and flash-attn where it is installed."""
 
 from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alitok_fast._library import use_reference
 from alitok_fast.config import GENERATORS, TOKENIZERS
@@ -14,6 +20,12 @@ from alitok_fast.ops.prefix_attention import prefix_attention, rms_norm, rotate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CEILINGS = {torch.float32: "fp32_flops", torch.bfloat16: "bf16_flops"}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 ROUNDINGS = {torch.float32: 2e-5, torch.bfloat16: 0.05}  # of outputs near 1
 
 
@@ -46,9 +58,52 @@ def flops(qkv: Tensor, prefix_len: int, products: int) -> float:
     return 2.0 * products * pairs * head_dim * batch * heads
 
 
-def sdpa_alone(qkv: Tensor, causal: bool):
-    q, k, v = (x.transpose(1, 2).contiguous() for x in qkv.detach().unbind(2))
-    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+def plain_attentions(qkv: Tensor, causal: bool, backward: bool = False) -> dict[str, Callable[[], object]]:
+    """Attention alone, without norm, rotary table or transposes, on inputs laid out as each likes them best.
+
+    What does not run here is left out, with a warning that pytest shows at the end.
+    """
+    functions = {}
+    for name, backend in BACKENDS.items():
+        q, k, v = (x.transpose(1, 2).contiguous().requires_grad_(backward) for x in qkv.detach().unbind(2))
+
+        def sdpa(q=q, k=k, v=v, backend=backend):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        functions[f"SDPA, {name}"] = with_gradients(sdpa, (q, k, v)) if backward else sdpa
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_qkvpacked_func
+
+        packed = qkv.detach().requires_grad_(backward)
+
+        def flash_attn():
+            return flash_attn_qkvpacked_func(packed, causal=causal)
+
+        functions["flash-attn, packed"] = with_gradients(flash_attn, (packed,)) if backward else flash_attn
+    else:
+        warnings.warn("flash-attn is not installed: not compared", stacklevel=2)
+    return {name: function for name, function in functions.items() if runs(name, function, qkv)}
+
+
+def runs(name: str, function: Callable, qkv: Tensor) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's reasons, one a warning
+            function()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"{name} on {qkv.device}, {qkv.dtype}: not compared: {reason}", stacklevel=3)
+        return False
+    return True
+
+
+def with_gradients(attention: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Callable[[], object]:
+    def run():
+        out = attention()
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return run
 
 
 def run_forward(compare, qkv, prefix_len, options):
@@ -61,7 +116,7 @@ def run_forward(compare, qkv, prefix_len, options):
         torch.testing.assert_close(eager_chain(qkv, **options, causal=causal)[:1], expected, atol=bound, rtol=bound)
         alternatives = {
             "eager chain": lambda: eager_chain(qkv, **options, causal=causal),
-            "SDPA alone": sdpa_alone(qkv, causal),
+            **plain_attentions(qkv, causal),
         }
         compare(
             lambda: prefix_attention(qkv, prefix_len, **options),
@@ -89,6 +144,29 @@ def bench_tokenizer_forward(part, dtype, mode, device, compare):
     length = config.tokens + (config.image_tokens if part == "encoder" else config.decoder_start_tokens)
     qkv, options = make(mode.pick(check=1, quick=1, full=4), length, heads, width // heads, dtype, device)
     run_forward(compare, qkv, length, options)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("mask", ["causal", "bidirectional"])
+def bench_plain(mask, dtype, backward, mode, device, compare):
+    """Attention and nothing else: the generator's causal length, the tokenizer's decoder with its buffer tokens."""
+    tokenizer, generator = TOKENIZERS["256"], GENERATORS["l"]
+    causal = mask == "causal"
+    length = 1 + generator.tokens if causal else tokenizer.tokens + tokenizer.decoder_start_tokens
+    prefix_len, batch = 0 if causal else length, mode.pick(check=1, quick=2, full=8)
+    qkv, _ = make(batch, length, generator.heads, generator.head_dim, dtype, device)
+    qkv.requires_grad_(backward)
+
+    def attention():
+        return prefix_attention(qkv, prefix_len)
+
+    with torch.no_grad():
+        expected = eager_chain(qkv, causal=causal)
+        torch.testing.assert_close(attention(), expected, atol=ROUNDINGS[dtype], rtol=ROUNDINGS[dtype])
+    own = with_gradients(attention, (qkv,)) if backward else attention
+    work = flops(qkv, prefix_len, 2 + 5 * backward)
+    compare(own, plain_attentions(qkv, causal, backward), work, CEILINGS[dtype])
 
 
 @pytest.mark.parametrize("dropout", [0.0, GENERATORS["b"].dropout])

@@ -15,7 +15,7 @@ CONFIGS = [pytest.param(TOKENIZERS[name], id=name) for name in ("256", "demo")]
 @pytest.fixture
 def inputs(mode, device):
     def make(config):
-        features = mode.pick(check=1500, quick=10_000, full=70_000)
+        features = mode.pick(check=1500, quick=5000, full=20_000)
         return [t.to(device) for t in vq_inputs(features, config.codebook_size, config.code_dim)]
 
     return make
@@ -27,17 +27,17 @@ def addmm_argmin(z, codebook):
 
 
 def check(z, codebook, indices):
-    rows = 4096  # the float64 distances of as many features fit in memory
-    for some_z, some_indices in zip(z.split(rows), indices.split(rows), strict=True):
-        assert_nearest(some_z, codebook, some_indices)
+    """Features from the whole range: float64 distances of all of them would take longer than the benchmark."""
+    some = slice(None, None, max(1, len(z) // 1000))
+    assert_nearest(z[some], codebook, indices[some])
 
 
-def alternatives(mode, z, codebook):
+def alternatives(mode, config, z, codebook):
     functions = {
         "formula": lambda: vq_lookup_reference(z, codebook),
         "addmm + argmin (indices only)": lambda: addmm_argmin(z, codebook),
     }
-    if mode.timed and not mode.quick:  # compiling takes longer than all the rest
+    if mode.timed and not mode.quick and config is TOKENIZERS["256"]:  # compiling takes longer than all the rest
         compiled = torch.compile(vq_lookup_reference)
         functions["compiled formula"] = lambda: compiled(z, codebook)
     return functions
@@ -47,12 +47,11 @@ def alternatives(mode, z, codebook):
 def bench_forward(config, inputs, mode, compare):
     z, codebook = inputs(config)
     check(z, codebook, vq_lookup(z, codebook).indices)
-    some = z[:2000]
+    some = z[:1000]
     result = vq_lookup(some, codebook)
     assert_nearest(some, codebook, result.indices, result.closest)
-    compare(
-        lambda: vq_lookup(z, codebook), alternatives(mode, z, codebook), 2 * z.numel() * len(codebook), "fp32_flops"
-    )
+    work = 2 * z.numel() * len(codebook)
+    compare(lambda: vq_lookup(z, codebook), alternatives(mode, config, z, codebook), work, "fp32_flops")
 
 
 def bench_encode_only(inputs, mode, compare):
