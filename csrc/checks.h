@@ -5,11 +5,15 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+
+#include "dropout.h"
 
 namespace alitok {
 
@@ -97,6 +101,21 @@ inline void check_same_device(const Tensor& t, const char* argument, const Tenso
 inline void check_range(int64_t value, const char* argument, int64_t lowest, int64_t highest) {
   check(lowest <= value && value <= highest, argument,
         "a value in " + std::to_string(lowest) + ".." + std::to_string(highest), value);
+}
+
+// A probability of dropout, rounded to a multiple of 2^-16 (half to even, as Python), and its seed, which is needed
+// where that is not 0.
+inline Dropout check_dropout(double dropout, const std::optional<Tensor>& seed, const Tensor& like, const char* like_name) {
+  constexpr double kSteps = 65536;
+  check(dropout >= 0 && dropout < 1, "dropout", "a probability in [0, 1)", dropout);
+  const auto threshold = static_cast<uint32_t>(std::nearbyint(dropout * kSteps));
+  check(threshold < kSteps, "dropout", "at most 1 - 2**-16", dropout);
+  if (threshold == 0) return {0, 1.0f, nullptr};
+  check(seed.has_value(), "seed", "a tensor where dropout > 0", "None");
+  check_dtype(*seed, "seed", {ScalarType::Long});
+  check(seed->numel() == 1, "seed", "one element", "shape " + shape_name(*seed));
+  check_same_device(*seed, "seed", like, like_name);
+  return {threshold, static_cast<float>(1 / (1 - threshold / kSteps)), static_cast<const int64_t*>(seed->data_ptr())};
 }
 
 }  // namespace alitok

@@ -6,7 +6,12 @@
 #include "cpu_isa.h"
 
 STABLE_TORCH_LIBRARY(alitok, m) {
-  m.def("add_rms_norm(Tensor x, Tensor? delta, Tensor weight, float eps) -> (Tensor sum, Tensor normed)");
+  m.def(
+      "add_rms_norm(Tensor x, Tensor? delta, Tensor weight, float eps, float dropout, Tensor? seed) "
+      "-> (Tensor sum, Tensor normed)");
+  m.def(
+      "add_rms_norm_backward(Tensor? grad_sum, Tensor grad_normed, Tensor x, Tensor weight, float eps, float dropout, "
+      "Tensor? seed) -> (Tensor grad_x, Tensor grad_delta, Tensor grad_weight)");
   m.def(
       "decode(Tensor arena, Tensor vectors, Tensor embeddings, Tensor rope, Tensor ids, Tensor(a!) keys, "
       "Tensor(b!) values, Tensor position, int hidden, int codes, int weight_bytes, float norm_eps) -> Tensor");

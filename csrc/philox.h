@@ -7,15 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "host_device.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
-#endif
-
-// Internal linkage: the CPU kernels are compiled for several instruction sets, and must not share one copy.
-#ifdef __CUDACC__
-#define ALITOK_HOST_DEVICE static __host__ __device__ __forceinline__
-#else
-#define ALITOK_HOST_DEVICE static inline
 #endif
 
 namespace alitok {

@@ -18,9 +18,6 @@ namespace {
 using torch::stable::new_empty;
 using OptionalTensor = std::optional<Tensor>;
 
-// 16-bit random numbers decide on dropout: a probability is a multiple of 2^-16.
-constexpr double kDropoutSteps = 65536;
-
 AttentionDtype attention_dtype(const Tensor& qkv) {
   check_dtype(qkv, "qkv", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   switch (qkv.scalar_type()) {
@@ -70,17 +67,7 @@ PrefixAttentionParams make_params(const Tensor& qkv, int64_t prefix_len, const O
   check(std::isfinite(scale), "scale", "a finite number", scale);
   p.scale = static_cast<float>(scale);
 
-  check(dropout >= 0 && dropout < 1, "dropout", "a probability in [0, 1)", dropout);
-  p.dropout_threshold = static_cast<uint32_t>(std::nearbyint(dropout * kDropoutSteps));  // half to even, as Python
-  check(p.dropout_threshold < kDropoutSteps, "dropout", "at most 1 - 2**-16", dropout);
-  p.dropout_scale = static_cast<float>(1 / (1 - p.dropout_threshold / kDropoutSteps));
-  if (p.dropout_threshold > 0) {
-    check(seed.has_value(), "seed", "a tensor where dropout > 0", "None");
-    check_dtype(*seed, "seed", {ScalarType::Long});
-    check(seed->numel() == 1, "seed", "one element", "shape " + shape_name(*seed));
-    check_same_device(*seed, "seed", qkv, "qkv");
-    p.seed = static_cast<const int64_t*>(seed->data_ptr());
-  }
+  p.dropout = check_dropout(dropout, seed, qkv, "qkv");
   return p;
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu_isa.h"
+#include "dropout.h"
 #include "parallel.h"
 
 namespace alitok {
@@ -29,13 +30,7 @@ struct PrefixAttentionParams {
   const float* rope;  // null, or (length, head_dim / 2, 2) contiguous: cos, sin. y rounds to `dtype` after it.
   float scale;        // on the logits, in natural-log units
 
-  // Drop probability (b, h, i, j) where its 16 random bits are below the threshold, multiply the rest by
-  // dropout_scale = 1 / (1 - threshold / 65536). Threshold 0: no dropout, seed may be null. Bits: half part % 2
-  // (0 is the low one) of word part / 2, part = j % 128 / 16, of Philox4x32-10 with key (seed low, seed high) and
-  // counter (kPhiloxDropout + j / 128 * 16 + j % 16, i, b * heads + h, 0).
-  uint32_t dropout_threshold;
-  float dropout_scale;
-  const int64_t* seed;  // one element, on the device of qkv
+  Dropout dropout;  // on the probabilities: head b * heads + h, row i, column j of dropout.h
 
   void* out;   // (B, L, H, D) contiguous
   float* lse;  // (B, H, L) natural log of sum_j exp(scale * q.k), before dropout

@@ -237,8 +237,8 @@ __global__ __launch_bounds__(128) void grad_q_kernel(const PrefixAttentionBackwa
   const int key_end = visible_end(p, min(q_first + Shape::kRows, length) - 1);
   const Rows<T> q_rows = prepared_rows(p, scratch.q, bh, 0), k_rows = prepared_rows(p, scratch.k, bh, 1);
   const Rows<T> v_rows = rows_of<T>(p, b, h, 2), grad_rows = rows_of_output<T>(p, backward.grad_out, b, h);
-  const bool dropout = p.dropout_threshold != 0;
-  const uint64_t seed = dropout ? static_cast<uint64_t>(*p.seed) : 0;
+  const bool dropout = p.dropout.threshold != 0;
+  const uint64_t seed = dropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
 
   load_tile<T, kDim, Shape::kThreads, Shape::kRows>(shared->rows[0][0], q_rows, q_first);
   load_tile<T, kDim, Shape::kThreads, Shape::kRows>(shared->rows[1][0], grad_rows, q_first);
@@ -255,7 +255,7 @@ __global__ __launch_bounds__(128) void grad_q_kernel(const PrefixAttentionBackwa
     lse_log2[half] = row < length ? p.lse[bh * length + row] * kLog2e : 0.0f;
     delta[half] = row < length ? scratch.delta[bh * length + row] : 0.0f;
   }
-  const float scale_log2 = p.scale * kLog2e, dropout_scale = dropout ? p.dropout_scale : 1.0f;
+  const float scale_log2 = p.scale * kLog2e, dropout_scale = dropout ? p.dropout.scale : 1.0f;
   float grad_q[1][kDim / 8][4] = {};
 
   for (int first = 0, stage = 0; first < key_end; first += kColumns, stage ^= 1) {
@@ -326,8 +326,8 @@ __global__ __launch_bounds__(128) void grad_kv_kernel(const PrefixAttentionBackw
   const int tile = static_cast<int>(blockIdx.y), k_first = tile * Shape::kRows;
   const Rows<T> q_rows = prepared_rows(p, scratch.q, bh, 0), k_rows = prepared_rows(p, scratch.k, bh, 1);
   const Rows<T> v_rows = rows_of<T>(p, b, h, 2), grad_rows = rows_of_output<T>(p, backward.grad_out, b, h);
-  const bool dropout = p.dropout_threshold != 0;
-  const uint64_t seed = dropout ? static_cast<uint64_t>(*p.seed) : 0;
+  const bool dropout = p.dropout.threshold != 0;
+  const uint64_t seed = dropout ? static_cast<uint64_t>(*p.dropout.seed) : 0;
 
   const auto load_queries = [&](int stage, int first) {
     load_tile<T, kDim, Shape::kThreads, kColumns>(shared->columns[stage][0][0], q_rows, first);
@@ -354,7 +354,7 @@ __global__ __launch_bounds__(128) void grad_kv_kernel(const PrefixAttentionBackw
   const int warp_row = warp_index() * 16, g = lane_index() / 4, t = lane_index() % 4;
   const int warp_first = k_first + warp_row;
   const int part = k_first % 128 / 16 + warp_index();
-  const float scale_log2 = p.scale * kLog2e, dropout_scale = dropout ? p.dropout_scale : 1.0f;
+  const float scale_log2 = p.scale * kLog2e, dropout_scale = dropout ? p.dropout.scale : 1.0f;
   float grad_k[1][kDim / 8][4] = {}, grad_v[1][kDim / 8][4] = {};
 
   for (int first = q_begin, stage = 0; first < length; first += kColumns, stage ^= 1) {

@@ -10,7 +10,6 @@
 #include <type_traits>
 
 #include "float_buffer.h"
-#include "philox.h"
 #include "simd.h"
 #include "tile_multiply.h"
 #if defined(__AVX512BF16__)
@@ -23,7 +22,6 @@ namespace {
 
 constexpr int64_t kLanes = Vec::lanes;
 constexpr int64_t kTile = 24;  // query rows of one tile: a multiple of every register block of tile_multiply.h
-constexpr int64_t kDropoutColumns = 128;  // columns that sixteen Philox counters serve
 
 enum Part { kQuery, kKey, kValue };
 
@@ -207,33 +205,10 @@ void transpose(const Layout& layout, int64_t width, const float* rows, float* co
     }
 }
 
-// Where 16 bits of each word, its low or its high half, are not below the threshold: scale. Elsewhere 0.
-Vec keep_scaled(PhiloxVec words, bool high, uint32_t threshold, float scale) {
-#if defined(__AVX512F__)
-  const __m512i random = high ? _mm512_srli_epi32(words, 16) : _mm512_and_si512(words, philox_set(0xFFFF));
-  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(random, philox_set(threshold)), _mm512_set1_ps(scale));
-#elif defined(__AVX2__)
-  const __m256i random = high ? _mm256_srli_epi32(words, 16) : _mm256_and_si256(words, philox_set(0xFFFF));
-  const __m256i dropped = _mm256_cmpgt_epi32(philox_set(threshold), random);
-  return _mm256_andnot_ps(_mm256_castsi256_ps(dropped), _mm256_set1_ps(scale));
-#else
-  return (high ? words >> 16 : words & 0xFFFF) < threshold ? 0.0f : scale;
-#endif
-}
-
-// For row i of the probabilities: 0 where dropout strikes, dropout_scale elsewhere. The header says which bits decide.
-void dropout_factors(const PrefixAttentionParams& p, int64_t head, int64_t i, int64_t keys, float* factors) {
-  static_assert(kPhiloxLanes == kLanes, "one factor for each counter");
-  for (int64_t j = 0; j < keys; j += kDropoutColumns)
-    for (int64_t lane = 0; lane < 16; lane += kLanes) {
-      const auto column = static_cast<uint32_t>(kPhiloxDropout + j / 8 + lane);
-      const PhiloxWords random =
-          philox4x32_lanes(static_cast<uint64_t>(*p.seed), philox_add(philox_set(column), philox_iota()),
-                           static_cast<uint32_t>(i), static_cast<uint32_t>(head), 0);
-      for (int part = 0; part < 8; ++part)
-        keep_scaled(random.word[part / 2], part % 2 == 1, p.dropout_threshold, p.dropout_scale)
-            .store(factors + j + part * 16 + lane);
-    }
+// The dropout factors of row i of the probabilities.
+void row_factors(const PrefixAttentionParams& p, int64_t head, int64_t i, int64_t keys, float* factors) {
+  dropout_factors(static_cast<uint64_t>(*p.dropout.seed), p.dropout.threshold, p.dropout.scale,
+                  static_cast<uint32_t>(head), static_cast<uint32_t>(i), keys, factors);
 }
 
 // Vector v of a row of logits: scaled products, and -infinity (probability zero) for keys that are not visible.
@@ -249,12 +224,12 @@ Vec visible_logits(const float* products, float scale, int64_t v, int64_t visibl
 template <class Out>
 void softmax_rows(const PrefixAttentionParams& p, const Layout& layout, int64_t head, int64_t i0, int64_t rows,
                   int64_t vectors, const float* products, Out* probabilities, float* factors, float* inverse_sum) {
-  const bool dropout = p.dropout_threshold > 0;
+  const bool dropout = p.dropout.threshold > 0;
   for (int64_t r = 0; r < rows; ++r) {
     const float* in = products + r * layout.keys;
     Out* out = probabilities + r * layout.keys;
     const int64_t i = i0 + r, visible = visible_keys(p, i);
-    if (dropout) dropout_factors(p, head, i, visible, factors);
+    if (dropout) row_factors(p, head, i, visible, factors);
     Vec top = visible_logits(in, p.scale, 0, visible);
     for (int64_t v = 1; v < vectors; ++v) top = max(top, visible_logits(in, p.scale, v, visible));
     const float row_max = max(top);
@@ -483,12 +458,12 @@ void backward_tile(const PrefixAttentionBackwardParams& params, const Layout& la
     float* row = buffers.scores + r * layout.keys;
     float* grad_row = buffers.grad_scores + r * layout.keys;
     const int64_t visible = visible_keys(p, i0 + r);
-    if (p.dropout_threshold > 0) dropout_factors(p, head, i0 + r, keys, buffers.factors);
+    if (p.dropout.threshold > 0) row_factors(p, head, i0 + r, keys, buffers.factors);
     const Vec lse = p.lse[head * p.length + i0 + r], mean = rowsum[r];
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t j = v * kLanes;
       const Vec probability = exp(visible_logits(row, p.scale, v, visible) - lse);
-      const Vec factor = p.dropout_threshold > 0 ? Vec::load(buffers.factors + j) : Vec(1.0f);
+      const Vec factor = p.dropout.threshold > 0 ? Vec::load(buffers.factors + j) : Vec(1.0f);
       (probability * factor).store(row + j);
       (probability * (factor * Vec::load(grad_row + j) - mean) * Vec(p.scale)).store(grad_row + j);
     }

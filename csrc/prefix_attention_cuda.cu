@@ -140,7 +140,7 @@ __global__ __launch_bounds__(ForwardShape<T, kDim>::kThreads) void forward_kerne
   const bool normed = p.q_norm_weight != nullptr, prepared = normed || p.rope != nullptr;
   const float* q_weight = normed ? shared->q_weight : nullptr;
   const float* k_weight = normed ? shared->k_weight : nullptr;
-  const uint64_t seed = p.dropout_threshold != 0 ? static_cast<uint64_t>(*p.seed) : 0;
+  const uint64_t seed = p.dropout.threshold != 0 ? static_cast<uint64_t>(*p.dropout.seed) : 0;
 
   load_rows<T, kDim, Shape::kRows, Shape>(shared->q, q_rows, q_first);
   load_rows<T, kDim, kKeys, Shape>(shared->k[0], k_rows, 0);
@@ -173,7 +173,7 @@ __global__ __launch_bounds__(ForwardShape<T, kDim>::kThreads) void forward_kerne
       load_tile<T, kDim, Shape::kThreads, kKeys>(shared->v[stage ^ 1][0], v_rows, next);
       cp_async_commit();
     }
-    if (p.dropout_threshold != 0 && first % 128 == 0) {  // a warp makes and reads its own rows' bits
+    if (p.dropout.threshold != 0 && first % 128 == 0) {  // a warp makes and reads its own rows' bits
       __syncwarp();
       for (int i = lane_index(); i < 16 * kRowTiles * 16; i += 32) {
         const int row = warp_row + i / 16;
@@ -190,7 +190,7 @@ __global__ __launch_bounds__(ForwardShape<T, kDim>::kThreads) void forward_kerne
         const int row = warp_row + 16 * m + g;
         if (!whole) hide<kTiles>(p, s[m], q_first + row, first + 2 * t);
         softmax_step(state[m], out[m], s[m], scale_log2);
-        if (p.dropout_threshold != 0) drop<kTiles>(s[m], shared->keep[row] + 2 * t, first % 128 / 16);
+        if (p.dropout.threshold != 0) drop<kTiles>(s[m], shared->keep[row] + 2 * t, first % 128 / 16);
       }
       multiply_columns<T, kDim>(out, s, shared->v[stage][0]);
     }
@@ -210,7 +210,7 @@ __global__ __launch_bounds__(ForwardShape<T, kDim>::kThreads) void forward_kerne
       float sum = state[m].sum[half];
       sum += __shfl_xor_sync(kAllLanes, sum, 1);
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
-      const float factor = (p.dropout_threshold != 0 ? p.dropout_scale : 1.0f) / sum;
+      const float factor = (p.dropout.threshold != 0 ? p.dropout.scale : 1.0f) / sum;
       if (t == 0 && q_first + row < length) {
         p.lse[bh * p.length + q_first + row] = state[m].maximum[half] * kLn2 + logf(sum);
       }

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "cuda_kernel.h"
-#include "philox.h"
 #include "prefix_attention.h"
 
 namespace alitok {
@@ -358,16 +357,8 @@ __device__ __forceinline__ int visible_end(const PrefixAttentionParams& p, int i
 // Bit q of the result: probability (bh, i, 128 group + 16 q + c) is kept.
 __device__ __forceinline__ unsigned keep_bits(const PrefixAttentionParams& p, uint64_t seed, int64_t bh, int i,
                                               int group, int c) {
-  const Philox4x32 random = philox4x32(seed, kPhiloxDropout + static_cast<uint32_t>(group * 16 + c),
-                                       static_cast<uint32_t>(i), static_cast<uint32_t>(bh), 0);
-  unsigned bits = 0;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    const uint32_t word = random.word[w];
-    if ((word & 0xffffu) >= p.dropout_threshold) bits |= 1u << 2 * w;
-    if (word >> 16 >= p.dropout_threshold) bits |= 2u << 2 * w;
-  }
-  return bits;
+  return dropout_bits(seed, p.dropout.threshold, static_cast<uint32_t>(bh), static_cast<uint32_t>(i),
+                      static_cast<uint32_t>(group), static_cast<uint32_t>(c));
 }
 
 }  // namespace

@@ -96,10 +96,10 @@ class Generator(nn.Module):
             dropped = torch.rand(len(tokens), device=self.device) < self.config.class_dropout
             condition = torch.where(dropped, self.config.no_condition, condition)
         x = self.dropout(self.embeddings(torch.cat([condition.unsqueeze(1), tokens], dim=1)))
-        rope = self.rope[: x.shape[1]]
+        rope, delta = self.rope[: x.shape[1]], None
         for block in self.blocks:
-            x = block(x, rope)
-        return self.output(self.norm(x))
+            x, delta = block(x, delta, rope)
+        return self.output(self.norm(x + self.dropout(delta)))
 
     def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `rows` sequences; `dtype` None is the model's, torch.float8_e4m3fn half of bfloat16."""

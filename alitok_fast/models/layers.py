@@ -96,6 +96,11 @@ class SwiGLU(nn.Module):
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
+def dropout_seed(x: Tensor, dropout: float) -> Tensor | None:
+    """A fresh key per call, drawn from torch's generator: reproducible after torch.manual_seed, restored on resume."""
+    return torch.randint(2**62, (), dtype=torch.int64, device=x.device) if dropout else None
+
+
 class GeneratorAttention(nn.Module):
     """Causal attention with RMSNorm on q and k, then rotary embedding."""
 
@@ -114,8 +119,6 @@ class GeneratorAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        # A fresh key per call, drawn from torch's generator: reproducible after torch.manual_seed, restored on resume.
-        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device) if dropout else None
         out = prefix_attention(
             self.project(x),
             0,
@@ -124,7 +127,7 @@ class GeneratorAttention(nn.Module):
             norm_eps=NORM_EPS,
             rope=rope,
             dropout=dropout,
-            seed=seed,
+            seed=dropout_seed(x, dropout),
         )
         return self.proj(out.flatten(-2))
 
@@ -152,19 +155,27 @@ class GeneratorBlock(nn.Module):
         self.attn = GeneratorAttention(width, heads, dropout)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, hidden)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        x = x + self.dropout(self.attn(self.norm1(x), rope))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, delta: Tensor | None, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual, and what this block's MLP adds to it.
+
+        The addition, with its dropout, is left to the norm that follows, with which it is one kernel; `delta` comes
+        from the block before.
+        """
+        x, normed = self._add_norm(x, delta, self.norm1)
+        delta = self.attn(normed, rope)
+        x, normed = self._add_norm(x, delta, self.norm2)
+        return x, self.mlp(normed)
+
+    def _add_norm(self, x: Tensor, delta: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        dropout = self.dropout if self.training and delta is not None else 0.0
+        return add_rms_norm(x, delta, norm.weight, NORM_EPS, dropout, dropout_seed(x, dropout))
 
     def step(
         self, x: Tensor, delta: Tensor | None, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One new position of each row: the residual (R, width), and what this block's MLP adds to it.
-
-        The addition is left to the norm that follows, with which it is one kernel; `delta` comes from the block before.
-        """
+        """As `forward`, for one new position of each row (R, width)."""
         x, normed = add_rms_norm(x, delta, self.norm1.weight, NORM_EPS)
         delta = self.attn.step(normed, rope, keys, values, position)
         x, normed = add_rms_norm(x, delta, self.norm2.weight, NORM_EPS)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from alitok_fast._library import native_enabled, register_autograd, register_fake
-from alitok_fast.ops.philox import DOMAIN_DROPOUT, philox4x32
+from alitok_fast.ops.dropout import keep_mask, seed_tensor
 
 
 def prefix_attention(
@@ -47,16 +47,10 @@ def prefix_attention(
         ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    seed = _seed_tensor(seed, qkv.device) if dropout > 0 else None
+    seed = seed_tensor(seed, qkv.device) if dropout > 0 else None
     weights = [None if weight is None else weight.float() for weight in (q_norm_weight, k_norm_weight)]
     attend = torch.ops.alitok.prefix_attention if native_enabled() else prefix_attention_reference
     return attend(qkv, prefix_len, *weights, norm_eps, rope, scale, dropout, seed)[0]
-
-
-def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
 
 
 def prefix_attention_reference(
@@ -112,24 +106,10 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def dropout_keep_mask(seed: Tensor, batch: int, heads: int, length: int, dropout: float) -> tuple[Tensor, float]:
-    """(B, H, L, L) bool mask of kept probabilities, and the exact probability of keeping one.
-
-    Element (b, h, i, j) is dropped when its 16 random bits are below round(dropout * 2**16). The bits are part
-    p = j % 128 // 16 of Philox4x32-10 under key (seed low, seed high) and counter
-    (DOMAIN_DROPOUT + j // 128 * 16 + j % 16, i, b * H + h, 0): half p % 2 (0 is the low one) of word p // 2.
-    Sixteen neighbouring counters so give 128 neighbouring columns, in vector registers and without a transpose.
-    """
-    device = seed.device
-    blocks = -(-length // 128)
-    column = DOMAIN_DROPOUT + torch.arange(blocks * 16, device=device)
-    row = torch.arange(length, device=device)[:, None]
-    head = torch.arange(batch * heads, device=device)[:, None, None]
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    words = torch.stack(philox4x32(seed.reshape(()), column, row, head, zero), -1)  # (B H, L, 16 blocks, 4)
-    halves = torch.stack((words & 0xFFFF, words >> 16), -1).reshape(batch * heads, length, blocks, 16, 8)
-    bits = halves.transpose(-1, -2).reshape(batch, heads, length, blocks * 128)[..., :length]
-    threshold = round(dropout * 65536)
-    return bits >= threshold, 1 - threshold / 65536
+    """(B, H, L, L) bool mask of kept probabilities, and the exact probability of keeping one: `keep_mask` with head
+    b * H + h."""
+    mask, kept = keep_mask(seed, batch * heads, length, length, dropout)
+    return mask.unflatten(0, (batch, heads)), kept
 
 
 @register_fake("prefix_attention")

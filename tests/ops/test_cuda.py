@@ -58,7 +58,14 @@ def cached_attention_case() -> Case:
 
 
 def add_rms_norm_case() -> Case:
-    return add_rms_norm, {"x": randn(64, 768), "delta": randn(64, 768, seed=1), "weight": randn(768, seed=2)}
+    def run(x, delta, weight, seed):
+        leaves = [t.detach().requires_grad_() for t in (x, delta, weight)]
+        results = add_rms_norm(*leaves, dropout=0.1, seed=seed)
+        gradients = torch.autograd.grad(results, leaves, [torch.ones_like(result) for result in results])
+        return *(result.detach() for result in results), *gradients
+
+    tensors = {"x": randn(640, 768), "delta": randn(640, 768, seed=1), "weight": randn(768, seed=2)}
+    return run, {**tensors, "seed": torch.tensor([6])}
 
 
 def swiglu_case() -> Case:

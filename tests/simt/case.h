@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "dropout.h"
 #include "engine.h"
 
 namespace simt {
@@ -70,6 +71,10 @@ class Case {
     return found->second;
   }
   int64_t integer(const std::string& name) const { return static_cast<int64_t>(number(name)); }
+  alitok::Dropout dropout() {
+    const auto threshold = static_cast<uint32_t>(integer("dropout_threshold"));
+    return {threshold, static_cast<float>(number("dropout_scale")), input<int64_t>("seed")};
+  }
   bool has(const std::string& name) const { return scalars_.count(name) != 0; }
 
   // The tensor that the test wrote; null when it wrote none. The kernel must leave it as it is.

@@ -19,9 +19,7 @@ inline alitok::PrefixAttentionParams read_params(simt::Case& test) {
   p.norm_eps = static_cast<float>(test.number("norm_eps"));
   p.rope = test.input<float>("rope");
   p.scale = static_cast<float>(test.number("scale"));
-  p.dropout_threshold = static_cast<uint32_t>(test.integer("dropout_threshold"));
-  p.dropout_scale = static_cast<float>(test.number("dropout_scale"));
-  p.seed = test.input<int64_t>("seed");
+  p.dropout = test.dropout();
   return p;
 }
 

@@ -10,29 +10,108 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
+def make_case(dtype, weight_dtype, rows, width, dropout=0.0, with_delta=True):
+    """Arguments of the operator, and what the program reads besides them."""
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(rows, width, generator=generator)
+    delta = torch.randn(rows, width, generator=generator).to(dtype) if with_delta else None
+    weight = (1 + 0.1 * torch.randn(width, generator=generator)).to(weight_dtype)
+    seed = torch.tensor([-77]) if dropout else None
+    threshold = round(dropout * 65536)
+    sizes = {"rows": rows, "width": width, "dropout_threshold": threshold, "dropout_scale": 65536 / (65536 - threshold)}
+    kinds = {"dtype": DTYPES.index(dtype), "weight_dtype": DTYPES.index(weight_dtype)}
+    arguments = {"x": x, "delta": delta, "weight": weight, "seed": seed}
+    return arguments, dropout, {**arguments, **sizes, **kinds}
+
+
+def reference(arguments, dropout):
+    return add_rms_norm_reference(*(arguments[n] for n in ("x", "delta", "weight")), 1e-5, dropout, arguments["seed"])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_delta", [False, True])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 48), (2, 768), (1, 2050)])
 def test_add_rms_norm(simt, dtype, with_delta, rows, width):
-    generator = torch.Generator().manual_seed(width)
-    x = torch.randn(rows, width, generator=generator)
-    delta = torch.randn(rows, width, generator=generator).to(dtype) if with_delta else None
-    weight = (1 + 0.1 * torch.randn(width, generator=generator)).to(dtype)
+    arguments, dropout, inputs = make_case(dtype, dtype, rows, width, 0.2 if with_delta else 0.0, with_delta)
     outputs = {"normed": ((rows, width), dtype)}
     if with_delta:
         outputs["sum"] = ((rows, width), torch.float32)
-    inputs = {"x": x, "delta": delta, "weight": weight, "rows": rows, "width": width, "dtype": DTYPES.index(dtype)}
     result = simt.program("add_rms_norm").run(inputs, outputs, schedules=2)
-    total, normed = add_rms_norm_reference(x, delta, weight, 1e-5)
+    total, normed = reference(arguments, dropout)
     if with_delta:
-        assert torch.equal(result["sum"], total)
+        torch.testing.assert_close(result["sum"], total, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(result["normed"], normed, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+def check_backward(
+    simt, dtype, weight_dtype, rows, width, dropout=0.2, with_delta=True, sanitizer="address", **patches
+):
+    arguments, dropout, inputs = make_case(dtype, weight_dtype, rows, width, dropout, with_delta)
+    generator = torch.Generator().manual_seed(1)
+    grad_sum = torch.randn(rows, width, generator=generator) if with_delta else None
+    grad_normed = torch.randn(rows, width, generator=generator).to(dtype)
+
+    def gradients(compute):
+        leaves = {n: t.to(compute).requires_grad_() for n, t in arguments.items() if t is not None and n != "seed"}
+        results = reference({"delta": None, "seed": arguments["seed"], **leaves}, dropout)
+        chosen = [(r, g) for r, g in zip(results, (grad_sum, grad_normed), strict=True) if g is not None]
+        directions = [g.to(r.dtype) for r, g in chosen]
+        return dict(
+            zip(leaves, torch.autograd.grad([r for r, _ in chosen], list(leaves.values()), directions), strict=True)
+        )
+
+    inputs |= {"x": reference(arguments, dropout)[0] if with_delta else arguments["x"], "backward": 1}
+    inputs |= {"grad_sum": grad_sum, "grad_normed": grad_normed}
+    outputs = {"grad_x": ((rows, width), torch.float32), "grad_weight": ((width,), torch.float32)}
+    if with_delta:
+        outputs["grad_delta"] = ((rows, width), dtype)
+    result = simt.program("add_rms_norm", sanitizer, **patches).run(inputs, outputs, schedules=2)
+    for name, expected in gradients(torch.float64).items():
+        error = (result[f"grad_{name}"].double() - expected).abs().max() / expected.abs().max()
+        low = max(TOLERANCE[dtype], TOLERANCE[weight_dtype])
+        assert error < (3 * low if name != "x" or weight_dtype != torch.float32 else 1e-5), (
+            f"grad_{name}: error {error}"
+        )
+
+
+@pytest.mark.parametrize("with_delta", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 48), (2, 768), (1, 2050), (130, 40)])
+def test_add_rms_norm_backward(simt, dtype, weight_dtype, with_delta, rows, width):
+    check_backward(simt, dtype, weight_dtype, rows, width, 0.2 if with_delta else 0.0, with_delta)
+
+
 def test_add_rms_norm_has_no_data_race(simt):
-    x = torch.randn(2, 300)
-    inputs = {"x": x, "delta": x, "weight": x[0].clone(), "rows": 2, "width": 300, "dtype": 0}
+    _, _, inputs = make_case(torch.float32, torch.float32, 2, 300, 0.1)
     simt.program("add_rms_norm", "thread").run(inputs, {"normed": ((2, 300), torch.float32)}, schedules=1)
+    check_backward(simt, torch.float32, torch.float32, 70, 40, sanitizer="thread")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sanitizer", "message"),
+    [
+        ("sums[warp][lane] = sum;\n  __syncthreads();", "sums[warp][lane] = sum;", "thread", "data race"),
+        ("value[k] += added;", "value[k] = added;", "address", "sum"),
+        (
+            "keep = b.grad_delta == nullptr ? 0 : keep_bits(p, seed, begin)",
+            "keep = 0xffu",
+            "address",
+            "grad_delta: error",
+        ),
+    ],
+)
+def test_seeded_bugs_are_caught(simt, old, new, sanitizer, message):
+    patches = [("add_rms_norm_cuda.cu", old, new)]
+    with pytest.raises(AssertionError, match=message):
+        if message == "sum":
+            arguments, dropout, inputs = make_case(torch.float32, torch.float32, 2, 48)
+            outputs = {"sum": ((2, 48), torch.float32)}
+            result = simt.program("add_rms_norm", patches=patches).run(inputs, outputs, schedules=1)
+            assert torch.equal(result["sum"], reference(arguments, dropout)[0]), "sum"
+        check_backward(simt, torch.float32, torch.float32, 1, 2050, sanitizer=sanitizer, patches=patches)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
