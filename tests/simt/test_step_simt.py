@@ -67,7 +67,8 @@ def check_backward(
         outputs["grad_delta"] = ((rows, width), dtype)
     result = simt.program("add_rms_norm", sanitizer, **patches).run(inputs, outputs, schedules=2)
     for name, expected in gradients(torch.float64).items():
-        error = (result[f"grad_{name}"].double() - expected).abs().max() / expected.abs().max()
+        # Beside incoming gradients of about 1: at width 1 those of the norm cancel to nothing.
+        error = (result[f"grad_{name}"].double() - expected).abs().max() / max(1, expected.abs().max())
         low = max(TOLERANCE[dtype], TOLERANCE[weight_dtype])
         assert error < (3 * low if name != "x" or weight_dtype != torch.float32 else 1e-5), (
             f"grad_{name}: error {error}"
