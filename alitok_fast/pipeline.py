@@ -18,6 +18,7 @@ from alitok_fast.image_decoder import ImageDecoder
 from alitok_fast.images import to_uint8
 from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.models.loading import build, open_checkpoint
+from alitok_fast.models.quantize import QuantizedGenerator
 from alitok_fast.sampling import sample
 
 Label = int | str
@@ -49,8 +50,9 @@ class Pipeline:
         Args:
             class_names: one a class, or None where classes go by number.
             source: a name for the metadata.
-            weights: on the CPU, what the generator's matrices are packed in: torch.float32, torch.bfloat16 or
-                torch.int8; None is the generator's dtype. A generator changed afterwards needs a new pipeline.
+            weights: what the generator's matrices are packed in: on the CPU torch.float32, torch.bfloat16 or torch.int8
+                (`Decoder`), elsewhere torch.int8 or torch.float8_e4m3fn (`QuantizedGenerator`); None is the
+                generator's dtype. A generator changed afterwards needs a new pipeline.
             decode_dtype: what tokens are decoded to images in, as for `ImageDecoder`: None is bfloat16 where the
                 machine multiplies it faster, about half a grey level from float32. A tokenizer changed afterwards
                 needs a new pipeline.
@@ -71,7 +73,7 @@ class Pipeline:
         self.source = source
         self.weights = weights
         self.image_decoder = ImageDecoder(tokenizer, decode_dtype)
-        self._decoder = Decoder(generator, weights) if weights is not None else None
+        self._decoder = _packed(generator, weights) if weights is not None else None
 
     @classmethod
     def from_pretrained(
@@ -96,7 +98,7 @@ class Pipeline:
         return cls(*models, names, str(name_or_path), weights, decode_dtype)
 
     @property
-    def step_model(self) -> Generator | Decoder:
+    def step_model(self) -> Generator | Decoder | QuantizedGenerator:
         """What `sample` steps through: on the CPU the generator packed for it, once for all calls."""
         if self._decoder is None and self.generator.device.type == "cpu" and native_enabled():
             self._decoder = Decoder(self.generator)
@@ -207,6 +209,12 @@ class Pipeline:
             "device": str(self.generator.device),
             "versions": {"alitok_fast": __version__, "torch": torch.__version__},
         }
+
+
+def _packed(generator: Generator, weights: torch.dtype) -> Decoder | QuantizedGenerator:
+    """What steps out of weights in this dtype: packed for the kernels of the CPU, or in 8 bits beside the generator."""
+    pack = Decoder if generator.device.type == "cpu" else QuantizedGenerator
+    return pack(generator, weights)
 
 
 def _name(dtype: torch.dtype) -> str:

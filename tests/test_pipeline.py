@@ -124,6 +124,23 @@ def test_weights_are_packed_as_asked(tiny_folder, weights):
     assert out.tokens.shape == (2, 21)
 
 
+def test_weights_in_8_bits_beside_a_generator_that_is_not_on_the_cpu(tiny_generator):
+    from alitok_fast.models.quantize import QuantizedGenerator
+    from alitok_fast.pipeline import _packed
+
+    packed = _packed(tiny_generator().to("meta"), torch.int8)  # stands in for a GPU: only the device counts here
+    assert isinstance(packed, QuantizedGenerator) and packed.weights == torch.int8
+    with pytest.raises(ValueError, match="dtype: expected int8 or float8_e4m3fn, got bfloat16"):
+        _packed(tiny_generator().to("meta"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("weights", [torch.int8, torch.float8_e4m3fn])
+def test_weights_in_8_bits_on_cuda(cuda, tiny_folder, weights):
+    out = Pipeline.from_pretrained(tiny_folder, cuda, torch.bfloat16, weights=weights)([1, 2])
+    assert out.metadata["weights"] == str(weights).removeprefix("torch.")
+    assert out.tokens.shape == (2, 21) and out.tokens.device.type == "cuda"
+
+
 def test_weights_of_another_kind_are_refused(tiny_folder):
     with pytest.raises(ValueError, match="float16"):
         Pipeline.from_pretrained(tiny_folder, weights=torch.float16)

@@ -10,6 +10,7 @@ import torch
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
 from alitok_fast.ops.prefix_attention import prefix_attention
+from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
 from alitok_fast.ops.sample_tokens import sample_tokens
 from alitok_fast.ops.swiglu import swiglu
 from alitok_fast.ops.vq_lookup import vq_lookup
@@ -81,6 +82,14 @@ def sample_tokens_case() -> Case:
     return run, {"logits": randn(64, 4096), "image_ids": torch.arange(32), **scalars}
 
 
+def quantized_linear_case() -> Case:
+    def run(x, weight, scale, bias):
+        return tuple(quantized_linear(x[:rows], weight, scale, bias) for rows in (1, 5, 16, 64))
+
+    weight, scale = quantize_weight(randn(768, 2048, seed=1), torch.int8)
+    return run, {"x": randn(64, 2048), "weight": weight, "scale": scale, "bias": randn(768, seed=2)}
+
+
 CASES = {
     case.__name__.removesuffix("_case"): case
     for case in (
@@ -88,6 +97,7 @@ CASES = {
         prefix_attention_case,
         cached_attention_case,
         add_rms_norm_case,
+        quantized_linear_case,
         swiglu_case,
         sample_tokens_case,
     )

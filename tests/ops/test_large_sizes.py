@@ -138,6 +138,11 @@ def call_cached_attention(rows=1, capacity=4):
     return cached_attention(qkv if rows > 1 else qkv.contiguous(), cache, cache.clone(), torch.tensor(0))
 
 
+def call_quantized_linear(rows=1, outputs=1):
+    x, weight = torch.empty(rows, 0), torch.empty(outputs, 0, dtype=torch.int8)
+    return torch.ops.alitok.quantized_linear(x, weight, empty(outputs), None)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -147,6 +152,8 @@ def call_cached_attention(rows=1, capacity=4):
         (lambda: prefix_attention(empty(1, 4194241, 3, 1, 8), 0), "qkv: expected L at most 4194240 and B . H below"),
         (lambda: prefix_attention(empty(2**30, 1, 3, 2, 8), 0), r"qkv: expected L at .* and B \* H below 2\*\*31, got"),
         (lambda: add_rms_norm(torch.empty(2**31, 0), None, torch.ones(0)), r"x: expected fewer than 2\^31 rows, got"),
+        (lambda: call_quantized_linear(rows=1048561), "x: expected at most 1048560 rows, got shape"),
+        (lambda: call_quantized_linear(outputs=2**31), r"weight: expected fewer than 2\^31 outputs, got shape"),
         (lambda: call_cached_attention(rows=2**31), r"qkv: expected R \* H below 2\^31, got shape"),
         (lambda: call_cached_attention(capacity=16385), "keys: expected at most 16384 positions, got shape"),
     ],

@@ -1,0 +1,70 @@
+"""A linear layer with 8-bit weights, for the few rows of a sampling step: half the bytes of bfloat16 to read."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alitok_fast._library import native_enabled, register_autograd, register_fake
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The value that each dtype gives an output's largest weight."""
+
+MOST_ROWS = 32
+"""Up to so many rows the weights are used as they are. For more they are written out in the dtype of `x` and go through
+torch's matrix product: by then it, not reading them, takes the time. Not measured on a GPU."""
+
+
+def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(outputs, inputs) rounded to int8 or float8_e4m3fn, and the scale (outputs,) float32 of each output."""
+    if dtype not in LARGEST:
+        raise ValueError(f"dtype: expected int8 or float8_e4m3fn, got {str(dtype).removeprefix('torch.')}")
+    weight = weight.detach().float()
+    scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST[dtype]
+    scaled = weight / scale[:, None]
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+
+
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with W = weight * scale.
+
+    Args:
+        x: (..., inputs) float32, bfloat16 or float16.
+        weight: (outputs, inputs) int8 or float8_e4m3fn, contiguous.
+        scale: (outputs,) float32.
+        bias: (outputs,) in the dtype of `x`, or None.
+
+    Returns:
+        (..., outputs) in the dtype of `x`. Sums are float32; beyond MOST_ROWS rows W is rounded to the dtype of `x`
+        first.
+
+    Raises:
+        RuntimeError, ValueError: naming the argument, what was expected and what was given; gradients are refused.
+    """
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if len(rows) > MOST_ROWS:
+        written_out = (weight.float() * scale[:, None]).to(x.dtype)
+        return F.linear(x, written_out, bias)
+    operator = torch.ops.alitok.quantized_linear if native_enabled() else quantized_linear_reference
+    return operator(rows, weight, scale, bias).view(*x.shape[:-1], len(weight))
+
+
+def quantized_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The definition of `quantized_linear` for (rows, inputs)."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = (x.to(compute) @ weight.to(compute).T) * scale
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+@register_fake("quantized_linear")
+def _(x, weight, scale, bias):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _backward(ctx, *_):
+    raise RuntimeError("quantized_linear: expected inputs without gradients, got some to differentiate; 8-bit weights "
+                       "are for sampling")  # fmt: skip
+
+
+register_autograd("quantized_linear", _backward, lambda ctx, inputs, output: None)

@@ -1,0 +1,138 @@
+"""quantized_linear: native against the reference in float64."""
+
+import pytest
+import torch
+
+from alitok_fast._library import use_reference
+from alitok_fast.ops.quantized_linear import LARGEST, MOST_ROWS, quantize_weight, quantized_linear
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+WEIGHTS = pytest.mark.parametrize("weight_dtype", list(LARGEST), ids=["int8", "e4m3"])
+
+
+def make(rows, inputs, outputs, dtype=torch.float32, weight_dtype=torch.int8, bias=True, device="cpu"):
+    generator = torch.Generator().manual_seed(rows + inputs)
+    x = torch.randn(rows, inputs, generator=generator).to(device, dtype)
+    weight, scale = quantize_weight(torch.randn(outputs, inputs, generator=generator), weight_dtype)
+    added = torch.randn(outputs, generator=generator).to(device, dtype) if bias else None
+    return x, weight.to(device), scale.to(device), added
+
+
+def exact(x, weight, scale, bias):
+    out = x.double() @ (weight.double() * scale.double()[:, None]).T
+    return out if bias is None else out + bias.double()
+
+
+def assert_close(got, arguments, multiple=3):
+    expected = exact(*arguments)
+    with use_reference():
+        low = quantized_linear(*arguments).double()
+    bound = multiple * (low - expected).abs().max() + 4 * UNIT[got.dtype] * expected.abs().max()
+    assert (got.double() - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@WEIGHTS
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(1, 1, 1), (1, 768, 2304), (2, 16, 3), (3, 17, 5), (5, 88, 32), (8, 520, 9), (16, 2048, 70), (MOST_ROWS, 48, 7)],
+)
+def test_matches_reference(target, dtype, weight_dtype, rows, inputs, outputs):
+    arguments = make(rows, inputs, outputs, dtype, weight_dtype, bias=rows != 2, device=target)
+    got = quantized_linear(*arguments)
+    assert got.dtype == dtype and got.shape == (rows, outputs)
+    assert_close(got, arguments)
+
+
+@WEIGHTS
+def test_many_rows_go_through_a_matrix_product(device, weight_dtype):
+    x, weight, scale, bias = make(2 * MOST_ROWS, 40, 6, torch.float32, weight_dtype, device=device)
+    many = quantized_linear(x, weight, scale, bias)
+    few = torch.cat([quantized_linear(part, weight, scale, bias) for part in x.split(MOST_ROWS)])
+    torch.testing.assert_close(many, few, rtol=1e-5, atol=1e-5)
+    shaped = quantized_linear(x.view(2, MOST_ROWS, 40), weight, scale, bias)
+    assert torch.equal(shaped, many.view(2, MOST_ROWS, 6))
+
+
+def test_rows_do_not_depend_on_each_other(device):
+    """Which images share a batch changes none of them beyond rounding."""
+    x, weight, scale, bias = make(16, 96, 33, torch.bfloat16, device=device)
+    together = quantized_linear(x, weight, scale, bias)
+    for rows in (1, 2, 5):
+        torch.testing.assert_close(
+            quantized_linear(x[:rows], weight, scale, bias), together[:rows], rtol=2**-7, atol=1e-6
+        )
+
+
+@WEIGHTS
+def test_every_code(target, weight_dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(weight_dtype)
+    codes = codes[codes.float().isfinite()][:, None].contiguous()
+    got = quantized_linear(torch.ones(1, 1, device=target), codes.to(target), torch.ones(len(codes), device=target))
+    assert torch.equal(got.flatten().cpu(), codes.flatten().float())
+
+
+@WEIGHTS
+def test_quantize_weight(weight_dtype):
+    weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    weight[7] = 0
+    quantised, scale = quantize_weight(weight, weight_dtype)
+    assert quantised.dtype == weight_dtype and torch.equal(quantised[7].float(), torch.zeros(64))
+    assert quantised.float().abs().amax(1)[:7].eq(LARGEST[weight_dtype]).all()
+    error = (quantised.float() * scale[:, None] - weight).abs()
+    step = scale[:, None] / 2
+    if weight_dtype == torch.float8_e4m3fn:  # half a unit of four significant bits, of subnormals near zero
+        step = (weight.abs() * 2**-4).maximum(scale[:, None] * 2**-10)
+    assert (error <= step * 1.0001).all()
+    with pytest.raises(ValueError, match="dtype: expected int8 or float8_e4m3fn, got int16"):
+        quantize_weight(weight, torch.int16)
+
+
+def test_misaligned_weight(target):
+    """A view may begin anywhere."""
+    x, weight, scale, _ = make(2, 32, 4, device=target)
+    moved = torch.empty(4 * 32 + 3, dtype=torch.int8, device=target)[3:].view(4, 32).copy_(weight)
+    assert torch.equal(quantized_linear(x, moved, scale), quantized_linear(x, weight, scale))
+
+
+def test_empty(device):
+    x, weight, scale, bias = make(3, 16, 4, device=device)
+    assert quantized_linear(x[:0], weight, scale, bias).shape == (0, 4)
+    assert quantized_linear(x, weight[:0], scale[:0]).shape == (3, 0)
+    assert torch.equal(quantized_linear(x[:, :0], weight[:, :0].contiguous(), scale, bias), bias.expand(3, 4))
+
+
+def test_gradients_are_refused():
+    x, weight, scale, bias = make(3, 16, 4)
+    out = quantized_linear(x.requires_grad_(), weight, scale, bias)
+    with pytest.raises(RuntimeError, match="quantized_linear: expected inputs without gradients"):
+        out.sum().backward()
+
+
+def test_opcheck(device):
+    operator = torch.ops.alitok.quantized_linear.default
+    torch.library.opcheck(operator, make(3, 20, 4, torch.bfloat16, device=device))
+    torch.library.opcheck(operator, make(1, 16, 4, bias=False, device=device))
+    # The other checks compare inputs by torch.allclose, which this dtype has not.
+    inputs = make(3, 20, 4, torch.bfloat16, torch.float8_e4m3fn, device=device)
+    torch.library.opcheck(operator, inputs, test_utils=("test_autograd_registration", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(3, 16).double()}, "x: expected float32 or bfloat16 or float16, got float64"),
+        ({"x": torch.ones(3, 8)}, "weight: expected size 8 along dimension 1"),
+        ({"weight": torch.ones(4, 16)}, "weight: expected int8 or .*, got float32"),
+        ({"weight": torch.ones(16, 4, dtype=torch.int8).T}, "weight: expected a contiguous tensor"),
+        ({"scale": torch.ones(5)}, "scale: expected size 4 along dimension 0"),
+        ({"scale": torch.ones(4).half()}, "scale: expected float32, got float16"),
+        ({"bias": torch.ones(4).half()}, "bias: expected float32, got float16"),
+        ({"bias": torch.ones(3)}, "bias: expected size 4 along dimension 0"),
+    ],
+)
+def test_messages(change, message):
+    arguments = dict(zip(("x", "weight", "scale", "bias"), make(3, 16, 4), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        quantized_linear(**arguments)
