@@ -38,7 +38,7 @@ GuidancePower = Annotated[MaybeFloat, typer.Option(help="Exponent of the guidanc
 Temperature = Annotated[float, typer.Option(help="0: the likeliest token each time.")]
 TopK = Annotated[MaybeInt, typer.Option(help="Draw from the k likeliest tokens.")]
 TopP = Annotated[MaybeFloat, typer.Option(help="Draw from the smallest set with this probability.")]
-Weights = Annotated[MaybeText, typer.Option(help="CPU: matrices in float32, bfloat16 or int8; else as --dtype.")]
+Weights = Annotated[MaybeText, typer.Option(help="Matrices: CPU float32, bfloat16, int8; CUDA int8, float8_e4m3fn.")]
 DecodeDtype = Annotated[
     MaybeText, typer.Option(help="Tokens to images in this; bfloat16 where it is faster if not given.")
 ]

@@ -18,7 +18,12 @@ from alitok_fast.models.generator import Generator
 from alitok_fast.models.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PACKED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+_PACKED = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
 _OPTIONAL_KEYS = {"quantize.embed_prob"}  # training statistics: absent from released stage-2 files
 
 
