@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from eager import EagerLoop
 
-from alitok_fast.config import generator_preset
 from alitok_fast.decoding import Decoder
-from alitok_fast.models import Generator
 from alitok_fast.testing import relative_error
+from peers.eager import EagerLoop
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}  # of logits, beside float32; tests/test_decoding.py says more
-
-
-@pytest.fixture(scope="session")
-def generator(mode):
-    """make(name) -> a generator with random weights, cut short unless timed at full size."""
-    made = {}
-
-    def make(name: str) -> Generator:
-        if name not in made:
-            config = generator_preset(name)
-            layers = mode.pick(check=2, quick=4, full=config.layers)
-            torch.manual_seed(0)
-            grid = mode.pick(check=4, quick=config.grid, full=config.grid)
-            gen = Generator(dataclasses.replace(config, layers=layers, grid=grid)).eval().requires_grad_(False)
-            for parameter in gen.parameters():
-                if parameter.ndim == 2:
-                    parameter.uniform_(-1, 1).mul_((3 / parameter.shape[1]) ** 0.5)
-            made[name] = gen
-        return made[name]
-
-    return make
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])

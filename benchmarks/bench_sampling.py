@@ -1,36 +1,131 @@
-"""Whole images, tokens only, with guidance: packed weights beside the reference's way of sampling."""
+"""Whole images with guidance, tokens and stage-2 decode: each precision of ours beside the peers, batch by batch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from bench_decode import generator  # noqa: F401 - a fixture
-from eager import EagerLoop, sample_eagerly
 
-from alitok_fast.decoding import Decoder
-from alitok_fast.sampling import sample
+from alitok_fast.image_decoder import ImageDecoder
 from alitok_fast.testing import relative_error
+from floor import Machine, decode_floor, tokens_floor
+from peers import contender
+from peers.compiled import Compiled
+from peers.eager import Eager
+from peers.ours import Ours
+from peers.reference import Reference, load_reference
+from timing import Missing
+
+BUDGET = 12.0  # seconds of one system
+FULL = {"cpu": {"b": (1, 8, 32), "l": (1, 8), "xl": (1, 8)}, "cuda": dict.fromkeys(("b", "l", "xl"), (1, 8, 64, 256))}
+QUICK = {"cpu": {"b": (1, 8)}, "cuda": {"b": (1, 8, 64)}}
+CHECK = dict.fromkeys(("cpu", "cuda"), {"b": (1, 3), "l": (2,), "xl": (2,)})
+MINUTES = "on a CPU this would take minutes"
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("size", ["b"])
-def bench_sampling(size, batch, generator, compare, device):  # noqa: F811
-    if device.type != "cpu":
-        pytest.skip("packed decoders are for the CPU")
-    gen = generator(size)
-    labels = torch.arange(batch)
-    packed = {dtype: Decoder(gen, dtype) for dtype in (torch.int8, torch.bfloat16, torch.float32)}
-    first = EagerLoop(gen, labels)
-    logits = packed[torch.float32].step(first.ids, packed[torch.float32].new_cache(2 * batch))
-    assert relative_error(logits, first.logits()) < 1e-4
+def precisions(device, size, batch) -> dict[str, tuple[torch.dtype, torch.dtype | None, torch.dtype]]:
+    """Ours by name: weights, cache where it is another, decoder; the first is what others are compared with."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    if device.type == "cuda":
+        named = {
+            "bf16": (bf16, None, bf16),
+            "bf16, fp8 KV": (bf16, torch.float8_e4m3fn, bf16),
+            "fp32": (fp32, None, fp32),
+        }
+    else:
+        named = {"int8": (torch.int8, None, bf16), "bf16": (bf16, None, bf16), "fp32": (fp32, None, fp32)}
+        if size != "b" or batch > 8:
+            del named["fp32"]
+    return {f"alitok_fast {name}": dtypes for name, dtypes in named.items()}
 
-    own = packed[torch.int8]
-    alternatives = {
-        "bfloat16 weights": lambda: sample(packed[torch.bfloat16], labels),
-        "float32 weights": lambda: sample(packed[torch.float32], labels),
-        "eager float32, restated reference": lambda: sample_eagerly(gen, labels),
-    }
+
+def check(system, gen, tokenizer, labels):
+    """Logits and pixels agree with the uncached model in float32, to rounding."""
     config = gen.config
-    context = config.tokens * (config.tokens + 1) // 2
-    seen = 2 * config.layers * 2 * batch * config.width * context * own.cache_dtype.itemsize
-    compare(lambda: sample(own, labels), alternatives, config.tokens * own.packed.step_bytes + seen, "read_bytes")
+    tokens = torch.arange(len(labels) * config.tokens, device=labels.device).view(len(labels), -1) * 7
+    tokens %= config.codebook_size
+    with torch.no_grad():
+        some = tokens[:, :3]
+        assert relative_error(system.logits(labels, some), gen(some, labels)) < system.error
+        expected = tokenizer.decode(tokens)
+    pixels = system.decode(tokens)
+    assert pixels.shape == expected.shape
+    deviation = (pixels.float() - expected).square().mean().sqrt() / expected.std()
+    assert deviation < system.error, deviation
+
+
+def peers(size, batch, gen, tokenizer, mode, device, reference_repo):
+    """By name: a function that makes the system, and the precision it counts as; or why it is not there."""
+    slow = device.type == "cpu" and batch > (8 if size == "b" else 1)
+    systems = {}
+    named = {"reference, fp32": False, "reference, bf16 autocast": True}
+    if reference_repo is None:
+        systems["eager fp32, restated reference"] = lambda: Eager(gen, tokenizer)
+        systems |= dict.fromkeys(named, Missing("no checkout of the reference: --reference-repo PATH"))
+    elif not mode.timed or mode.quick:
+        systems |= dict.fromkeys(named, Missing("its models have full size only: not with --quick"))
+    elif slow:
+        systems |= dict.fromkeys(named, Missing(MINUTES))
+    else:
+        loaded = load_reference(reference_repo, size, gen, tokenizer)
+        for name, autocast in named.items():
+            systems[name] = loaded
+            if not isinstance(loaded, Missing):
+                systems[name] = lambda autocast=autocast: Reference(*loaded, gen, autocast)
+    systems["torch.compile, bf16, static cache"] = lambda: Compiled(gen, tokenizer, batch, compiled=mode.timed)
+    return dict.fromkeys(systems, Missing(MINUTES)) if slow else systems
+
+
+def case(size, batch):
+    return pytest.param(size, batch, id=f"{size}-{batch}")
+
+
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.option
+    table = CHECK if not option.benchmark else QUICK if option.quick else FULL
+    cases = [case(size, batch) for size, batches in table[option.device.type].items() for batch in batches]
+    metafunc.parametrize(("size", "batch"), cases)
+
+
+def bench_sampling(size, batch, generator, tokenizer, measure, mode, device, ceilings, reference_repo):
+    gen = generator(size)
+    labels = torch.arange(batch, device=device)
+    decoders = {dtype: ImageDecoder(tokenizer, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    contenders, own = {}, []
+    for name, (weights, kv_dtype, images) in precisions(device, size, batch).items():
+        system = Ours(gen, decoders[images], batch, weights, kv_dtype)
+        check(system, gen, tokenizer, labels)
+        own.append(system)
+        contenders[name] = contender(
+            system,
+            labels,
+            warm=None if batch <= 8 else lambda system=system: system.draw_seconds(),
+            own=True,
+            floor=floor(system, batch, weights, images, tokenizer, ceilings) if mode.timed else None,
+            draw=system.draw_seconds(),
+        )
+    for name, make in peers(size, batch, gen, tokenizer, mode, device, reference_repo).items():
+        if isinstance(make, Missing):
+            contenders[name] = make
+            continue
+        system = make()
+        check(system, gen, tokenizer, labels)
+        contenders[name] = contender(system, labels, warm=lambda system=system: warm(system, labels), own=False)
+    layers = gen.config.layers
+    measure(contenders, mode.pick(check=0, quick=1.0, full=BUDGET), kind="image", size=size, batch=batch, layers=layers)
+
+
+def warm(system, labels):
+    """Peers take up to minutes: a few steps where a system can be stopped, besides what `check` has run already."""
+    if isinstance(system, (Eager, Compiled)):
+        system.generate(labels, steps=4)
+
+
+def floor(system, batch, weights, images, tokenizer, ceilings) -> dict[str, float]:
+    """Seconds of this machine's floor for the tokens and for the decode."""
+    rate = {torch.float32: ceilings.fp32_flops, torch.bfloat16: ceilings.bf16_flops, torch.int8: ceilings.int8_flops}
+    step = Machine(rate[weights], ceilings.read_bytes)
+    decode = Machine(rate[images], ceilings.read_bytes)
+    return {
+        "tokens": tokens_floor(system.gen.config, batch, system.weight_bytes, system.kv_bytes, step),
+        "stage-2 decode": decode_floor(tokenizer.config, batch, images.itemsize, decode),
+    }

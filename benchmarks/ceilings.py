@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ class Ceilings:
     """CPU: fused multiply-adds in registers. CUDA: torch's best float32 matrix product, without TF32."""
     bf16_flops: float
     """torch's best bfloat16 matrix product (AMX or AVX-512 on the CPU)."""
+    int8_flops: float
+    """torch's best int8 matrix product, operations counted as for floats; not below bf16_flops."""
     read_bytes: float
     """Reading main memory."""
 
@@ -32,9 +35,10 @@ class Ceilings:
 def measure_ceilings(device: torch.device) -> Ceilings:
     """Takes about five seconds. On the CPU it needs a C++ compiler, as building the extension does."""
     bf16 = _matmul_flops(device, torch.bfloat16)
+    int8 = max(bf16, _matmul_flops(device, torch.int8))
     if device.type == "cpu":
-        return Ceilings(bf16_flops=bf16, **_cpu_program())
-    return Ceilings(_matmul_flops(device, torch.float32), bf16, _cuda_read_bytes(device))
+        return Ceilings(bf16_flops=bf16, int8_flops=int8, **_cpu_program())
+    return Ceilings(_matmul_flops(device, torch.float32), bf16, int8, _cuda_read_bytes(device))
 
 
 def _cpu_program() -> dict[str, float]:
@@ -53,8 +57,9 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for size in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        seconds = _best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+        multiply, sums = (torch._int_mm, torch.int32) if dtype == torch.int8 else (torch.mm, dtype)
+        out = torch.empty(size, size, device=device, dtype=sums)
+        seconds = _best_seconds(functools.partial(multiply, a, b, out=out), device)
         best = max(best, 2 * size**3 / seconds)
     return best
 

@@ -1,27 +1,38 @@
 """`pytest benchmarks/` runs every benchmark once, as a correctness check; with `--benchmark` it times them.
 
-    pytest benchmarks/ --benchmark                 everything, at full size
-    pytest benchmarks/ --benchmark --quick         smaller and fewer, for CI
-    pytest benchmarks/bench_vq_lookup.py --benchmark --benchmark-json=vq.json
+    pytest benchmarks/ --benchmark                 everything, at full size; writes benchmarks/reports/<machine>/
+    pytest benchmarks/ --benchmark --quick         smaller and fewer, for CI; writes benchmarks/reports/<machine>-quick/
+    pytest benchmarks/ --benchmark --reference-repo PATH       beside the reference implementation
+    pytest benchmarks/bench_vq_lookup.py --benchmark --report-dir /tmp/vq      a part of it, written where told
 
-A benchmark checks its outputs, then hands its function and the alternatives to `compare`. These take turns, round
-after round, so that a change of clock or a busy neighbour meets all of them; the speed-up is the median of the rounds'
-ratios. pytest-benchmark keeps the function's times, and its `extra_info` everything else.
+A benchmark checks its outputs, then hands its function and the alternatives to `compare`. These take turns, round after
+round (`timing.py`). pytest-benchmark keeps the function's times, and its `extra_info` everything else.
 """
 
 from __future__ import annotations
 
-import statistics
+import dataclasses
+import functools
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
-from ceilings import Ceilings, measure_ceilings, synchronize
 
-ROUNDS, QUICK_ROUNDS = 9, 3
-RESULTS = pytest.StashKey[list[str]]()
+from alitok_fast.config import TOKENIZERS, generator_preset
+from alitok_fast.models import Generator, Tokenizer
+from ceilings import Ceilings, measure_ceilings, synchronize
+from machine import GpuMonitor, describe, slug
+from session import Session, full_report, terminal_lines
+from timing import Contender, Missing, Turns
+
+MOST_ROUNDS, MOST_QUICK_ROUNDS = 9, 3
+BUDGET, QUICK_BUDGET = 1.0, 0.2  # seconds of one contender
+SESSION = pytest.StashKey[Session]()
+HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,17 +40,63 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--benchmark", action="store_true", help="time the benchmarks instead of only checking them")
     group.addoption("--quick", action="store_true", help="with --benchmark: smaller sizes, fewer rounds")
     group.addoption("--device", default="cpu", type=torch.device, help="cpu (default) or cuda")
+    group.addoption("--reference-repo", type=Path, help="checkout of the reference implementation, to time beside ours")
+    group.addoption("--report-dir", type=Path, help="folder for the report; needed for a part of the benchmarks")
+    group.addoption("--machine", help="name of the report's folder; by default from the device's name")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_disable = not config.option.benchmark  # pytest-benchmark then calls each function once
-    config.stash[RESULTS] = []
+    option = config.option
+    option.benchmark_disable = not option.benchmark  # pytest-benchmark then calls each function once
+    session = config.stash[SESSION] = Session(full=not option.quick)
+    config.pluginmanager.register(session)
+    if not option.benchmark:
+        return
+    session.machine = describe(option.device)
+    session.command = "pytest benchmarks/ --benchmark" + (" --quick" if option.quick else "")
+    session.command += " --reference-repo PATH" if option.reference_repo else ""
+    session.command += f" --device {option.device}" if option.device.type != "cpu" else ""
+    suffix = "" if session.full else "-quick"
+    session.folder = option.report_dir
+    if session.folder is None and full_report(config, HERE):
+        session.folder = HERE / "reports" / ((option.machine or slug(session.machine)) + suffix)
+    if session.folder is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise pytest.UsageError("the report's plots need matplotlib: pip install 'alitok_fast[bench]'") from None
+        if option.benchmark_json is None:
+            session.scratch = tempfile.TemporaryDirectory()
+            option.benchmark_json = Path(session.scratch.name) / "report.json"
+
+
+def pytest_deselected(items) -> None:
+    if items:
+        items[0].config.stash[SESSION].partial = True
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
+    machine_info.pop("node", None)  # the host's name is nobody's business
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    output_json["alitok_fast"] = config.stash[SESSION].to_dict()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    own = session.config.stash[SESSION]
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        own.write(session.config.option.benchmark_json, asked_for=session.config.option.report_dir is not None)
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if config.stash[RESULTS]:
+    session = config.stash[SESSION]
+    if session.lines:
         terminalreporter.section("alitok_fast")
-        terminalreporter.write_line("\n".join(config.stash[RESULTS]))
+        terminalreporter.write_line("\n".join(session.lines))
+    if session.written:
+        terminalreporter.write_line(f"report: {session.written}")
 
 
 @dataclass(frozen=True)
@@ -64,13 +121,93 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def ceilings(mode: Mode, device: torch.device) -> Ceilings | None:
+def reference_repo(request: pytest.FixtureRequest) -> Path | None:
+    return request.config.option.reference_repo
+
+
+@pytest.fixture(scope="session")
+def ceilings(mode: Mode, device: torch.device, request: pytest.FixtureRequest) -> Ceilings | None:
     """Measured once a session; None when nothing is timed."""
-    return measure_ceilings(device) if mode.timed else None
+    if not mode.timed:
+        return None
+    measured = measure_ceilings(device)
+    request.config.stash[SESSION].ceilings = measured.to_dict()
+    return measured
+
+
+@pytest.fixture(scope="session")
+def generator(mode: Mode, device: torch.device) -> Callable[[str], Generator]:
+    """make(preset) -> a generator with random weights, cut short unless timed at full size."""
+
+    @functools.cache
+    def make(preset: str) -> Generator:
+        config = generator_preset(preset)
+        layers = mode.pick(check=2, quick=4, full=config.layers)
+        grid = mode.pick(check=4, quick=config.grid, full=config.grid)
+        torch.manual_seed(0)
+        gen = Generator(dataclasses.replace(config, layers=layers, grid=grid)).eval().requires_grad_(False)
+        for parameter in gen.parameters():  # the output layer starts at zero
+            if parameter.ndim == 2:
+                parameter.uniform_(-1, 1).mul_((3 / parameter.shape[1]) ** 0.5)
+        return gen.to(device)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(mode: Mode, device: torch.device) -> Tokenizer:
+    """Stage 2, with random weights, cut short as the generators are."""
+    config = TOKENIZERS["256"]
+    small = {"encoder_layers": 1, "decoder_layers": mode.pick(check=2, quick=4, full=config.decoder_layers)}
+    if mode.timed and not mode.quick:
+        small = {}  # the reference takes the whole state
+    size = mode.pick(check=4, quick=config.grid, full=config.grid) * config.patch_size
+    torch.manual_seed(0)
+    return Tokenizer(dataclasses.replace(config, image_size=size, **small)).eval().requires_grad_(False).to(device)
 
 
 @pytest.fixture
-def compare(benchmark, mode: Mode, device: torch.device, ceilings: Ceilings | None, request) -> Callable[..., None]:
+def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..., dict | None]:
+    """measure(contenders, budget=None, **facts): time contenders in turns, the first of them for pytest-benchmark.
+
+    `contenders` maps names to a Contender or to Missing. Each but the first has `budget` seconds for its rounds, and at
+    least one round. `facts` go into the report. Returns what the report gets, None where nothing is timed.
+    """
+
+    def run(contenders: Mapping[str, Contender | Missing], budget: float | None = None, **facts) -> dict | None:
+        present = {name: one for name, one in contenders.items() if isinstance(one, Contender)}
+        most = mode.pick(check=1, quick=MOST_QUICK_ROUNDS, full=MOST_ROUNDS)
+        if budget is None:
+            budget = mode.pick(check=0.0, quick=QUICK_BUDGET, full=BUDGET)
+        turns = Turns(present, budget, most, lambda: synchronize(device))
+        cores = 0.0  # seconds of processors that the first one had: on a busy machine fewer than it has threads
+
+        def own_turn() -> None:
+            nonlocal cores
+            begin = time.process_time()
+            turns.take(turns.first)
+            cores += time.process_time() - begin
+
+        with GpuMonitor(device if mode.timed else torch.device("cpu")) as gpu:
+            benchmark.pedantic(own_turn, setup=turns.others_take, rounds=turns.rounds)
+        if not mode.timed:
+            return None
+        info = {
+            **facts,
+            "contenders": turns.summary(),
+            "missing": {name: one.reason for name, one in contenders.items() if isinstance(one, Missing)},
+            "cores": cores / sum(turns.seconds[turns.first]),
+            "gpu": gpu.summary,
+        }
+        benchmark.extra_info.update(info)
+        request.config.stash[SESSION].lines += terminal_lines(request.node.name, info, torch.get_num_threads())
+        return info
+
+    return run
+
+
+@pytest.fixture
+def compare(measure, ceilings: Ceilings | None, mode: Mode) -> Callable[..., None]:
     """compare(function, alternatives, work, ceiling): time `function` beside its alternatives.
 
     `alternatives` maps a name to a function of no arguments; `work` is what one call does, in the unit of `ceiling`, a
@@ -78,78 +215,8 @@ def compare(benchmark, mode: Mode, device: torch.device, ceilings: Ceilings | No
     """
 
     def run(function: Callable, alternatives: Mapping[str, Callable], work: float, ceiling: str) -> None:
-        def timed(f: Callable) -> float:
-            synchronize(device)
-            begin = time.perf_counter()
-            f()
-            synchronize(device)
-            return time.perf_counter() - begin
-
-        for f in (function, *alternatives.values()):
-            f()  # warm: caches, autotuning, compilation
-        times: dict[str, list[float]] = {name: [] for name in alternatives}
-        own: list[float] = []
-        cores: list[float] = []  # that the function really had: on a busy machine fewer than it has threads
-
-        def own_turn() -> None:
-            begin = time.process_time()
-            own.append(timed(function))
-            cores.append((time.process_time() - begin) / own[-1])
-
-        def alternatives_take_their_turn() -> None:
-            for name, alternative in alternatives.items():
-                times[name].append(timed(alternative))
-
-        rounds = mode.pick(check=1, quick=QUICK_ROUNDS, full=ROUNDS)
-        benchmark.pedantic(own_turn, setup=alternatives_take_their_turn, rounds=rounds)
-        if not mode.timed:
-            return
-        own = own[-rounds:]
-        info = _summary(own, times, work, ceiling, getattr(ceilings, ceiling))
-        info["ceilings"] = ceilings.to_dict()
-        info["machine"] = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        info["cores"] = statistics.median(cores)
-        benchmark.extra_info.update(info)
-        request.config.stash[RESULTS].append(_line(request.node.name, info))
+        contenders = {"alitok_fast": Contender(function), **{n: Contender(f) for n, f in alternatives.items()}}
+        most = getattr(ceilings, ceiling) if mode.timed else None
+        measure(contenders, kind="operator", work=work, unit=ceiling, ceiling=most)
 
     return run
-
-
-def _spread(seconds: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
-
-
-def _summary(own: list[float], times: dict[str, list[float]], work: float, unit: str, ceiling: float) -> dict:
-    seconds = _spread(own)
-    rate = work / seconds["median"]
-    return {
-        "seconds": seconds,
-        "work": work,
-        "rate": {"unit": unit, "median": rate, "share_of_ceiling": rate / ceiling, "best": work / seconds["fastest"]},
-        "alternatives": {
-            name: {
-                "seconds": _spread(other),
-                "speedup": statistics.median(b / a for a, b in zip(own, other, strict=True)),
-            }
-            for name, other in times.items()
-        },
-    }
-
-
-def _line(name: str, info: dict) -> str:
-    seconds, rate = info["seconds"], info["rate"]
-    unit = "GB/s" if rate["unit"].endswith("bytes") else "GFLOP/s"
-    lines = [
-        f"{name}: median {seconds['median'] * 1e3:.2f} ms ({seconds['fastest'] * 1e3:.2f} to "
-        f"{seconds['slowest'] * 1e3:.2f}), {rate['median'] / 1e9:.0f} {unit}, "
-        f"{rate['share_of_ceiling']:.0%} of the measured {info['ceilings'][rate['unit']] / 1e9:.0f}"
-    ]
-    threads = info["machine"]["threads"]
-    if info["machine"]["device"] == "cpu" and info["cores"] < 0.8 * threads:
-        while_running = rate["share_of_ceiling"] * threads / info["cores"]
-        lines.append(
-            f"    the machine was busy: {info['cores']:.2f} of {threads} cores; {while_running:.0%} while running"
-        )
-    for other, result in info["alternatives"].items():
-        lines.append(f"    {result['speedup']:6.2f}x  {other} (median {result['seconds']['median'] * 1e3:.2f} ms)")
-    return "\n".join(lines)

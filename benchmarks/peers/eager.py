@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alitok_fast.models import Generator
+from alitok_fast._library import use_reference
+from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.models.layers import NORM_EPS, GeneratorBlock
 from alitok_fast.sampling import guidance_schedule
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).type_as(x) * weight
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).type_as(weight) * weight
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -29,13 +30,20 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return rotated.flatten(3).type_as(x)
 
 
+def draw(logits: Tensor, scale: Tensor) -> Tensor:
+    """(2 B, K) -> (B,) tokens."""
+    conditional, unconditional = logits.chunk(2)
+    guided = unconditional + (conditional - unconditional) * scale
+    return torch.multinomial(F.softmax(guided, -1), 1).squeeze(1)
+
+
 class EagerLoop:
     """One batch with guidance; `step` draws the next token of each image, as the reference does."""
 
     def __init__(self, gen: Generator, labels: Tensor) -> None:
         config = gen.config
         self.gen, self.batch = gen, len(labels)
-        self.schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power)
+        self.schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power).to(gen.device)
         self.ids = torch.cat([gen.condition_ids(labels, self.batch), gen.condition_ids(None, self.batch)])
         self.caches: list[tuple[Tensor, Tensor] | None] = [None] * config.layers
         self.tokens: list[Tensor] = []
@@ -52,11 +60,12 @@ class EagerLoop:
         return self.gen.output(rms_norm(x, self.gen.norm.weight)).squeeze(1)
 
     def step(self) -> None:
-        conditional, unconditional = self.logits().chunk(2)
-        guided = unconditional + (conditional - unconditional) * self.schedule[len(self.tokens)]
-        drawn = torch.multinomial(F.softmax(guided, -1), 1).squeeze(1)
-        self.tokens.append(drawn)
-        self.ids = torch.cat([drawn, drawn])
+        self.append(draw(self.logits(), self.schedule[len(self.tokens)]))
+
+    def append(self, tokens: Tensor) -> None:
+        """Make (B,) tokens the current ones."""
+        self.tokens.append(tokens)
+        self.ids = torch.cat([tokens, tokens])
 
     def _attention(self, index: int, block: GeneratorBlock, x: Tensor, rope: Tensor) -> Tensor:
         attn = block.attn
@@ -72,9 +81,29 @@ class EagerLoop:
         return attn.proj(out.transpose(1, 2).flatten(2))
 
 
-def sample_eagerly(gen: Generator, labels: Tensor, steps: int | None = None) -> Tensor:
-    """(B, steps or N) tokens."""
-    loop = EagerLoop(gen, labels)
-    for _ in range(gen.config.tokens if steps is None else steps):
-        loop.step()
-    return torch.stack(loop.tokens, 1)
+class Eager:
+    """Whole images. Decoding to pixels is the tokenizer's own, on torch's operators."""
+
+    error = 1e-4
+
+    def __init__(self, gen: Generator, tokenizer: Tokenizer) -> None:
+        self.gen, self.tokenizer = gen, tokenizer
+
+    def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        loop, result = EagerLoop(self.gen, labels), []
+        for column in (*tokens.unbind(1), None):
+            result.append(loop.logits()[: len(labels)])
+            if column is not None:
+                loop.append(column)
+        return torch.stack(result, 1)
+
+    def generate(self, labels: Tensor, steps: int | None = None) -> Tensor:
+        """`steps` None draws all tokens."""
+        loop = EagerLoop(self.gen, labels)
+        for _ in range(self.gen.config.tokens if steps is None else steps):
+            loop.step()
+        return torch.stack(loop.tokens, 1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        with use_reference():
+            return self.tokenizer.decode(tokens)

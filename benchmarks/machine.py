@@ -1,0 +1,129 @@
+"""What a report says about the machine: names, versions, and on a GPU its clocks, power and throttling."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import statistics
+import threading
+from typing import Any
+
+import torch
+
+from alitok_fast.info import info
+
+PACKAGES = ("torch", "numpy", "pytest-benchmark", "diffusers", "triton", "flash-attn", "nvidia-ml-py")
+SAMPLE_SECONDS = 0.25
+THROTTLE_REASONS = {  # NVML's bits
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal",
+    0x40: "hardware thermal",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine as plain values (JSON). Nothing in it names a person, a host or a folder."""
+    values = info()
+    cpu = values["cpu"]
+    described = {
+        "device": device.type,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu["model"],
+        "cpu": {key: cpu[key] for key in ("model", "cores", "isa", "amx")},
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": values["python"],
+        "platform": values["platform"],
+        "alitok_fast": values["alitok_fast"],
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+    if device.type == "cuda":
+        described["cuda"] = {"driver": values["cuda"]["driver"], "torch": values["cuda"]["torch"]}
+    return described
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """A folder's name: amd-epyc-2-threads, nvidia-h100-80gb-hbm3."""
+    name = machine["name"] if machine["device"] == "cuda" else f"{machine['name']} {machine['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", "", name.lower())).strip("-")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+class GpuMonitor:
+    """Samples a GPU inside a `with` block; `summary` is what it saw, None on the CPU.
+
+    Raises RuntimeError without nvidia-ml-py: a GPU's times say little without its clocks.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.samples: list[dict[str, float]] = []
+        self.reasons = 0
+        self._nvml = self._handle = self._thread = None
+        self._stop = threading.Event()
+        if device.type == "cuda":
+            try:
+                import pynvml
+            except ImportError:
+                raise RuntimeError("nvidia-ml-py: expected it for timing on a GPU: pip install nvidia-ml-py") from None
+            pynvml.nvmlInit()
+            self._nvml = pynvml
+            uuid = str(torch.cuda.get_device_properties(device).uuid)  # CUDA's numbering is not NVML's
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+
+    def __enter__(self) -> GpuMonitor:
+        if self._handle is not None:
+            self._sample()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._sample()
+            self._nvml.nvmlShutdown()
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        if not self.samples:
+            return None
+        columns = {name: [sample[name] for sample in self.samples] for name in self.samples[0]}
+        watched = {
+            name: {"before": values[0], "median": statistics.median(values), "least": min(values), "most": max(values)}
+            for name, values in columns.items()
+        }
+        return {**watched, "samples": len(self.samples), "throttling": throttle_reasons(self.reasons)}
+
+    def _watch(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self._sample()
+
+    def _sample(self) -> None:
+        nvml, gpu = self._nvml, self._handle
+        self.samples.append(
+            {
+                "sm_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+                "memory_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+                "watts": nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+                "celsius": nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+            }
+        )
+        self.reasons |= nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)
+
+
+def throttle_reasons(bits: int) -> list[str]:
+    """NVML's reasons for clocks below the highest, in words; idle is none."""
+    return [name for bit, name in THROTTLE_REASONS.items() if bits & bit and name != "idle"]

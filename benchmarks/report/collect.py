@@ -1,0 +1,154 @@
+"""The rows of a report, out of the JSON that a run wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+BUSY = 0.8  # of its threads: with less processor time than that, the machine had other work
+
+
+@dataclass(frozen=True)
+class Image:
+    """One system drawing one batch of whole images. All seconds are of the batch."""
+
+    system: str
+    own: bool
+    size: str
+    batch: int
+    seconds: dict[str, float]
+    """median, fastest, slowest, rounds"""
+    parts: dict[str, float]
+    floor: float | None
+    times: float | None
+    """How many times longer than `first` in the same rounds; None where they did not take turns."""
+    first: str
+    cut: bool
+    """The model had fewer layers than the published one."""
+
+    @property
+    def per_image(self) -> float:
+        return self.seconds["median"] / self.batch
+
+    @property
+    def per_second(self) -> float:
+        return self.batch / self.seconds["median"]
+
+    @property
+    def share(self) -> float | None:
+        """Of the speed that the machine's floor allows."""
+        return self.floor / self.seconds["median"] if self.floor else None
+
+
+@dataclass(frozen=True)
+class Operator:
+    name: str
+    seconds: dict[str, float]
+    work: float
+    unit: str
+    ceiling: float
+    alternatives: dict[str, dict[str, Any]]
+    cores: float
+
+    @property
+    def rate(self) -> float:
+        return self.work / self.seconds["median"]
+
+
+@dataclass(frozen=True)
+class Report:
+    run: dict[str, Any]
+    """`Session.to_dict()`"""
+    date: str
+    commit: str
+    images: list[Image]
+    diffusion: list[Image]
+    operators: list[Operator]
+    missing: dict[str, str]
+    busy: list[str]
+    gpu: dict[str, dict[str, Any]]
+
+    @property
+    def title(self) -> str:
+        machine = self.run["machine"]
+        return machine["name"] + (f", {machine['threads']} threads" if machine["device"] == "cpu" else "")
+
+
+LAYERS = {"b": 24, "l": 24, "xl": 32}
+DIT = "DiT-XL/2"
+DIT_LAYERS = 28
+
+
+def collect(data: dict[str, Any]) -> Report:
+    """Raises ValueError for a JSON that no run of this suite wrote."""
+    if "alitok_fast" not in data or "benchmarks" not in data:
+        raise ValueError("report: expected the JSON of `pytest benchmarks/ --benchmark`, got another")
+    run = data["alitok_fast"]
+    timed = [(bench["name"].removeprefix("bench_"), bench["extra_info"]) for bench in data["benchmarks"]]
+    of_kind = {
+        kind: [pair for pair in timed if pair[1].get("kind") == kind] for kind in ("image", "diffusion", "operator")
+    }
+    commit = data.get("commit_info", {})
+    threads = run["machine"]["threads"]
+    return Report(
+        run=run,
+        date=data["datetime"][:10],
+        commit=str(commit.get("id", "unknown"))[:10] + (" with uncommitted changes" if commit.get("dirty") else ""),
+        images=[image for _, info in of_kind["image"] for image in _images(info)],
+        diffusion=[_diffusion(info) for _, info in of_kind["diffusion"]],
+        operators=[_operator(name, info) for name, info in of_kind["operator"]],
+        missing={f"{name}: {label}": reason for name, info in timed for label, reason in info["missing"].items()},
+        busy=[name for name, info in timed if info["gpu"] is None and info["cores"] < BUSY * threads],
+        gpu={name: info["gpu"] for name, info in timed if info["gpu"]},
+    )
+
+
+def _images(info: dict[str, Any]) -> list[Image]:
+    first = next(iter(info["contenders"]))
+    return [
+        Image(
+            system=name,
+            own=result["own"],
+            size=info["size"],
+            batch=info["batch"],
+            seconds=result["seconds"],
+            parts=_parts(result),
+            floor=sum(result["floor"].values()) if result.get("floor") else None,
+            times=result["times"],
+            first=first,
+            cut=info["layers"] < LAYERS[info["size"]],
+        )
+        for name, result in info["contenders"].items()
+    ]
+
+
+def _parts(result: dict[str, Any]) -> dict[str, float]:
+    """Ours say how long their draws take; of others the tokens are one part."""
+    parts = dict(result["parts"])
+    if "draw" not in result:
+        return parts
+    tokens = parts.pop("tokens")
+    return {"transformer steps": max(tokens - result["draw"], 0.0), "draw": min(result["draw"], tokens), **parts}
+
+
+def _diffusion(info: dict[str, Any]) -> Image:
+    step, decode = (info["contenders"][name]["seconds"] for name in ("step", "VAE decode"))
+    parts = {"transformer steps": info["steps"] * step["median"], "VAE decode": decode["median"]}
+    seconds = {key: info["steps"] * step[key] + decode[key] for key in ("median", "fastest", "slowest")}
+    return Image(
+        system=f"{DIT}, {info['steps']} steps, bf16",
+        own=False,
+        size=DIT,
+        batch=info["batch"],
+        seconds={**seconds, "rounds": step["rounds"]},
+        parts=parts,
+        floor=None,
+        times=None,
+        first="",
+        cut=info["layers"] < DIT_LAYERS,
+    )
+
+
+def _operator(name: str, info: dict[str, Any]) -> Operator:
+    (_, own), *others = info["contenders"].items()
+    return Operator(name, own["seconds"], info["work"], info["unit"], info["ceiling"], dict(others), info["cores"])

@@ -1,0 +1,145 @@
+"""Figures of a report, as inline SVG with a caption; None where a report has nothing to draw."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from report.collect import Image, Report
+
+Drawn = tuple[str, str] | None
+OWN = ("#0b5fa5", "#2c9fd6", "#6fc2b0")
+OTHERS = ("#b3421b", "#e08a2e", "#7a5195", "#8a8f98")
+PARTS = {
+    "transformer steps": "#0b5fa5",
+    "draw": "#e0a92e",
+    "tokens": "#5b8db8",
+    "stage-2 decode": "#7fb77e",
+    "VAE decode": "#7fb77e",
+}
+
+
+def throughput(report: Report) -> Drawn:
+    caption = "Images per second against batch, both axes logarithmic; higher is better. Tokens and stage-2 decode."
+    return _against_batch(report, lambda image: image.per_second, "images per second", caption)
+
+
+def latency(report: Report) -> Drawn:
+    caption = "Seconds until a whole batch is drawn against batch, both axes logarithmic; lower is better."
+    return _against_batch(report, lambda image: image.seconds["median"], "seconds for the batch", caption)
+
+
+def share_of_floor(report: Report) -> Drawn:
+    own = [image for image in report.images if image.share]
+    if not own:
+        return None
+    figure = Figure(figsize=(9, 0.7 + 0.3 * len(own)), layout="constrained")
+    axes = figure.subplots()
+    colours = _colours(report)
+    axes.barh(
+        [f"{image.size.upper()}, batch {image.batch}, {image.system.removeprefix('alitok_fast ')}" for image in own],
+        [100 * image.share for image in own],
+        color=[colours[image.system] for image in own],
+    )
+    for index, image in enumerate(own):
+        axes.text(100 * image.share + 1, index, f"{image.share:.0%}", va="center", fontsize=8)
+    axes.set_xlim(0, max(100, *(112 * image.share for image in own)))
+    axes.axvline(100, color="#444", linewidth=1)
+    axes.set_xlabel("share of the floor, %")
+    axes.invert_yaxis()
+    _plain(axes, "x")
+    caption = (
+        "Floor / time, in percent: 100% would be this machine's measured bandwidth, or its multiplications, used "
+        "without a pause from label to pixels."
+    )
+    return _svg(figure), caption
+
+
+def parts(report: Report) -> Drawn:
+    drawn = [image for image in report.images if image.parts]
+    if not drawn:
+        return None
+    sizes = list(dict.fromkeys((image.size, image.batch) for image in drawn))
+    counts = [sum((image.size, image.batch) == size for image in drawn) for size in sizes]
+    figure = Figure(figsize=(9, 0.8 + sum(0.55 + 0.28 * count for count in counts)), layout="constrained")
+    rows = figure.subplots(len(sizes), 1, squeeze=False, height_ratios=counts)[:, 0]
+    for axes, (size, batch) in zip(rows, sizes, strict=True):
+        images = [image for image in drawn if (image.size, image.batch) == (size, batch)]
+        for index, image in enumerate(images):
+            left = 0.0
+            for name, taken in image.parts.items():
+                axes.barh(index, taken, left=left, color=PARTS[name])
+                left += taken
+        axes.set_yticks(range(len(images)), [image.system for image in images])
+        axes.invert_yaxis()
+        axes.set_title(f"{size.upper()}, batch {batch}", loc="left", fontsize=9)
+        _plain(axes, "x")
+    rows[-1].set_xlabel("seconds for the batch")
+    used = [name for name in PARTS if any(name in image.parts for image in drawn)]
+    handles = [matplotlib.patches.Patch(color=PARTS[name], label=name) for name in used]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(used), frameon=False, fontsize=8)
+    caption = (
+        "Where the time goes, seconds for the batch. In ours the draw is a part of its own; of other systems the "
+        "tokens (transformer and draw) are one."
+    )
+    return _svg(figure), caption
+
+
+def _against_batch(report: Report, value: Callable[[Image], float], label: str, caption: str) -> Drawn:
+    images = [*report.images, *(image for image in report.diffusion if not image.cut)]
+    sizes = list(dict.fromkeys(image.size for image in report.images))
+    if not sizes:
+        return None
+    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+    grid = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
+    colours = _colours(report)
+    for axes, size in zip(grid, sizes, strict=True):
+        for system, colour in colours.items():
+            points = [image for image in images if image.system == system and image.size in (size, "DiT-XL/2")]
+            if points:
+                x, y = [image.batch for image in points], [value(image) for image in points]
+                style = "-" if points[0].own else "--"
+                axes.plot(x, y, style, marker="o", markersize=4, color=colour, label=system)
+        batches = sorted({image.batch for image in images if image.size == size})
+        axes.set(xscale="log", yscale="log", xlabel="batch, images", title=size.upper())
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        _plain(axes, "both")
+    grid[0].set_ylabel(label)
+    handles = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return _svg(figure), caption
+
+
+def _colours(report: Report) -> dict[str, str]:
+    images = [*report.images, *report.diffusion]
+    own = dict.fromkeys(image.system for image in images if image.own)
+    others = dict.fromkeys(image.system for image in images if not image.own)
+    both = ((own, OWN), (others, OTHERS))
+    return {name: table[index % len(table)] for names, table in both for index, name in enumerate(names)}
+
+
+def _plain(axes, grid: str) -> None:
+    axes.grid(axis=grid, color="#e3e7ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _svg(figure: Figure) -> str:
+    """Text stays text, and two runs of the same data give the same file."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "alitok_fast", "font.family": "sans-serif"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+FIGURES: dict[str, Callable[[Report], Drawn]] = {
+    function.__name__: function for function in (throughput, latency, share_of_floor, parts)
+}

@@ -1,0 +1,60 @@
+"""The table of headline results in README.md, filled from committed reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from alitok_fast.checkpoint import write_atomically
+from report.collect import Image, collect
+from report.pages import JSON, MARKDOWN, markdown_table
+from report.sections import Table, number, seconds
+
+BEGIN = "<!-- speed: filled by `python benchmarks/report --readme` -->"
+END = "<!-- end of speed -->"
+NONE = "No report is committed yet; `make bench` writes one for this machine."
+HEADER = ("machine", "model", "batch", "alitok_fast, an image", "share of floor", "reference fp32", "bf16 autocast",
+          "torch.compile, bf16", "DiT-XL/2, 250 steps")  # fmt: skip
+PEERS = ("reference, fp32", "reference, bf16 autocast", "torch.compile, bf16, static cache")
+
+
+def table(reports: Path, root: Path) -> str:
+    """Markdown from every full report under `reports`; links are relative to `root`."""
+    rows = []
+    for path in sorted(reports.glob(f"*/{JSON}")):
+        report = collect(json.loads(path.read_text()))
+        if not report.run["full"] or report.run["partial"]:
+            continue
+        link = f"[{report.title}]({path.with_name(MARKDOWN).relative_to(root).as_posix()})"
+        for size, batch in dict.fromkeys((image.size, image.batch) for image in report.images):
+            images = [image for image in report.images if (image.size, image.batch) == (size, batch)]
+            dit = next((one for one in report.diffusion if one.batch == batch and not one.cut), None)
+            rows.append((link, size.upper(), str(batch), *_row(images, dit)))
+    return markdown_table(Table(HEADER, rows)) if rows else NONE
+
+
+def _row(images: list[Image], dit: Image | None) -> tuple[str, ...]:
+    fastest = min((image for image in images if image.own), key=lambda image: image.per_image)
+    found = {image.system: image for image in images}
+    name = fastest.system.removeprefix("alitok_fast ")
+    cells = [f"**{seconds(fastest.per_image)}** ({name})", f"{fastest.share:.0%}" if fastest.share else ""]
+    for other in (*(found.get(peer) for peer in PEERS), dit):
+        cells.append(f"{number(other.per_image / fastest.per_image)}x" if other else "")
+    return tuple(cells)
+
+
+def filled(text: str, table: str) -> str:
+    """`text` with what stands between the markers replaced. Raises ValueError where it has not both, once."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README.md: expected the markers {BEGIN!r} and {END!r} once each, in this order")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+
+
+def fill(readme: Path, reports: Path, check: bool) -> bool:
+    """Fill the table; with `check` only say whether it is up to date."""
+    text = readme.read_text()
+    wanted = filled(text, table(reports, readme.parent))
+    if not check and wanted != text:
+        write_atomically(readme, lambda temporary: temporary.write_text(wanted))
+    return wanted == text

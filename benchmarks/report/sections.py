@@ -1,0 +1,207 @@
+"""What a report says, in order: headings, paragraphs, tables and figures, before they become Markdown or HTML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from report.collect import Image, Operator, Report
+
+UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
+
+
+@dataclass(frozen=True)
+class Table:
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    text: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+    """Names of functions in `plots`: HTML only."""
+
+
+def sections(report: Report) -> list[Section]:
+    made = [_machine(report), _images(report), _parts(report), _diffusion(report), _operators(report), _gpu(report)]
+    return [section for section in [*made, _absent(report), _method(report)] if section is not None]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """To `digits` significant digits, without an exponent."""
+    if value == 0 or not abs(value) < float("inf"):
+        return str(value)
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:.{digits}g}"
+
+
+def seconds(value: float) -> str:
+    """With the unit that reads best."""
+    unit, scale = next(((unit, scale) for unit, scale in UNITS if value >= scale), UNITS[-1])
+    return f"{number(value / scale)} {unit}"
+
+
+def spread(times: dict[str, float]) -> str:
+    if times["rounds"] == 1:
+        return f"{seconds(times['median'])} (1 round)"
+    return (
+        f"{seconds(times['median'])} ({seconds(times['fastest'])} to {seconds(times['slowest'])}, "
+        f"{times['rounds']} rounds)"
+    )
+
+
+def _machine(report: Report) -> Section:
+    run, machine = report.run, report.run["machine"]
+    cpu, ceilings = machine["cpu"], run["ceilings"] or {}
+    rows = [
+        ("device", machine["name"]),
+        ("CPU", f"{cpu['model']}, {cpu['cores']} cores, {machine['threads']} threads of torch, {_isa(cpu)}"),
+        ("date, commit", f"{report.date}, {report.commit}"),
+        ("command", f"`{run['command']}` ({run['seconds'] // 60} min {run['seconds'] % 60} s)"),
+        ("versions", f"alitok_fast {machine['alitok_fast']}, Python {machine['python']}, "
+         + ", ".join(f"{name} {version}" for name, version in machine["packages"].items())),
+    ]  # fmt: skip
+    if "cuda" in machine:
+        rows.append(("CUDA", f"driver {machine['cuda']['driver']}, torch built for {machine['cuda']['torch']}"))
+    names = {"fp32_flops": "fp32", "bf16_flops": "bf16", "int8_flops": "int8", "read_bytes": "memory"}
+    measured = [
+        f"{names[key]} {number(value / 1e9)} {'GB/s' if key == 'read_bytes' else 'GFLOP/s'}"
+        for key, value in ceilings.items()
+    ]
+    rows.append(("measured ceilings", ", ".join(measured) or "none"))
+    text = []
+    if not run["full"]:
+        text.append("**Quick run: models cut to a few layers. These are no figures of the published sizes.**")
+    if run["partial"]:
+        text.append("**Part of the benchmarks only.**")
+    if report.busy:
+        text.append(
+            f"**The machine was busy** during {len(report.busy)} benchmarks, which had less than 80% of its cores: "
+            f"{', '.join(report.busy)}."
+        )
+    if run["failed"]:
+        text.append(f"**{len(run['failed'])} checks failed**, see the end.")
+    return Section("Machine", text, [Table(("", ""), rows)])
+
+
+def _isa(cpu: dict) -> str:
+    return f"{cpu['isa'] or 'no native kernels'}{' with AMX' if cpu['amx'] else ''}"
+
+
+def _images(report: Report) -> Section | None:
+    if not report.images:
+        return None
+    text = [
+        "Class labels to pixels with guidance, tokens and stage-2 decode; B, L, XL are the generators. **x** is how "
+        "many times longer than the first row of its table, the median over rounds of the ratio of both in the same "
+        "round. **Floor** is the least time that this machine's measured ceilings allow for the same work in the same "
+        "precision: weights, keys and values read once a step, or all multiplications, whichever takes longer; its "
+        "share is floor / time.",
+    ]
+    header = ("system", "seconds of the batch", "per image", "images/s", "floor, per image", "share of floor", "x")
+    tables = []
+    for (size, batch), group in groupby(report.images, key=lambda image: (image.size, image.batch)):
+        rows = [_image_row(image) for image in group]
+        tables.append(Table((f"**{size.upper()}, batch {batch}**", *header[1:]), rows))
+    return Section("Whole images", text, tables, ["throughput", "latency", "share_of_floor"])
+
+
+def _image_row(image: Image) -> tuple[str, ...]:
+    name = f"**{image.system}**" if image.own else image.system
+    floor = seconds(image.floor / image.batch) if image.floor else ""
+    share = f"{image.share:.0%}" if image.share else ""
+    times = f"{number(image.times)}x" if image.times is not None else ""
+    return (name, spread(image.seconds), seconds(image.per_image), number(image.per_second), floor, share, times)
+
+
+def _parts(report: Report) -> Section | None:
+    if not report.images:
+        return None
+    names = ("transformer steps", "draw", "tokens", "stage-2 decode")
+    rows = [
+        (f"{image.size.upper()}, batch {image.batch}", image.system)
+        + tuple(seconds(image.parts[name]) if name in image.parts else "" for name in names)
+        for image in report.images
+    ]
+    text = [
+        "Seconds of the batch, medians. In ours the draws (guidance, softmax, noise, choice) are timed by themselves "
+        "and the steps are the rest of the tokens' time; of other systems the tokens are one part."
+    ]
+    return Section("Time by part", text, [Table(("model", "system", *names), rows)], ["parts"])
+
+
+def _diffusion(report: Report) -> Section | None:
+    if not report.diffusion:
+        return None
+    rows = []
+    for dit in report.diffusion:
+        name = dit.system + (" **(cut to a few layers)**" if dit.cut else "")
+        rows.append((name, str(dit.batch), spread(dit.seconds), seconds(dit.per_image), ""))
+        for image in report.images:
+            if image.own and image.batch == dit.batch:
+                ratio = "" if dit.cut or image.cut else f"{number(dit.per_image / image.per_image)}x"
+                name = f"{image.system} {image.size.upper()}"
+                rows.append((name, str(image.batch), spread(image.seconds), seconds(image.per_image), ratio))
+    text = [
+        "DiT-XL/2 at 256x256 (arXiv 2212.09748; diffusers' model with random weights, bfloat16, two rows an image for "
+        "guidance). One step was timed and **multiplied by 250**, which all do the same work; the decode of the VAE "
+        "is added. LightningDiT-XL (arXiv 2501.01423: 675 M parameters, as many tokens) takes 250 steps too, so its "
+        "time is about the same. The last column is how many times longer DiT-XL/2 takes for an image.",
+    ]
+    header = ("system", "batch", "seconds of the batch", "per image", "DiT-XL/2 takes")
+    return Section("Beside diffusion", text, [Table(header, rows)])
+
+
+def _operators(report: Report) -> Section | None:
+    if not report.operators:
+        return None
+    text = [
+        "One call. **x** after an alternative is how many times longer it takes. The share is of the ceiling measured "
+        "in this run: memory read for GB/s, the precision's multiplications for GFLOP/s."
+    ]
+    header = ("benchmark", "alitok_fast", "rate", "share of ceiling", "alternatives")
+    return Section("Operators", text, [Table(header, [_operator_row(one) for one in report.operators])])
+
+
+def _operator_row(one: Operator) -> tuple[str, ...]:
+    unit = "GB/s" if one.unit == "read_bytes" else "GFLOP/s"
+    others = "; ".join(
+        f"{name} {number(other['times'])}x ({other['seconds']['rounds']})" for name, other in one.alternatives.items()
+    )
+    rate, share = f"{number(one.rate / 1e9)} {unit}", f"{one.rate / one.ceiling:.0%}"
+    return (one.name, spread(one.seconds), rate, share, others)
+
+
+def _gpu(report: Report) -> Section | None:
+    if not report.gpu:
+        return None
+    header = ("benchmark", "SM clock, MHz", "memory clock, MHz", "power, W", "temperature, C", "throttling")
+    rows = [
+        (name, *(f"{number(gpu[key]['median'], 4)} ({number(gpu[key]['least'], 4)} to {number(gpu[key]['most'], 4)})"
+                 for key in ("sm_mhz", "memory_mhz", "watts", "celsius")), ", ".join(gpu["throttling"]) or "none")
+        for name, gpu in report.gpu.items()
+    ]  # fmt: skip
+    return Section("GPU while it ran", ["Median, least and most of samples every 0.25 s."], [Table(header, rows)])
+
+
+def _absent(report: Report) -> Section | None:
+    absent = {**report.missing, **report.run["skipped"]}
+    rows = [
+        *(("failed", *pair) for pair in report.run["failed"].items()),
+        *(("not run", *pair) for pair in absent.items()),
+    ]
+    return Section("Not run, and why", [], [Table(("", "what", "reason"), rows)]) if rows else None
+
+
+def _method(report: Report) -> Section:
+    text = [
+        "Each benchmark first checks that outputs agree with the float32 reference. Then the contenders take turns, "
+        "round after round in one process, so that a change of clock meets all of them. Caches, compilation and packing "
+        "are done before. Every time is a median, with the fastest and slowest round and the number of rounds: slow "
+        "contenders have fewer, down to one. Weights are random: speed does not depend on them.",
+        "`report.json` beside this page holds all rounds; `python benchmarks/report report.json` rebuilds the pages.",
+    ]
+    return Section("How it was measured", text)

@@ -1,0 +1,89 @@
+"""What one run of the benchmarks adds up to, beyond pytest-benchmark's own records, and writing its report."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+BUSY = 0.8  # of its threads: with less processor time than that, the machine had other work
+
+
+@dataclass(eq=False)  # pytest keeps it in a set of plugins
+class Session:
+    full: bool
+    machine: dict[str, Any] = field(default_factory=dict)
+    ceilings: dict[str, float] | None = None
+    command: str = ""
+    folder: Path | None = None
+    partial: bool = False
+    lines: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    scratch: TemporaryDirectory | None = None
+    written: Path | None = None
+    begin: float = field(default_factory=time.monotonic)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keeps what failed, and the reasons of what was skipped."""
+        name = report.nodeid.rpartition("/")[2]
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self.skipped[name] = report.longrepr[2].removeprefix("Skipped: ")
+        elif report.failed:
+            self.failed[name] = str(report.longrepr).strip().splitlines()[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a report's JSON holds under "alitok_fast"."""
+        return {
+            "full": self.full,
+            "partial": self.partial,
+            "command": self.command,
+            "seconds": round(time.monotonic() - self.begin),
+            "machine": self.machine,
+            "ceilings": self.ceilings,
+            "skipped": self.skipped,
+            "failed": self.failed,
+        }
+
+    def write(self, measured: Path | None, asked_for: bool) -> None:
+        """The report from pytest-benchmark's JSON, if there is one to write: of all benchmarks, or where asked for."""
+        if self.folder is not None and measured is not None and measured.is_file() and (asked_for or not self.partial):
+            from report.pages import write_report
+
+            self.written = write_report(json.loads(measured.read_text()), self.folder)
+        if self.scratch is not None:
+            self.scratch.cleanup()
+
+
+def full_report(config: pytest.Config, benchmarks: Path) -> bool:
+    """Whether the command line names all benchmarks, and not some of them."""
+    chosen = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
+    return benchmarks.resolve() in chosen
+
+
+def terminal_lines(name: str, info: dict[str, Any], threads: int) -> list[str]:
+    """One benchmark's result in words."""
+    (first, own), *others = info["contenders"].items()
+    line = f"{name}: {first} {_seconds(own['seconds'])}"
+    share = 1.0
+    if info.get("ceiling"):
+        unit = "GB/s" if info["unit"].endswith("bytes") else "GFLOP/s"
+        rate = info["work"] / own["seconds"]["median"]
+        share = rate / info["ceiling"]
+        line += f", {rate / 1e9:.0f} {unit}, {share:.0%} of the measured {info['ceiling'] / 1e9:.0f}"
+    lines = [line]
+    if info["gpu"] is None and info["cores"] < BUSY * threads:
+        lines.append(f"    the machine was busy: {info['cores']:.2f} of {threads} cores")
+    lines += [f"    {other['times']:6.2f}x  {label} ({_seconds(other['seconds'])})" for label, other in others]
+    lines += [f"    missing  {label}: {reason}" for label, reason in info["missing"].items()]
+    return lines
+
+
+def _seconds(spread: dict[str, float]) -> str:
+    median, fastest, slowest = (f"{spread[key] * 1e3:.4g}" for key in ("median", "fastest", "slowest"))
+    return f"median {median} ms ({fastest} to {slowest}), {spread['rounds']} rounds"
