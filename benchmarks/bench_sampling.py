@@ -71,7 +71,11 @@ def peers(size, batch, gen, tokenizer, mode, device, reference_repo):
             systems[name] = loaded
             if not isinstance(loaded, Missing):
                 systems[name] = lambda autocast=autocast: Reference(*loaded, gen, autocast)
-    systems["torch.compile, bf16, static cache"] = lambda: Compiled(gen, tokenizer, batch, compiled=mode.timed)
+    compiled = "torch.compile, bf16, static cache"
+    if mode.timed and mode.quick and batch > 1:
+        systems[compiled] = Missing("with --quick at batch 1 only")
+    else:
+        systems[compiled] = lambda: Compiled(gen, tokenizer, batch, compiled=mode.timed)
     return dict.fromkeys(systems, Missing(MINUTES)) if slow else systems
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from alitok_fast.config import TOKENIZERS, generator_preset
 from alitok_fast.models import Generator, Tokenizer
 from ceilings import Ceilings, measure_ceilings, synchronize
-from machine import GpuMonitor, describe, slug
+from machine import GpuMonitor, OthersMonitor, describe, slug
 from session import Session, full_report, terminal_lines
 from timing import Contender, Missing, Turns
 
@@ -180,27 +179,19 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
         if budget is None:
             budget = mode.pick(check=0.0, quick=QUICK_BUDGET, full=BUDGET)
         turns = Turns(present, budget, most, lambda: synchronize(device))
-        cores = 0.0  # seconds of processors that the first one had: on a busy machine fewer than it has threads
-
-        def own_turn() -> None:
-            nonlocal cores
-            begin = time.process_time()
-            turns.take(turns.first)
-            cores += time.process_time() - begin
-
-        with GpuMonitor(device if mode.timed else torch.device("cpu")) as gpu:
-            benchmark.pedantic(own_turn, setup=turns.others_take, rounds=turns.rounds)
+        with GpuMonitor(device if mode.timed else torch.device("cpu")) as gpu, OthersMonitor() as others:
+            benchmark.pedantic(turns.take, args=(turns.first,), setup=turns.others_take, rounds=turns.rounds)
         if not mode.timed:
             return None
         info = {
             **facts,
             "contenders": turns.summary(),
             "missing": {name: one.reason for name, one in contenders.items() if isinstance(one, Missing)},
-            "cores": cores / sum(turns.seconds[turns.first]),
+            "others": others.cores,
             "gpu": gpu.summary,
         }
         benchmark.extra_info.update(info)
-        request.config.stash[SESSION].lines += terminal_lines(request.node.name, info, torch.get_num_threads())
+        request.config.stash[SESSION].lines += terminal_lines(request.node.name, info)
         return info
 
     return run

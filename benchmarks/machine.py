@@ -7,6 +7,8 @@ import os
 import re
 import statistics
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from alitok_fast.info import info
 
 PACKAGES = ("torch", "numpy", "pytest-benchmark", "diffusers", "triton", "flash-attn", "nvidia-ml-py")
 SAMPLE_SECONDS = 0.25
+PROC_STAT = Path("/proc/stat")
+TICKS = 100  # a second, of /proc/stat: sysconf(_SC_CLK_TCK) on every Linux
 THROTTLE_REASONS = {  # NVML's bits
     0x1: "idle",
     0x2: "application clocks",
@@ -59,6 +63,30 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+class OthersMonitor:
+    """How many cores other processes kept busy inside a `with` block; `cores` is None where /proc/stat cannot tell."""
+
+    cores: float | None = None
+
+    def __enter__(self) -> OthersMonitor:
+        self._begin = self._now()
+        return self
+
+    def __exit__(self, *_) -> None:
+        elapsed, others = (after - before for after, before in zip(self._now(), self._begin, strict=True))
+        if elapsed > 10 / TICKS:  # the kernel counts in ticks
+            self.cores = max(0.0, others / elapsed)
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        """Seconds so far, and processor seconds of everything but this process."""
+        if not PROC_STAT.is_file():
+            return 0.0, 0.0
+        user, nice, system, _, _, irq, softirq, steal = (int(x) for x in PROC_STAT.read_text().split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / TICKS
+        return time.monotonic(), busy - time.process_time()
 
 
 class GpuMonitor:

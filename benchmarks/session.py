@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-BUSY = 0.8  # of its threads: with less processor time than that, the machine had other work
+from report.collect import BUSY
 
 
 @dataclass(eq=False)  # pytest keeps it in a set of plugins
@@ -66,7 +66,7 @@ def full_report(config: pytest.Config, benchmarks: Path) -> bool:
     return benchmarks.resolve() in chosen
 
 
-def terminal_lines(name: str, info: dict[str, Any], threads: int) -> list[str]:
+def terminal_lines(name: str, info: dict[str, Any]) -> list[str]:
     """One benchmark's result in words."""
     (first, own), *others = info["contenders"].items()
     line = f"{name}: {first} {_seconds(own['seconds'])}"
@@ -77,8 +77,8 @@ def terminal_lines(name: str, info: dict[str, Any], threads: int) -> list[str]:
         share = rate / info["ceiling"]
         line += f", {rate / 1e9:.0f} {unit}, {share:.0%} of the measured {info['ceiling'] / 1e9:.0f}"
     lines = [line]
-    if info["gpu"] is None and info["cores"] < BUSY * threads:
-        lines.append(f"    the machine was busy: {info['cores']:.2f} of {threads} cores")
+    if (info["others"] or 0) > BUSY:
+        lines.append(f"    the machine was busy: other processes had {info['others']:.1f} cores")
     lines += [f"    {other['times']:6.2f}x  {label} ({_seconds(other['seconds'])})" for label, other in others]
     lines += [f"    missing  {label}: {reason}" for label, reason in info["missing"].items()]
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-BUSY = 0.8  # of its threads: with less processor time than that, the machine had other work
+BUSY = 0.2  # cores that other processes had while a benchmark ran: more, and its times are too long
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class Operator:
     unit: str
     ceiling: float
     alternatives: dict[str, dict[str, Any]]
-    cores: float
 
     @property
     def rate(self) -> float:
@@ -65,6 +64,7 @@ class Report:
     diffusion: list[Image]
     operators: list[Operator]
     missing: dict[str, str]
+    count: int
     busy: list[str]
     gpu: dict[str, dict[str, Any]]
 
@@ -89,7 +89,6 @@ def collect(data: dict[str, Any]) -> Report:
         kind: [pair for pair in timed if pair[1].get("kind") == kind] for kind in ("image", "diffusion", "operator")
     }
     commit = data.get("commit_info", {})
-    threads = run["machine"]["threads"]
     return Report(
         run=run,
         date=data["datetime"][:10],
@@ -98,7 +97,8 @@ def collect(data: dict[str, Any]) -> Report:
         diffusion=[_diffusion(info) for _, info in of_kind["diffusion"]],
         operators=[_operator(name, info) for name, info in of_kind["operator"]],
         missing={f"{name}: {label}": reason for name, info in timed for label, reason in info["missing"].items()},
-        busy=[name for name, info in timed if info["gpu"] is None and info["cores"] < BUSY * threads],
+        count=len(timed),
+        busy=[name for name, info in timed if (info["others"] or 0) > BUSY],
         gpu={name: info["gpu"] for name, info in timed if info["gpu"]},
     )
 
@@ -151,4 +151,4 @@ def _diffusion(info: dict[str, Any]) -> Image:
 
 def _operator(name: str, info: dict[str, Any]) -> Operator:
     (_, own), *others = info["contenders"].items()
-    return Operator(name, own["seconds"], info["work"], info["unit"], info["ceiling"], dict(others), info["cores"])
+    return Operator(name, own["seconds"], info["work"], info["unit"], info["ceiling"], dict(others))

@@ -73,6 +73,9 @@ def parts(report: Report) -> Drawn:
             for name, taken in image.parts.items():
                 axes.barh(index, taken, left=left, color=PARTS[name])
                 left += taken
+            axes.text(left, index, f"  {left:.3g} s", va="center", fontsize=8)
+            if image.floor:
+                axes.plot([image.floor] * 2, [index - 0.4, index + 0.4], color="#111", linewidth=1.5)
         axes.set_yticks(range(len(images)), [image.system for image in images])
         axes.invert_yaxis()
         axes.set_title(f"{size.upper()}, batch {batch}", loc="left", fontsize=9)
@@ -83,7 +86,7 @@ def parts(report: Report) -> Drawn:
     figure.legend(handles=handles, loc="outside upper right", ncols=len(used), frameon=False, fontsize=8)
     caption = (
         "Where the time goes, seconds for the batch. In ours the draw is a part of its own; of other systems the "
-        "tokens (transformer and draw) are one."
+        "tokens (transformer and draw) are one. The black mark in ours is the floor."
     )
     return _svg(figure), caption
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from report.collect import Image, Operator, Report
+from report.collect import BUSY, Image, Operator, Report
 
 UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
@@ -79,12 +79,17 @@ def _machine(report: Report) -> Section:
         text.append("**Part of the benchmarks only.**")
     if report.busy:
         text.append(
-            f"**The machine was busy** during {len(report.busy)} benchmarks, which had less than 80% of its cores: "
-            f"{', '.join(report.busy)}."
+            f"**The machine was busy** during {len(report.busy)} of {report.count} benchmarks, whose times are therefore "
+            f"too long: other processes had more than {BUSY:g} cores in {_some(report.busy)}."
         )
     if run["failed"]:
         text.append(f"**{len(run['failed'])} checks failed**, see the end.")
     return Section("Machine", text, [Table(("", ""), rows)])
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _isa(cpu: dict) -> str:
@@ -199,9 +204,9 @@ def _absent(report: Report) -> Section | None:
 def _method(report: Report) -> Section:
     text = [
         "Each benchmark first checks that outputs agree with the float32 reference. Then the contenders take turns, "
-        "round after round in one process, so that a change of clock meets all of them. Caches, compilation and packing "
-        "are done before. Every time is a median, with the fastest and slowest round and the number of rounds: slow "
-        "contenders have fewer, down to one. Weights are random: speed does not depend on them.",
+        "round after round in one process, so that a change of clock meets all of them. Caches, compilation and "
+        "packing are done before. Every time is a median, with the fastest and slowest round and the number of "
+        "rounds: slow contenders have fewer, down to one. Weights are random: speed does not depend on them.",
         "`report.json` beside this page holds all rounds; `python benchmarks/report report.json` rebuilds the pages.",
     ]
     return Section("How it was measured", text)

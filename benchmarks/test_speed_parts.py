@@ -1,0 +1,105 @@
+"""The arithmetic of a report, without timing anything: floors, turns, names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alitok_fast.config import GENERATORS, TOKENIZERS
+from alitok_fast.models import Generator
+from floor import Machine, decode_floor, step_weights, tokens_floor
+from machine import slug, throttle_reasons
+from timing import Contender, Turns
+
+H100 = Machine(flops=790e12, read_bytes=3.0e12)
+
+
+@pytest.mark.parametrize(
+    ("size", "milliseconds"),
+    [
+        ("b", (33.6, 6.03, 2.59, 2.34)),
+        ("l", (59.6, 9.82, 3.60, 3.15)),
+        ("xl", (124, 19.3, 6.22, 5.27)),
+    ],
+)
+def test_floor_of_an_image_in_bf16(size, milliseconds):
+    """Worked out by hand for 3.0 TB/s and 790 TFLOP/s at batch 1, 8, 64 and 256."""
+    config, tokenizer = GENERATORS[size], TOKENIZERS["256"]
+    for batch, expected in zip((1, 8, 64, 256), milliseconds, strict=True):
+        tokens = tokens_floor(config, batch, 2 * step_weights(config), 2, H100)
+        assert 1e3 * (tokens + decode_floor(tokenizer, batch, 2, H100)) / batch == pytest.approx(expected, rel=0.01)
+
+
+def test_step_weights_are_the_generators_matrices():
+
+    with torch.device("meta"):
+        gen = Generator(GENERATORS["b"])
+    matrices = sum(p.numel() for p in gen.parameters() if p.ndim == 2) - gen.embeddings.weight.numel()
+    assert step_weights(gen.config) == matrices
+
+
+class Clock:
+    """Time passes only while a contender runs."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, seconds: float, log: list[str], name: str):
+        def run():
+            log.append(name)
+            self.now += seconds
+
+        return run
+
+
+def play(times: dict[str, float], budget: float, most: int) -> tuple[Turns, list[str]]:
+    clock, log = Clock(), []
+    turns = Turns({n: Contender(clock.taking(s, log, n)) for n, s in times.items()}, budget, most, clock=clock)
+    log.clear()
+    for _ in range(turns.rounds):
+        turns.others_take()
+        turns.take(turns.first)
+    return turns, log
+
+
+def test_turns_alternate_and_slow_contenders_have_fewer():
+    turns, log = play({"own": 1.0, "fast": 0.5, "slow": 4.0, "endless": 100.0}, budget=9.0, most=5)
+    assert log[:8] == ["fast", "slow", "endless", "own", "fast", "slow", "own", "fast"]
+    rounds = {name: result["seconds"]["rounds"] for name, result in turns.summary().items()}
+    assert rounds == {"own": 5, "fast": 5, "slow": 2, "endless": 1}
+    assert turns.summary()["slow"]["times"] == 4.0
+
+
+def test_one_round_of_what_is_over_the_budget():
+    turns, log = play({"own": 50.0, "other": 1.0}, budget=9.0, most=5)
+    assert log == ["other", "own"]
+    assert turns.summary()["own"]["seconds"] == {"median": 50.0, "fastest": 50.0, "slowest": 50.0, "rounds": 1}
+
+
+def test_parts_are_medians_of_the_rounds():
+    parts = iter([{"tokens": 9.0}, {"tokens": 9.0}, {"tokens": 1.0}, {"tokens": 2.0}, {"tokens": 6.0}])
+    clock = Clock()
+
+    def run():
+        clock.now += 1.0
+        return next(parts)
+
+    turns = Turns({"own": Contender(run, facts={"own": True})}, budget=3.0, most=3, clock=clock)
+    for _ in range(turns.rounds):
+        turns.take("own")
+    assert turns.summary()["own"]["parts"] == {"tokens": 2.0}
+    assert turns.summary()["own"]["own"] is True
+
+
+def test_names_of_machines():
+    assert slug({"device": "cpu", "name": "AMD EPYC", "threads": 2}) == "amd-epyc-2-threads"
+    assert slug({"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "threads": 8}) == "nvidia-h100-80gb-hbm3"
+    name = "Intel(R) Xeon(R) Gold 6430"
+    assert slug({"device": "cpu", "name": name, "threads": 32}) == "intel-xeon-gold-6430-32-threads"
+
+
+def test_throttling_in_words():
+    assert throttle_reasons(0x1) == []
+    assert throttle_reasons(0x44) == ["power cap", "hardware thermal"]
