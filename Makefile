@@ -1,7 +1,8 @@
 # Needs Python >= 3.10 with venv and a C++ compiler; nvcc is optional, cmake and ninja come from PyPI where missing.
 #   make demo                       environment, installation, a grid of samples and a reconstructed photograph in out/
 #   make test                       environment, installation, all tests
-#   make bench                      speed report of this machine
+#   make bench                      speed report of this machine, in benchmarks/reports/
+#   make bench BENCH="--reference-repo PATH"    beside a checkout of the reference implementation
 #   make test PYTHON=python3.12 VENV=/tmp/env TORCH="torch --index-url URL"
 
 PYTHON ?= python3
@@ -10,6 +11,7 @@ VENV ?= .venv
 # Linux comes with gigabytes of CUDA libraries; where pip offers a CPU wheel of this release, it takes that.
 TORCH ?= torch==2.13.0
 OUT ?= out
+BENCH ?=
 PHOTO ?= $(OUT)/photo.png
 
 BIN := $(VENV)/bin
@@ -32,7 +34,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests -q
 
 bench: $(VENV)/installed-bench
-	$(BIN)/python -m pytest benchmarks --benchmark
+	$(BIN)/python -m pytest benchmarks --benchmark $(BENCH)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -93,5 +93,5 @@ def missing() -> Missing | None:
     try:
         import diffusers  # noqa: F401
     except ImportError as error:
-        return Missing(f"diffusers: pip install 'alitok_fast[peers]' ({error})")
+        return Missing(f"diffusers: pip install 'alitok_fast[bench]' ({error})")
     return None

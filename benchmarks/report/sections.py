@@ -79,8 +79,8 @@ def _machine(report: Report) -> Section:
         text.append("**Part of the benchmarks only.**")
     if report.busy:
         text.append(
-            f"**The machine was busy** during {len(report.busy)} of {report.count} benchmarks, whose times are therefore "
-            f"too long: other processes had more than {BUSY:g} cores in {_some(report.busy)}."
+            f"**The machine was busy** during {len(report.busy)} of {report.count} benchmarks, whose times are too "
+            f"long: other processes had more than {BUSY:g} cores in {_some(report.busy)}."
         )
     if run["failed"]:
         text.append(f"**{len(run['failed'])} checks failed**, see the end.")
