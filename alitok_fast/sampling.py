@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alitok_fast._library import native_enabled
 from alitok_fast.config import GeneratorConfig
+from alitok_fast.cuda_graph import capture
 from alitok_fast.decoding import Decoder
 from alitok_fast.memory import plan
 from alitok_fast.models.generator import Generator
@@ -104,7 +105,7 @@ class SamplingLoop:
         """tokens (B, N); arguments as in `sample`, already checked. Rows without a distribution hold -1."""
         if self.model.device.type == "cuda" and self._graph is None:
             self._start(labels, schedule, seed, image_ids, prompt_tokens)
-            self._capture()
+            self._graph = capture(self.model.device, self.step)
         self._start(labels, schedule, seed, image_ids, prompt_tokens)
         tokens = self.drawing.tokens
         length = tokens.shape[1]
@@ -139,16 +140,6 @@ class SamplingLoop:
         drawing.prompt_length.fill_(0 if prompt_tokens is None else prompt_tokens.shape[1])
         if prompt_tokens is not None:
             drawing.tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
-
-    def _capture(self) -> None:
-        stream = torch.cuda.Stream(self.model.device)
-        stream.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(stream):  # libraries set themselves up outside the graph
-            self.step()
-        torch.cuda.current_stream(self.model.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.step()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 EPSILON = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 """Largest relative error of rounding to a dtype."""
@@ -60,3 +61,13 @@ def _assert_smallest(indices: Tensor, values: Tensor, bound: Tensor, name: str) 
     # Equal rows give values that agree to float64's rounding, far closer than any others.
     first = ((values - chosen).abs() <= 1e-13 * (1 + chosen.abs())).int().argmax(1)
     assert torch.equal(first, indices), f"{name}: {int((first != indices).sum())} are not the lowest index of a tie"
+
+
+class ReadsBack(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host, each of which would stop a CUDA stream and break its capture."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))

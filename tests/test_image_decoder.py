@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from alitok_fast import _library, load_tokenizer
 from alitok_fast.image_decoder import ImageDecoder, fast_dtype
+from alitok_fast.testing import ReadsBack
 
 CPU = torch.device("cpu")
 
@@ -64,16 +64,6 @@ def test_bad_arguments(tiny_tokenizer):
     with pytest.raises(ValueError, match=r"tokens: expected values in \[0, 32\), got 32"):
         decode(torch.full_like(tokens, 32))
     assert decode(tokens[:0]).shape == (0, 3, 16, 16)
-
-
-class ReadsBack(TorchDispatchMode):
-    """Counts reads of a tensor's value by the host: each would break the capture of a CUDA graph."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 def test_what_the_graph_holds_reads_nothing_back(tiny_tokenizer):

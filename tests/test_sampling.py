@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from alitok_fast._library import use_reference
 from alitok_fast.decoding import Decoder
 from alitok_fast.ops.sample_tokens import guided_logits, sample_tokens
 from alitok_fast.sampling import SamplingLoop, guidance_schedule, sample
+from alitok_fast.testing import ReadsBack
 
 
 def sample_uncached(gen, labels, scale, power, seed=0, **settings):
@@ -217,16 +217,6 @@ def test_a_keyboard_interrupt_waits_for_a_few_steps_only(tiny_generator, monkeyp
     sample(decoder, [1, 2])
     assert sum(calls) == gen.config.tokens > 2 * SamplingLoop.STEPS_PER_CALL
     assert max(calls) == SamplingLoop.STEPS_PER_CALL
-
-
-class ReadsBack(TorchDispatchMode):
-    """Counts reads of a tensor's value by the host, each of which would stop a CUDA stream and break its capture."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("guided", [False, True])
