@@ -19,8 +19,8 @@ class Decoder:
 
     Args:
         gen: the generator, on the CPU, of any floating dtype.
-        weights: dtype of the matrices: torch.float32, torch.bfloat16, or torch.int8, which has one scale for each
-            output. None takes the dtype of `gen`.
+        weights: dtype of the matrices: torch.float32, torch.bfloat16, or torch.int8, which has a scale for each output
+            and 64 inputs. None takes the dtype of `gen`.
 
     Raises:
         ValueError: another dtype, or a generator that is not on the CPU.

@@ -17,18 +17,21 @@ enum class CacheFormat : int { float32, bfloat16 };
 // Every matrix (outputs, inputs) lies in the arena as panels of kPanelOutputs outputs, one after the other, in the order
 // in which a step reads them: for each layer qkv, proj, w1 with w3 (16 + 16 outputs in each panel), w2; then the head.
 // A panel holds (depth / g, kPanelOutputs, g) weights with g = 4 / sizeof(weight), so that four bytes of each output lie
-// together; depth is `inputs` rounded up to kDepthMultiple with zeros. A panel of int8 goes on with one float scale and
-// one int32 sum of its weights for each output. The head of an int8 generator is bfloat16.
+// together; depth is `inputs` rounded up to kDepthMultiple with zeros. In a panel of int8 the weights of each
+// kGroupInputs inputs are followed by a bfloat16 scale for each output, and the whole by a float for each output: 32768
+// times the sum of its scaled weights. The head of an int8 generator is bfloat16.
 constexpr int64_t kPanelOutputs = 32;
 constexpr int64_t kDepthMultiple = 64;
+constexpr int64_t kGroupInputs = kDepthMultiple;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr int64_t weight_bytes(WeightFormat format) {
   return format == WeightFormat::float32 ? 4 : format == WeightFormat::bfloat16 ? 2 : 1;
 }
 constexpr int64_t panel_bytes(WeightFormat format, int64_t inputs) {
-  const int64_t extra = format == WeightFormat::int8 ? 8 : 0;
-  return kPanelOutputs * (round_up(inputs, kDepthMultiple) * weight_bytes(format) + extra);
+  const int64_t depth = round_up(inputs, kDepthMultiple);
+  const int64_t extra = format == WeightFormat::int8 ? depth / kGroupInputs * 2 + 4 : 0;
+  return kPanelOutputs * (depth * weight_bytes(format) + extra);
 }
 constexpr int64_t panels(int64_t outputs) { return round_up(outputs, kPanelOutputs) / kPanelOutputs; }
 

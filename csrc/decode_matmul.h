@@ -3,8 +3,8 @@
 // Each weight format takes its activations in a form of its own, written by `pack_row`:
 //   float32   as they are;
 //   bfloat16  rounded; where kPlanes is 2 as a sum of two bfloat16 numbers, the second being what the first rounded off;
-//   int8      as 16-bit integers with a scale for the row, split in two planes of unsigned bytes. Products with int8
-//             weights then are exact sums of integers, and int8 multipliers do the work of 16-bit ones.
+//   int8      as 16-bit integers with a scale for the row, split in two planes of unsigned bytes. Products with a group
+//             of int8 weights then are exact sums of integers, and int8 multipliers do the work of 16-bit ones.
 // A row's product depends neither on the other rows nor on how many there are.
 #pragma once
 
@@ -21,7 +21,9 @@
 namespace alitok::ALITOK_ISA {
 
 constexpr int64_t kRowBlock = 32;     // rows of one product: two AMX tiles
-constexpr int64_t kPrefetch = 8192;  // bytes ahead of the weights in use, into the second-level cache
+constexpr int64_t kPrefetch = 8192;   // bytes ahead of the weights in use, into the second-level cache
+constexpr int64_t kStream = 4096;     // the same into the first-level cache, where memory and not arithmetic is the limit
+constexpr int kFewRows = 2;           // up to so many rows it is
 
 struct Activations {
   uint8_t* data;  // row r of plane q at data + r * row_bytes + q * plane_bytes
@@ -40,6 +42,15 @@ inline void prefetch_bytes(const void* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(data) + i, 0, 2);
 }
 
+// Two cache lines of weights that a product of `Rows` rows will read soon.
+template <int Rows>
+inline void prefetch_weights(const void* weights) {
+  constexpr int64_t ahead = Rows <= kFewRows ? kStream : kPrefetch;
+  constexpr int locality = Rows <= kFewRows ? 3 : 2;
+  __builtin_prefetch(static_cast<const uint8_t*>(weights) + ahead, 0, locality);
+  __builtin_prefetch(static_cast<const uint8_t*>(weights) + ahead + 64, 0, locality);
+}
+
 // ---- float32 ----
 
 template <int Rows>
@@ -50,8 +61,7 @@ void multiply_float32(const uint8_t* panel, int64_t depth, const Activations& x,
     const float* w = reinterpret_cast<const float*>(panel) + first;
     Vec sum[Rows][2];
     for (int64_t k = 0; k < depth; ++k, w += kPanelOutputs) {
-      __builtin_prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetch, 0, 2);
-      __builtin_prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetch + 64, 0, 2);
+      prefetch_weights<Rows>(w);
       const Vec w0 = Vec::load(w), w1 = Vec::load(w + Vec::lanes);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
@@ -100,8 +110,7 @@ void multiply_bfloat16(const uint8_t* panel, int64_t depth, const Activations& x
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < depth / 2; ++k, panel += 4 * kPanelOutputs) {
-    __builtin_prefetch(panel + kPrefetch, 0, 2);
-    __builtin_prefetch(panel + kPrefetch + 64, 0, 2);
+    prefetch_weights<Rows>(panel);
     const __m512bh w0 = (__m512bh)_mm512_load_si512(panel), w1 = (__m512bh)_mm512_load_si512(panel + 64);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
@@ -214,87 +223,97 @@ struct Bfloat16Weights {
 };
 
 // ---- int8 ----
-// A row holds u = q + 32768 with q = round(x / scale) in -32767..32767, as the bytes high = u >> 8 and low = u & 255:
-// sum q w = 256 (sum high w - 128 sum w) + sum low w, both sums exact in 32 bits up to a depth of 66,000.
+// A row holds u = q + 32768 with q = round(x / scale) in -32767..32767, as the bytes high = u >> 8 and low = u & 255.
+// Within a group of inputs sum u w = 256 sum high w + sum low w, exact in 32 bits. Times the group's scale these add up
+// to the product in float32, less the panel's offset: 32768 times the sum of the scaled weights.
 
 constexpr float kInt16Largest = 32767.0f;
+constexpr int64_t kScaleBytes = kPanelOutputs * sizeof(uint16_t);
+constexpr int64_t kGroupBytes = kPanelOutputs * kGroupInputs + kScaleBytes;
+static_assert(255 * 127 * kGroupInputs < INT32_MAX / 257, "the sums of a group fit");
 
 #if defined(__AVX512F__)
-inline __m512 int8_result(__m512i high, __m512i low, __m512i sums, __m512 scale) {
-  const __m512 h = _mm512_cvtepi32_ps(_mm512_sub_epi32(high, _mm512_slli_epi32(sums, 7)));
-  return _mm512_mul_ps(_mm512_fmadd_ps(h, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(low)), scale);
+inline Vec with_group(Vec total, __m512i high, __m512i low, const uint16_t* scales) {
+  const __m512i sums = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+  return fma(_mm512_cvtepi32_ps(sums), Vec::load_bf16(scales), total);
 }
 #endif
 
-// `high`, `low`: sums of kPanelOutputs outputs of one row. `footer`: the panel's scales and sums.
-inline void int8_results(const int32_t* high, const int32_t* low, const uint8_t* footer, float row_scale, float* out) {
-  const float* scales = reinterpret_cast<const float*>(footer);
-  const int32_t* sums = reinterpret_cast<const int32_t*>(footer + kPanelOutputs * sizeof(float));
+// The same for all outputs of a row.
+inline void add_group(const int32_t* high, const int32_t* low, const uint16_t* scales, float* total) {
 #if defined(__AVX512F__)
-  for (int64_t o = 0; o < kPanelOutputs; o += 16) {
-    const __m512 scale = _mm512_mul_ps(_mm512_load_ps(scales + o), _mm512_set1_ps(row_scale));
-    _mm512_storeu_ps(out + o, int8_result(_mm512_loadu_si512(high + o), _mm512_loadu_si512(low + o),
-                                          _mm512_load_si512(sums + o), scale));
-  }
+  for (int64_t o = 0; o < kPanelOutputs; o += 16)
+    with_group(Vec::load(total + o), _mm512_loadu_si512(high + o), _mm512_loadu_si512(low + o), scales + o)
+        .store(total + o);
 #else
-  for (int64_t o = 0; o < kPanelOutputs; ++o) {
-    const float h = static_cast<float>(high[o] - 128 * sums[o]);
-    out[o] = std::fma(h, 256.0f, static_cast<float>(low[o])) * (scales[o] * row_scale);
-  }
+  for (int64_t o = 0; o < kPanelOutputs; ++o)
+    total[o] = std::fma(static_cast<float>(256 * high[o] + low[o]), from_bf16(scales[o]), total[o]);
 #endif
 }
 
 template <int Rows>
 void multiply_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
-  const uint8_t* footer = panel + depth * kPanelOutputs;
+  const float* offset = reinterpret_cast<const float*>(panel + depth / kGroupInputs * kGroupBytes);
 #if defined(__AVX512VNNI__)
   const uint8_t* a[Rows][2];
   for (int r = 0; r < Rows; ++r)
     for (int q = 0; q < 2; ++q) a[r][q] = x.row(row0 + r) + q * x.plane_bytes;
-  __m512i sum[Rows][2][2];
+  Vec total[Rows][2];
+  for (int64_t group = 0; group < depth; group += kGroupInputs) {
+    __m512i sum[Rows][2][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+      for (int q = 0; q < 2; ++q) sum[r][q][0] = sum[r][q][1] = _mm512_setzero_si512();
+    for (int64_t k = group; k < group + kGroupInputs; k += 4, panel += 4 * kPanelOutputs) {
+      prefetch_weights<Rows>(panel);
+      const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; ++q) {
+          int32_t four;
+          std::memcpy(&four, a[r][q] + k, sizeof four);
+          const __m512i value = _mm512_set1_epi32(four);
+          sum[r][q][0] = _mm512_dpbusd_epi32(sum[r][q][0], value, w0);
+          sum[r][q][1] = _mm512_dpbusd_epi32(sum[r][q][1], value, w1);
+        }
+      }
+    }
+    prefetch_weights<Rows>(panel);
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+        total[r][half] = with_group(total[r][half], sum[r][0][half], sum[r][1][half], scales + 16 * half);
+    panel = reinterpret_cast<const uint8_t*>(scales + kPanelOutputs);
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r)
-    for (int q = 0; q < 2; ++q) sum[r][q][0] = sum[r][q][1] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < depth; k += 4, panel += 4 * kPanelOutputs) {
-    __builtin_prefetch(panel + kPrefetch, 0, 2);
-    __builtin_prefetch(panel + kPrefetch + 64, 0, 2);
-    const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 2
-      for (int q = 0; q < 2; ++q) {
-        int32_t four;
-        std::memcpy(&four, a[r][q] + k, sizeof four);
-        const __m512i value = _mm512_set1_epi32(four);
-        sum[r][q][0] = _mm512_dpbusd_epi32(sum[r][q][0], value, w0);
-        sum[r][q][1] = _mm512_dpbusd_epi32(sum[r][q][1], value, w1);
-      }
-    }
-  }
-  const float* scales = reinterpret_cast<const float*>(footer);
-  const uint8_t* sums = footer + kPanelOutputs * sizeof(float);
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-    const __m512 row_scale = _mm512_set1_ps(x.scale[row0 + r]);
     for (int half = 0; half < 2; ++half) {
-      const __m512 scale = _mm512_mul_ps(_mm512_load_ps(scales + half * 16), row_scale);
-      _mm512_storeu_ps(out + r * kPanelOutputs + half * 16,
-                       int8_result(sum[r][0][half], sum[r][1][half], _mm512_load_si512(sums + half * 64), scale));
+      const Vec product = (total[r][half] - Vec::load(offset + 16 * half)) * Vec(x.scale[row0 + r]);
+      product.store(out + r * kPanelOutputs + 16 * half);
     }
-  }
 #else
-  const int8_t* weights = reinterpret_cast<const int8_t*>(panel);
   for (int r = 0; r < Rows; ++r) {
-    int32_t sum[2][kPanelOutputs] = {};
-    for (int q = 0; q < 2; ++q) {
-      const uint8_t* a = x.row(row0 + r) + q * x.plane_bytes;
-      for (int64_t k = 0; k < depth; k += 4) {
-        const int8_t* w = weights + k * kPanelOutputs;
-        for (int64_t o = 0; o < kPanelOutputs; ++o)
-          for (int i = 0; i < 4; ++i) sum[q][o] += a[k + i] * w[o * 4 + i];
+    float total[kPanelOutputs] = {};
+    const uint8_t* group = panel;
+    for (int64_t first = 0; first < depth; first += kGroupInputs, group += kGroupBytes) {
+      const int8_t* weights = reinterpret_cast<const int8_t*>(group);
+      int32_t sum[2][kPanelOutputs] = {};
+      for (int q = 0; q < 2; ++q) {
+        const uint8_t* a = x.row(row0 + r) + q * x.plane_bytes + first;
+        for (int64_t k = 0; k < kGroupInputs; k += 4) {
+          const int8_t* w = weights + k * kPanelOutputs;
+          for (int64_t o = 0; o < kPanelOutputs; ++o)
+            for (int i = 0; i < 4; ++i) sum[q][o] += a[k + i] * w[o * 4 + i];
+        }
       }
+      add_group(sum[0], sum[1], reinterpret_cast<const uint16_t*>(group + kGroupInputs * kPanelOutputs), total);
     }
-    int8_results(sum[0], sum[1], footer, x.scale[row0 + r], out + r * kPanelOutputs);
+    for (int64_t o = 0; o < kPanelOutputs; ++o)
+      out[r * kPanelOutputs + o] = (total[o] - offset[o]) * x.scale[row0 + r];
   }
 #endif
 }
@@ -303,31 +322,42 @@ void multiply_int8(const uint8_t* panel, int64_t depth, const Activations& x, in
 __attribute__((target("amx-tile,amx-int8"))) inline void multiply_int8_amx(const uint8_t* panel, int64_t depth,
                                                                            const Activations& x, int64_t row0,
                                                                            int64_t rows, float* out) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  const uint8_t* footer = panel + depth * kPanelOutputs;
-  const uint8_t* a = x.row(row0);
-  for (int64_t k = 0; k < depth; k += 64, panel += 2048, a += 64) {
-    prefetch_bytes(panel + kPrefetch, 2048);
-    _tile_loadd(4, panel, 128);
-    _tile_loadd(5, panel + 64, 128);
-    _tile_loadd(6, a, x.row_bytes);
-    _tile_loadd(7, a + x.plane_bytes, x.row_bytes);
-    _tile_dpbusd(0, 6, 4);
-    _tile_dpbusd(1, 6, 5);
-    _tile_dpbusd(2, 7, 4);
-    _tile_dpbusd(3, 7, 5);
-  }
   alignas(64) int32_t sum[2][16][kPanelOutputs];
+  alignas(64) float total[16][kPanelOutputs] = {};
   constexpr int64_t stride = kPanelOutputs * sizeof(int32_t);
-  _tile_stored(0, sum[0][0], stride);
-  _tile_stored(1, sum[0][0] + 16, stride);
-  _tile_stored(2, sum[1][0], stride);
-  _tile_stored(3, sum[1][0] + 16, stride);
-  for (int64_t r = 0; r < rows; ++r)
-    int8_results(sum[0][r], sum[1][r], footer, x.scale[row0 + r], out + r * kPanelOutputs);
+  const uint8_t* a = x.row(row0);
+  for (int64_t group = 0; group < depth; group += kGroupInputs, panel += kScaleBytes) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < kGroupInputs; k += 64, panel += 2048, a += 64) {
+      prefetch_bytes(panel + kPrefetch, 2048);
+      _tile_loadd(4, panel, 128);
+      _tile_loadd(5, panel + 64, 128);
+      _tile_loadd(6, a, x.row_bytes);
+      _tile_loadd(7, a + x.plane_bytes, x.row_bytes);
+      _tile_dpbusd(0, 6, 4);
+      _tile_dpbusd(1, 6, 5);
+      _tile_dpbusd(2, 7, 4);
+      _tile_dpbusd(3, 7, 5);
+    }
+    _tile_stored(0, sum[0][0], stride);
+    _tile_stored(1, sum[0][0] + 16, stride);
+    _tile_stored(2, sum[1][0], stride);
+    _tile_stored(3, sum[1][0] + 16, stride);
+    asm volatile("" ::: "memory");  // the stores do not tell the compiler what they write
+    prefetch_bytes(panel + kPrefetch, kScaleBytes);
+    for (int64_t r = 0; r < rows; ++r)
+      add_group(sum[0][r], sum[1][r], reinterpret_cast<const uint16_t*>(panel), total[r]);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const Vec row_scale = x.scale[row0 + r];
+    for (int64_t o = 0; o < kPanelOutputs; o += Vec::lanes) {
+      const Vec offset = Vec::load(reinterpret_cast<const float*>(panel) + o);
+      ((Vec::load(total[r] + o) - offset) * row_scale).store(out + r * kPanelOutputs + o);
+    }
+  }
 }
 #endif
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 PANEL_OUTPUTS = 32
 DEPTH_MULTIPLE = 64
+GROUP_INPUTS = 64
+OFFSET = 32768  # the kernel's unsigned activations are so much too large
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
@@ -45,8 +47,8 @@ class PackedWeights:
         vectors: float32, all norms and biases.
         embeddings: (vocabulary, width) float32.
         rope: (positions, head_dim / 2, 2) float32.
-        dtype: of the matrices: float32, bfloat16, or int8 with one float32 scale for each output. The head of an int8
-            generator is bfloat16.
+        dtype: of the matrices: float32, bfloat16, or int8 with a bfloat16 scale for each output and 64 inputs
+            (docs/precision.md). The head of an int8 generator is bfloat16.
         hidden: width inside the MLP.
         codes: number of logits.
         norm_eps: added to the mean squares.
@@ -149,29 +151,50 @@ def _interleave(w1: Tensor, w3: Tensor) -> Tensor:
 def _pack(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """(outputs, inputs) as the bytes of its panels."""
     outputs, inputs = matrix.shape
-    group = 4 // dtype.itemsize
     padding = (0, _round_up(inputs, DEPTH_MULTIPLE) - inputs, 0, _round_up(outputs, PANEL_OUTPUTS) - outputs)
-    matrix = F.pad(matrix.detach().float(), padding).unflatten(0, (-1, PANEL_OUTPUTS))
-    extra = []
-    if dtype == torch.int8:
-        scale = matrix.abs().amax(-1) / 127
-        matrix = (matrix / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)).round()
-        extra = [scale.view(torch.uint8), matrix.sum(-1).to(torch.int32).view(torch.uint8)]
-    panels = matrix.to(dtype).unflatten(-1, (-1, group)).transpose(1, 2).contiguous()
-    return torch.cat([panels.view(torch.uint8).flatten(1), *extra], 1).flatten()
+    panels = F.pad(matrix.detach().float(), padding).unflatten(0, (-1, PANEL_OUTPUTS))
+    if dtype != torch.int8:
+        return _grouped_by_four_bytes(panels.to(dtype)).flatten()
+    groups = panels.unflatten(-1, (-1, GROUP_INPUTS)).transpose(1, 2)  # (panels, groups, outputs, inputs)
+    scale = _rounded_up_to_bfloat16(groups.abs().amax(-1) / 127)
+    whole = (groups / torch.where(scale > 0, scale, 1.0).float().unsqueeze(-1)).round()
+    data = _grouped_by_four_bytes(whole.to(torch.int8)), scale.view(torch.uint8)
+    offset = (OFFSET * (whole.sum(-1).double() * scale.double()).sum(1)).float()
+    return torch.cat([torch.cat(data, -1).flatten(1), offset.view(torch.uint8)], 1).flatten()
 
 
 def _unpack(arena: _Reader, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
     count, depth = _round_up(outputs, PANEL_OUTPUTS) // PANEL_OUTPUTS, _round_up(inputs, DEPTH_MULTIPLE)
-    weight_bytes = PANEL_OUTPUTS * depth * dtype.itemsize
-    scale_bytes = PANEL_OUTPUTS * 4 if dtype == torch.int8 else 0
-    (data,) = arena.take(count * (weight_bytes + 2 * scale_bytes))
-    panels, scale, _ = data.view(count, -1).split([weight_bytes, scale_bytes, scale_bytes], 1)
-    matrix = panels.contiguous().view(dtype).view(count, -1, PANEL_OUTPUTS, 4 // dtype.itemsize)
-    matrix = matrix.transpose(1, 2).reshape(count, PANEL_OUTPUTS, depth).float()
-    if dtype == torch.int8:
-        matrix = matrix * scale.contiguous().view(torch.float32).unsqueeze(-1)
-    return matrix.flatten(0, 1)[:outputs, :inputs]
+    if dtype != torch.int8:
+        (data,) = arena.take(count * PANEL_OUTPUTS * depth * dtype.itemsize)
+        panels = _one_output_a_row(data.view(count, -1), dtype).float()
+    else:
+        weights, scales = PANEL_OUTPUTS * GROUP_INPUTS, 2 * PANEL_OUTPUTS
+        sizes = [depth // GROUP_INPUTS * (weights + scales), 4 * PANEL_OUTPUTS]
+        (data,) = arena.take(count * sum(sizes))
+        groups = data.view(count, -1).split(sizes, 1)[0].unflatten(1, (-1, weights + scales))
+        whole, scale = groups.split([weights, scales], -1)
+        scaled = _one_output_a_row(whole, dtype) * scale.contiguous().view(torch.bfloat16).float().unsqueeze(-1)
+        panels = scaled.transpose(1, 2).flatten(2)
+    return panels.flatten(0, 1)[:outputs, :inputs]
+
+
+def _grouped_by_four_bytes(weights: Tensor) -> Tensor:
+    """(..., outputs, inputs) as bytes (..., -1), with four of each output together."""
+    fours = weights.unflatten(-1, (-1, 4 // weights.element_size())).transpose(-3, -2)
+    return fours.contiguous().view(torch.uint8).flatten(-3)
+
+
+def _one_output_a_row(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `_grouped_by_four_bytes` for one panel or group of it."""
+    fours = data.contiguous().view(dtype).unflatten(-1, (-1, PANEL_OUTPUTS, 4 // dtype.itemsize))
+    return fours.transpose(-3, -2).flatten(-2)
+
+
+def _rounded_up_to_bfloat16(x: Tensor) -> Tensor:
+    """Of what is >= 0: weights divided by such a scale are never beyond what the largest one asked for."""
+    rounded = x.bfloat16()
+    return torch.where(rounded.float() < x, (rounded.view(torch.int16) + 1).view(torch.bfloat16), rounded)
 
 
 HUGE_PAGE = 2**21
