@@ -29,7 +29,7 @@ ALITOK_HOST_DEVICE unsigned dropout_bits(uint64_t seed, uint32_t threshold, uint
                                          uint32_t c) {
   const Philox4x32 random = philox4x32(seed, kPhiloxDropout + group * 16 + c, row, head, 0);
   unsigned bits = 0;
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__  // the host compiler does not know the pragma
 #pragma unroll
 #endif
   for (int w = 0; w < 4; ++w) {
