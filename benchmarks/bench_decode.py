@@ -13,14 +13,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}  # of logits, beside float32; tests/test_decoding.py says more
 
 
-@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("weights", DTYPES)
 @pytest.mark.parametrize("size", ["b", "l", "xl"])
 def bench_decode(size, weights, batch, generator, mode, compare, device):
     if device.type != "cpu":
         pytest.skip("decode has no CUDA kernel; bench_sampling times the loop")
-    if batch == 64 and not (mode.timed and not mode.quick):
-        pytest.skip("batch 64 at full size only")
+    if batch == 32 and (size != "b" or not mode.timed or mode.quick):
+        pytest.skip("batch 32 of B at full size only: the float32 peers' caches take gigabytes")
     gen = generator(size)
     position = gen.config.tokens // 2
     eager = EagerLoop(gen, torch.arange(batch))
