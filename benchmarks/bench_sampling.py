@@ -33,7 +33,7 @@ def precisions(device, size, batch) -> dict[str, tuple[torch.dtype, torch.dtype 
         }
     else:
         named = {"int8": (torch.int8, None, bf16), "bf16": (bf16, None, bf16), "fp32": (fp32, None, fp32)}
-        if size != "b" or batch > 8:
+        if size != "b" or batch > 1:
             del named["fp32"]
     return {f"alitok_fast {name}": dtypes for name, dtypes in named.items()}
 

@@ -86,4 +86,4 @@ def terminal_lines(name: str, info: dict[str, Any]) -> list[str]:
 
 def _seconds(spread: dict[str, float]) -> str:
     median, fastest, slowest = (f"{spread[key] * 1e3:.4g}" for key in ("median", "fastest", "slowest"))
-    return f"median {median} ms ({fastest} to {slowest}), {spread['rounds']} rounds"
+    return f"median {median} ms ({fastest} to {slowest}), rounds: {spread['rounds']}"

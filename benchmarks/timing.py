@@ -52,10 +52,15 @@ class Turns:
         self.parts: dict[str, list[Parts]] = {name: [] for name in self.contenders}
         for contender in list(self.contenders.values())[1:]:
             (contender.warm or contender.run)()  # caches, autotuning, compilation
+        self.rounds = max(1, min(most, int(budget / max(self._estimate(most), 1e-9))))
+
+    def _estimate(self, most: int) -> float:
+        """Seconds of the first contender once warm; what takes a second is slow enough to count when cold."""
         first = self.contenders[self.first]
-        (first.warm or first.run)()
-        estimate, _ = self._timed(first) if most > 1 else (0.0, None)
-        self.rounds = max(1, min(most, int(budget / max(estimate, 1e-9))))
+        warm, _ = self._timed(first) if first.warm is None else (first.warm(), None)
+        if most == 1:
+            return 0.0
+        return warm if first.warm is None and warm >= 1.0 else self._timed(first)[0]
 
     def take(self, name: str) -> None:
         seconds, parts = self._timed(self.contenders[name])
