@@ -85,7 +85,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     own = session.config.stash[SESSION]
-    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         own.write(session.config.option.benchmark_json, asked_for=session.config.option.report_dir is not None)
 
 

@@ -25,13 +25,19 @@ class Session:
     lines: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
     scratch: TemporaryDirectory | None = None
     written: Path | None = None
     begin: float = field(default_factory=time.monotonic)
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.waiting = {_name(item.nodeid) for item in session.items}
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keeps what failed, and the reasons of what was skipped."""
-        name = report.nodeid.rpartition("/")[2]
+        name = _name(report.nodeid)
+        if report.when == "teardown":
+            self.waiting.discard(name)
         if report.skipped and isinstance(report.longrepr, tuple):
             self.skipped[name] = report.longrepr[2].removeprefix("Skipped: ")
         elif report.failed:
@@ -46,7 +52,7 @@ class Session:
             "seconds": round(time.monotonic() - self.begin),
             "machine": self.machine,
             "ceilings": self.ceilings,
-            "skipped": self.skipped,
+            "skipped": {**self.skipped, **dict.fromkeys(sorted(self.waiting), "the run was stopped before its end")},
             "failed": self.failed,
         }
 
@@ -58,6 +64,10 @@ class Session:
             self.written = write_report(json.loads(measured.read_text()), self.folder)
         if self.scratch is not None:
             self.scratch.cleanup()
+
+
+def _name(nodeid: str) -> str:
+    return nodeid.rpartition("/")[2]
 
 
 def full_report(config: pytest.Config, benchmarks: Path) -> bool:

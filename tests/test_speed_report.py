@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,20 @@ def test_a_part_of_the_suite_writes_a_report_where_told(tmp_path):
     assert list(contenders)[0] == "alitok_fast" and len(contenders) > 1
     assert len(bench["stats"]["data"]) == contenders["alitok_fast"]["seconds"]["rounds"]
     assert "Part of the benchmarks only" in (tmp_path / "part" / "report.md").read_text()
+
+
+def test_a_run_that_is_stopped_reports_what_it_has(tmp_path):
+    run = (sys.executable, "-m", "pytest", "-v", "benchmarks/bench_sample_tokens.py", "--benchmark", "--quick")
+    process = subprocess.Popen(
+        [*run, "--report-dir", tmp_path / "stopped"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        if "PASSED" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    process.stdout.read()
+    assert process.wait(60) == 2  # interrupted
+    data = json.loads((tmp_path / "stopped" / "report.json").read_text())
+    stopped = [name for name, why in data["alitok_fast"]["skipped"].items() if why == "the run was stopped before its end"]
+    assert data["benchmarks"] and stopped
+    assert stopped[0] in (tmp_path / "stopped" / "report.md").read_text()
