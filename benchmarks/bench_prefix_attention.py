@@ -17,6 +17,7 @@ from alitok_fast._library import use_reference
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.models.rope import rope_table
 from alitok_fast.ops.prefix_attention import prefix_attention, rms_norm, rotate
+from timing import Missing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CEILINGS = {torch.float32: "fp32_flops", torch.bfloat16: "bf16_flops"}
@@ -58,12 +59,12 @@ def flops(qkv: Tensor, prefix_len: int, products: int) -> float:
     return 2.0 * products * pairs * head_dim * batch * heads
 
 
-def plain_attentions(qkv: Tensor, causal: bool, backward: bool = False) -> dict[str, Callable[[], object]]:
+def plain_attentions(qkv: Tensor, causal: bool, backward: bool = False) -> dict[str, Callable[[], object] | Missing]:
     """Attention alone, without norm, rotary table or transposes, on inputs laid out as each likes them best.
 
-    What does not run here is left out, with a warning that pytest shows at the end.
+    What does not run here is missing from the comparison, and the report says why.
     """
-    functions = {}
+    functions: dict[str, Callable[[], object] | Missing] = {}
     for name, backend in BACKENDS.items():
         q, k, v = (x.transpose(1, 2).contiguous().requires_grad_(backward) for x in qkv.detach().unbind(2))
 
@@ -71,7 +72,7 @@ def plain_attentions(qkv: Tensor, causal: bool, backward: bool = False) -> dict[
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-        functions[f"SDPA, {name}"] = with_gradients(sdpa, (q, k, v)) if backward else sdpa
+        functions[f"SDPA, {name}"] = if_it_runs(with_gradients(sdpa, (q, k, v)) if backward else sdpa)
     if importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_qkvpacked_func
 
@@ -80,22 +81,20 @@ def plain_attentions(qkv: Tensor, causal: bool, backward: bool = False) -> dict[
         def flash_attn():
             return flash_attn_qkvpacked_func(packed, causal=causal)
 
-        functions["flash-attn, packed"] = with_gradients(flash_attn, (packed,)) if backward else flash_attn
+        functions["flash-attn, packed"] = if_it_runs(with_gradients(flash_attn, (packed,)) if backward else flash_attn)
     else:
-        warnings.warn("flash-attn is not installed: not compared", stacklevel=2)
-    return {name: function for name, function in functions.items() if runs(name, function, qkv)}
+        functions["flash-attn, packed"] = Missing("flash-attn is not installed")
+    return functions
 
 
-def runs(name: str, function: Callable, qkv: Tensor) -> bool:
+def if_it_runs(function: Callable[[], object]) -> Callable[[], object] | Missing:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's reasons, one a warning
             function()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        warnings.warn(f"{name} on {qkv.device}, {qkv.dtype}: not compared: {reason}", stacklevel=3)
-        return False
-    return True
+        return Missing(str(error).splitlines()[0])
+    return function
 
 
 def with_gradients(attention: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Callable[[], object]:

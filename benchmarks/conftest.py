@@ -201,12 +201,13 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
 def compare(measure, ceilings: Ceilings | None, mode: Mode) -> Callable[..., None]:
     """compare(function, alternatives, work, ceiling): time `function` beside its alternatives.
 
-    `alternatives` maps a name to a function of no arguments; `work` is what one call does, in the unit of `ceiling`, a
-    field of Ceilings ("fp32_flops", "bf16_flops", "read_bytes").
+    `alternatives` maps a name to a function of no arguments or to Missing; `work` is what one call does, in the unit of
+    `ceiling`, a field of Ceilings ("fp32_flops", "bf16_flops", "read_bytes").
     """
 
-    def run(function: Callable, alternatives: Mapping[str, Callable], work: float, ceiling: str) -> None:
-        contenders = {"alitok_fast": Contender(function), **{n: Contender(f) for n, f in alternatives.items()}}
+    def run(function: Callable, alternatives: Mapping[str, Callable | Missing], work: float, ceiling: str) -> None:
+        contenders = {"alitok_fast": Contender(function)}
+        contenders |= {n: f if isinstance(f, Missing) else Contender(f) for n, f in alternatives.items()}
         most = getattr(ceilings, ceiling) if mode.timed else None
         measure(contenders, kind="operator", work=work, unit=ceiling, ceiling=most)
 
