@@ -30,6 +30,8 @@ from timing import Contender, Missing, Turns
 
 MOST_ROUNDS, MOST_QUICK_ROUNDS = 9, 3
 BUDGET, QUICK_BUDGET = 1.0, 0.2  # seconds of one contender
+COLD = "alitok_fast, cold caches"
+COLD_BYTES = 2**28  # several times the last-level cache of today's machines
 SESSION = pytest.StashKey[Session]()
 HERE = Path(__file__).parent
 
@@ -197,16 +199,23 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
     return run
 
 
+@pytest.fixture(scope="session")
+def cold_caches(device: torch.device) -> Callable[[], object]:
+    """A function that fills the caches with other memory."""
+    memory = torch.zeros(COLD_BYTES, dtype=torch.uint8, device=device)
+    return lambda: memory.add_(1)
+
+
 @pytest.fixture
-def compare(measure, ceilings: Ceilings | None, mode: Mode) -> Callable[..., None]:
-    """compare(function, alternatives, work, ceiling): time `function` beside its alternatives.
+def compare(measure, ceilings: Ceilings | None, mode: Mode, cold_caches) -> Callable[..., None]:
+    """compare(function, alternatives, work, ceiling): time `function` beside itself with cold caches and alternatives.
 
     `alternatives` maps a name to a function of no arguments or to Missing; `work` is what one call does, in the unit of
     `ceiling`, a field of Ceilings ("fp32_flops", "bf16_flops", "read_bytes").
     """
 
     def run(function: Callable, alternatives: Mapping[str, Callable | Missing], work: float, ceiling: str) -> None:
-        contenders = {"alitok_fast": Contender(function)}
+        contenders = {"alitok_fast": Contender(function), COLD: Contender(function, before=cold_caches)}
         contenders |= {n: f if isinstance(f, Missing) else Contender(f) for n, f in alternatives.items()}
         most = getattr(ceilings, ceiling) if mode.timed else None
         measure(contenders, kind="operator", work=work, unit=ceiling, ceiling=most)

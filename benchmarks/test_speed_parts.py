@@ -93,6 +93,16 @@ def test_parts_are_medians_of_the_rounds():
     assert turns.summary()["own"]["own"] is True
 
 
+def test_what_comes_before_a_round_is_not_timed():
+    clock, log = Clock(), []
+    before = clock.taking(5.0, log, "before")
+    contenders = {"own": Contender(clock.taking(1.0, log, "own")), "cold": Contender(lambda: None, before=before)}
+    turns = Turns(contenders, budget=3.0, most=2, clock=clock)
+    log.clear()
+    turns.others_take()
+    assert log == ["before"] and turns.seconds["cold"] == [0.0]
+
+
 def test_names_of_machines():
     assert slug({"device": "cpu", "name": "AMD EPYC", "threads": 2}) == "amd-epyc-2-threads"
     assert slug({"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "threads": 8}) == "nvidia-h100-80gb-hbm3"

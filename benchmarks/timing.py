@@ -16,12 +16,14 @@ class Contender:
     """One way of doing the work.
 
     `run` does it once, and may return the seconds of its parts by name. `warm` is what to do before anything is timed;
-    None is `run` itself, which a contender that takes minutes cannot afford. `facts` go into the report as they are.
+    None is `run` itself, which a contender that takes minutes cannot afford. `before` runs untimed before each round.
+    `facts` go into the report as they are.
     """
 
     run: Callable[[], Any]
     warm: Callable[[], Any] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    before: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Turns:
         }
 
     def _timed(self, contender: Contender) -> tuple[float, Parts | None]:
+        if contender.before is not None:
+            contender.before()
         self.synchronize()
         begin = self.clock()
         parts = contender.run()
