@@ -10,7 +10,7 @@ from alitok_fast.testing import relative_error
 from peers.eager import EagerLoop
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}  # of logits, beside float32; tests/test_decoding.py says more
+ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 1e-1}  # of logits, beside float32; tests/test_decoding.py says more
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])

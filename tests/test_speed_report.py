@@ -179,9 +179,8 @@ def test_a_part_of_the_suite_writes_a_report_where_told(tmp_path):
 
 def test_a_run_that_is_stopped_reports_what_it_has(tmp_path):
     run = (sys.executable, "-m", "pytest", "-v", "benchmarks/bench_sample_tokens.py", "--benchmark", "--quick")
-    process = subprocess.Popen(
-        [*run, "--report-dir", tmp_path / "stopped"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*run, "--report-dir", tmp_path / "stopped"], **options)
     for line in process.stdout:
         if "PASSED" in line:
             process.send_signal(signal.SIGINT)
@@ -189,6 +188,6 @@ def test_a_run_that_is_stopped_reports_what_it_has(tmp_path):
     process.stdout.read()
     assert process.wait(60) == 2  # interrupted
     data = json.loads((tmp_path / "stopped" / "report.json").read_text())
-    stopped = [name for name, why in data["alitok_fast"]["skipped"].items() if why == "the run was stopped before its end"]
+    stopped = [name for name, why in data["alitok_fast"]["skipped"].items() if "the run was stopped" in why]
     assert data["benchmarks"] and stopped
     assert stopped[0] in (tmp_path / "stopped" / "report.md").read_text()
