@@ -77,6 +77,8 @@ def _machine(report: Report) -> Section:
         text.append("**Quick run: models cut to a few layers. These are no figures of the published sizes.**")
     if run["partial"]:
         text.append("**Part of the benchmarks only.**")
+    if run.get("note"):
+        text.append(f"**Note.** {run['note']}")
     if report.busy:
         text.append(
             f"**The machine was busy** during {len(report.busy)} of {report.count} benchmarks, whose times are too "
