@@ -13,6 +13,7 @@ from alitok_fast.decoding import Decoder
 from alitok_fast.memory import plan
 from alitok_fast.models import load_generator
 from alitok_fast.models.loading import build
+from alitok_fast.models.quantize import QuantizedGenerator
 from alitok_fast.ops.sample_tokens import guided_logits
 from alitok_fast.sampling import guidance_schedule, sample
 from alitok_fast.testing import relative_error
@@ -26,6 +27,14 @@ REDUCED = [torch.bfloat16, torch.int8]
 # and 4.2e-4.
 B_BOUNDS = {torch.bfloat16: (2.5e-2, 3e-2), torch.int8: (5e-2, 8e-2)}
 DEMO_BOUNDS = {torch.bfloat16: (3e-2, 1e-3), torch.int8: (3e-2, 1e-3)}
+# Weights, cache: measured 2.8e-2, 2.8e-3; 2.7e-2, 3.2e-3; 3.5e-2, 5.7e-3; 1.6e-1, 9.0e-2; 1.8e-1, 9.7e-2.
+CUDA_BOUNDS = {
+    (torch.bfloat16, None): (6e-2, 7e-3),
+    (torch.int8, None): (6e-2, 7e-3),
+    (torch.float8_e4m3fn, None): (8e-2, 1.2e-2),
+    (torch.bfloat16, torch.float8_e4m3fn): (0.35, 0.2),
+    (torch.float8_e4m3fn, torch.float8_e4m3fn): (0.35, 0.2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +51,10 @@ def demo():
     return load_generator("demo").requires_grad_(False)
 
 
-def follow(model, labels, tokens):
+def follow(model, labels, tokens, kv_dtype=None):
     """(steps, 2 B, codes) logits before each token, conditional rows first."""
     batch = len(labels)
-    cache = model.new_cache(2 * batch)
+    cache = model.new_cache(2 * batch, kv_dtype)
     ids = torch.cat([model.condition_ids(labels, batch), model.condition_ids(None, batch)])
     logits = []
     for column in tokens.T:
@@ -96,6 +105,22 @@ def test_demo_in_reduced_precision(demo, weights):
     print(f"demo {weights}: guided logits {error:.1e}, KL {divergence:.1e}")
     assert 0 < error < DEMO_BOUNDS[weights][0]
     assert 0 < divergence < DEMO_BOUNDS[weights][1]
+
+
+@pytest.mark.parametrize("weights, kv_dtype", CUDA_BOUNDS)
+def test_demo_in_the_precisions_of_cuda(weights, kv_dtype):
+    """Steps of the generator itself, as on a GPU, through the CPU's kernels of the same operators."""
+    exact = load_generator("demo").requires_grad_(False)
+    config, labels = exact.config, torch.arange(8)
+    tokens = sample(Decoder(exact), labels)
+    schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power)
+    expected = follow(exact, labels, tokens)
+    reduced = load_generator("demo", dtype=torch.bfloat16).requires_grad_(False)
+    model = reduced if weights == torch.bfloat16 else QuantizedGenerator(reduced, weights)
+    error, divergence = guided_errors(follow(model, labels, tokens, kv_dtype), expected, schedule)
+    print(f"demo weights {weights}, cache {kv_dtype}: guided logits {error:.1e}, KL {divergence:.1e}")
+    assert 0 < error < CUDA_BOUNDS[weights, kv_dtype][0]
+    assert 0 < divergence < CUDA_BOUNDS[weights, kv_dtype][1]
 
 
 def test_float32_equals_the_uncached_model(demo):
