@@ -10,6 +10,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;
 #else
@@ -19,6 +23,7 @@ typedef float Vec __attribute__((vector_size(kBytes)));
 constexpr int kLanes = kBytes / 4;
 constexpr int kChains = 10;  // independent: enough to hide the latency of two units
 constexpr int kWindows = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
 volatile float sink;
 
 double seconds() {
@@ -70,9 +75,16 @@ double fma_per_second(int threads) {
 double bytes_per_second(int threads) {
   constexpr int64_t kWindow = (int64_t{16} << 20) / kBytes;  // read by one thread in one window
   constexpr int kParts = 32;  // windows read different memory, 512 MiB a thread in all: beyond the caches
-  std::vector<Vec> memory(static_cast<size_t>(threads) * kParts * kWindow, Vec{} + 1.0f);
-  return best_rate(threads, static_cast<double>(kWindow) * kBytes, [&](int t, int window) {
-    const Vec* begin = memory.data() + (int64_t{t} * kParts + window % kParts) * kWindow;
+  const size_t count = static_cast<size_t>(threads) * kParts * kWindow;
+  // In huge pages, as the packed weights are: otherwise looking up addresses, not the memory, is what is measured.
+  Vec* const memory = static_cast<Vec*>(std::aligned_alloc(kHugePage, count * kBytes));
+  if (memory == nullptr) std::abort();
+#if defined(__linux__)
+  madvise(memory, count * kBytes, MADV_HUGEPAGE);
+#endif
+  std::fill_n(memory, count, Vec{} + 1.0f);
+  const double best = best_rate(threads, static_cast<double>(kWindow) * kBytes, [&](int t, int window) {
+    const Vec* begin = memory + (int64_t{t} * kParts + window % kParts) * kWindow;
     Vec sums[8] = {};
     for (int64_t i = 0; i < kWindow; i += 8) {
 #pragma GCC unroll 8
@@ -82,6 +94,8 @@ double bytes_per_second(int threads) {
     for (const Vec& part : sums) sum += part;
     sink = sum[0];
   });
+  std::free(memory);
+  return best;
 }
 
 int main(int argc, char** argv) {

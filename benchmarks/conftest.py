@@ -23,7 +23,7 @@ import torch
 
 from alitok_fast.config import TOKENIZERS, generator_preset
 from alitok_fast.models import Generator, Tokenizer
-from ceilings import Ceilings, measure_ceilings, synchronize
+from ceilings import Ceilings, at_rest, measure_ceilings, synchronize
 from machine import GpuMonitor, OthersMonitor, describe, slug
 from session import Session, full_report, terminal_lines
 from timing import Contender, Missing, Turns
@@ -128,10 +128,10 @@ def reference_repo(request: pytest.FixtureRequest) -> Path | None:
 
 @pytest.fixture(scope="session")
 def ceilings(mode: Mode, device: torch.device, request: pytest.FixtureRequest) -> Ceilings | None:
-    """Measured once a session; None when nothing is timed."""
+    """Measured once a session, again while other processes disturb it; None when nothing is timed."""
     if not mode.timed:
         return None
-    measured = measure_ceilings(device)
+    measured = at_rest(lambda: measure_ceilings(device), tries=mode.pick(check=1, quick=2, full=8))
     request.config.stash[SESSION].ceilings = measured.to_dict()
     return measured
 

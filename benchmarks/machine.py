@@ -17,6 +17,7 @@ from alitok_fast.info import info
 
 PACKAGES = ("torch", "numpy", "pytest-benchmark", "diffusers", "triton", "flash-attn", "nvidia-ml-py")
 SAMPLE_SECONDS = 0.25
+BUSY = 0.2  # cores that other processes had: more, and what was timed meanwhile is wrong
 PROC_STAT = Path("/proc/stat")
 TICKS = 100  # a second, of /proc/stat: sysconf(_SC_CLK_TCK) on every Linux
 THROTTLE_REASONS = {  # NVML's bits
@@ -81,12 +82,12 @@ class OthersMonitor:
 
     @staticmethod
     def _now() -> tuple[float, float]:
-        """Seconds so far, and processor seconds of everything but this process."""
+        """Seconds so far, and processor seconds of everything but this process and what it has started and ended."""
         if not PROC_STAT.is_file():
             return 0.0, 0.0
         user, nice, system, _, _, irq, softirq, steal = (int(x) for x in PROC_STAT.read_text().split()[1:9])
         busy = (user + nice + system + irq + softirq + steal) / TICKS
-        return time.monotonic(), busy - time.process_time()
+        return time.monotonic(), busy - sum(os.times()[:4])
 
 
 class GpuMonitor:

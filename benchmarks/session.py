@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from report.collect import BUSY
+from machine import BUSY
 
 
 @dataclass(eq=False)  # pytest keeps it in a set of plugins

@@ -7,6 +7,7 @@ import torch
 
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.models import Generator
+from ceilings import Ceilings, at_rest
 from floor import Machine, decode_floor, step_weights, tokens_floor
 from machine import slug, throttle_reasons
 from timing import Contender, Turns
@@ -101,6 +102,30 @@ def test_what_comes_before_a_round_is_not_timed():
     log.clear()
     turns.others_take()
     assert log == ["before"] and turns.seconds["cold"] == [0.0]
+
+
+class Neighbours:
+    """Stands for the monitor of other processes, which have had so many cores."""
+
+    def __init__(self, cores: float) -> None:
+        self.cores = cores
+
+    def __enter__(self) -> Neighbours:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def test_ceilings_are_measured_until_the_machine_rests():
+    def run(cores: list[float]) -> Ceilings:
+        values = iter([Ceilings(9, 1, 1, 1), Ceilings(5, 5, 5, 5), Ceilings(7, 7, 7, 7)])
+        busy = iter(cores)
+        return at_rest(lambda: next(values), tries=2, others=lambda: Neighbours(next(busy)))
+
+    assert run([0.0]) == Ceilings(9, 1, 1, 1), "undisturbed at once"
+    assert run([1.5, 0.0]) == Ceilings(9, 5, 5, 5), "the higher of each"
+    assert run([1.5, 1.5]) == Ceilings(9, 5, 5, 5), "no third try"
 
 
 def test_names_of_machines():

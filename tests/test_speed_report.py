@@ -120,7 +120,16 @@ def test_warnings_are_at_the_top(reports, measured):
     top, _, rest = source.with_name("report.md").read_text().partition("## Whole images")
     assert "Quick run" in top and "1 checks failed" in top
     assert "busy** during 1 of 3 benchmarks" in top and "sampling[b-1]" in top
+    assert "Shares above 100%" not in top
     assert "32x" not in rest, "a model cut short is not compared with diffusion"
+
+
+def test_shares_above_the_floor_are_pointed_out(reports, measured):
+    source = reports / "some-cpu-2-threads" / "report.json"
+    measured["benchmarks"][0]["extra_info"]["contenders"]["alitok_fast int8"]["floor"]["tokens"] = 3.0
+    source.write_text(json.dumps(measured))
+    assert command("benchmarks/report", source).returncode == 0
+    assert "**Shares above 100%** in alitok_fast int8 B 1" in source.with_name("report.md").read_text()
 
 
 @pytest.mark.parametrize("text", ["{}", "not JSON"])

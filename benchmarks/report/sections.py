@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from report.collect import BUSY, Image, Operator, Report
+from machine import BUSY
+from report.collect import Image, Operator, Report
 
 UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 
@@ -83,6 +84,14 @@ def _machine(report: Report) -> Section:
         text.append(
             f"**The machine was busy** during {len(report.busy)} of {report.count} benchmarks, whose times are too "
             f"long: other processes had more than {BUSY:g} cores in {_some(report.busy)}."
+        )
+    # A model that was cut short may fit into the caches, whose bandwidth no floor counts on.
+    images = [image for image in report.images if not image.cut and (image.share or 0) > 1]
+    above = [f"{image.system} {image.size.upper()} {image.batch}" for image in images]
+    above += [one.name for one in report.operators if one.unit != "read_bytes" and one.rate > one.ceiling]
+    if above:
+        text.append(
+            f"**Shares above 100%** in {_some(above)}: the ceilings were measured too low, so all shares are too high."
         )
     if run["failed"]:
         text.append(f"**{len(run['failed'])} checks failed**, see the end.")
