@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -186,17 +186,25 @@ def test_a_part_of_the_suite_writes_a_report_where_told(tmp_path):
     assert "Part of the benchmarks only" in (tmp_path / "part" / "report.md").read_text()
 
 
+STOPPER = """
+import pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if "all-8" in item.name:
+        raise KeyboardInterrupt
+"""
+
+
 def test_a_run_that_is_stopped_reports_what_it_has(tmp_path):
-    run = (sys.executable, "-m", "pytest", "-v", "benchmarks/bench_sample_tokens.py", "--benchmark", "--quick")
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([*run, "--report-dir", tmp_path / "stopped"], **options)
-    for line in process.stdout:
-        if "PASSED" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    process.stdout.read()
-    assert process.wait(60) == 2  # interrupted
+    (tmp_path / "stopper.py").write_text(STOPPER)  # Ctrl-C at the second benchmark
+    run = ("-p", "stopper", "benchmarks/bench_sample_tokens.py", "-k", "all-1 or all-8", "--benchmark", "--quick")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *run, "--report-dir", tmp_path / "stopped"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout  # interrupted
     data = json.loads((tmp_path / "stopped" / "report.json").read_text())
     stopped = [name for name, why in data["alitok_fast"]["skipped"].items() if "the run was stopped" in why]
-    assert data["benchmarks"] and stopped
+    assert len(data["benchmarks"]) == 1 and stopped == ["bench_sample_tokens.py::bench_sample_tokens[all-8]"]
     assert stopped[0] in (tmp_path / "stopped" / "report.md").read_text()
