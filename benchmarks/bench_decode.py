@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from alitok_fast.decoding import Decoder
+from alitok_fast.ops.decode import decode_reference
 from alitok_fast.testing import relative_error
 from peers.eager import EagerLoop
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 1e-1}  # of logits, beside float32; tests/test_decoding.py says more
+ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}  # of logits; tests/test_decoding.py says more
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
@@ -44,7 +45,10 @@ def bench_decode(size, weights, batch, generator, mode, compare, device):
         eager.caches = before
         return logits
 
-    assert relative_error(step(decoder, cache), eager_step()) < ERROR[weights]
+    # A random past amplifies the rounding of weights, so each is held to the weights that it has.
+    expected = decode_reference(decoder.packed, eager.ids, cache.keys, cache.values, torch.tensor(position))
+    assert relative_error(step(decoder, cache), expected) < ERROR[weights]
+    assert relative_error(step(gen, static), eager_step()) < ERROR["float32"]
     seen = 2 * gen.config.layers * 2 * batch * gen.config.width * position * cache.keys.element_size()
     alternatives = {
         "eager float32, restated reference": eager_step,
