@@ -40,7 +40,7 @@ TopK = Annotated[MaybeInt, typer.Option(help="Draw from the k likeliest tokens."
 TopP = Annotated[MaybeFloat, typer.Option(help="Draw from the smallest set with this probability.")]
 Weights = Annotated[MaybeText, typer.Option(help="Matrices: CPU float32, bfloat16, int8; CUDA int8, float8_e4m3fn.")]
 DecodeDtype = Annotated[
-    MaybeText, typer.Option(help="Tokens to images in this; bfloat16 where it is faster if not given.")
+    MaybeText, typer.Option(help="Tokens to images in this, int8 too on the CPU; if not given bfloat16 where faster.")
 ]
 GRID_IMAGES = 1000
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from alitok_fast import _library
 from alitok_fast.cuda_graph import capture
 from alitok_fast.models.checks import check_range, check_tensor
+from alitok_fast.models.int8 import int8_decoder
 from alitok_fast.models.tokenizer import Tokenizer
 
 GRAPHS = 4  # batch sizes whose CUDA graphs are kept
@@ -34,23 +35,30 @@ class ImageDecoder:
 
     Args:
         tokenizer: in evaluation mode.
-        dtype: of the decoder's weights and activations, torch.float32, torch.bfloat16 or torch.float16; None takes
-            bfloat16 for a float32 tokenizer where that is faster (`fast_dtype`), else the tokenizer's own.
+        dtype: torch.float32, torch.bfloat16 or torch.float16 for the decoder's weights and activations; on the CPU also
+            torch.int8 for the products of its transformer (docs/precision.md), the fastest where there is VNNI and no
+            AMX. None takes bfloat16 for a float32 tokenizer where that is faster (`fast_dtype`), else the tokenizer's
+            own.
 
     Raises:
-        ValueError: for another dtype.
+        ValueError: for another dtype, or int8 on another device.
     """
 
     def __init__(self, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> None:
         if dtype is None:
             dtype = fast_dtype(tokenizer.device) if tokenizer.dtype == torch.float32 else tokenizer.dtype
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            name = str(dtype).removeprefix("torch.")
-            raise ValueError(f"decode_dtype: expected float32, bfloat16 or float16, got {name}")
+        allowed = ["float32", "bfloat16", "float16", *(["int8"] if tokenizer.device.type == "cpu" else [])]
+        name = str(dtype).removeprefix("torch.")
+        if name not in allowed:
+            raise ValueError(f"decode_dtype: expected {', '.join(allowed)} on {tokenizer.device.type}, got {name}")
         self.config, self.device, self.dtype = tokenizer.config, tokenizer.device, dtype
         self._embedding = tokenizer.quantize.embedding
-        same = dtype == tokenizer.dtype
-        self._decoder = tokenizer.decoder if same else copy.deepcopy(tokenizer.decoder).to(dtype)
+        self._activations = torch.float32 if dtype == torch.int8 else dtype
+        if dtype == torch.int8:
+            self._decoder = int8_decoder(tokenizer.decoder)
+        else:
+            same = dtype == tokenizer.dtype
+            self._decoder = tokenizer.decoder if same else copy.deepcopy(tokenizer.decoder).to(dtype)
         self._graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
 
     @torch.no_grad()
@@ -67,7 +75,7 @@ class ImageDecoder:
 
     def _decode(self, tokens: Tensor) -> Tensor:
         """Nothing in here waits for the device."""
-        return self._decoder(self._embedding(tokens).to(self.dtype))[0].float()
+        return self._decoder(self._embedding(tokens).to(self._activations))[0].float()
 
     def _graph(self, batch: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """The graph for this batch size, the tokens that it reads and the images that it writes."""

@@ -54,12 +54,12 @@ class Pipeline:
                 (`Decoder`), elsewhere torch.int8 or torch.float8_e4m3fn (`QuantizedGenerator`); None is the
                 generator's dtype. A generator changed afterwards needs a new pipeline.
             decode_dtype: what tokens are decoded to images in, as for `ImageDecoder`: None is bfloat16 where the
-                machine multiplies it faster, about half a grey level from float32. A tokenizer changed afterwards
-                needs a new pipeline.
+                machine multiplies it faster, about half a grey level from float32. torch.int8 is for the CPU. A
+                tokenizer changed afterwards needs a new pipeline.
 
         Raises:
             ValueError: the two models do not fit together, `weights` does not fit the generator's device, or
-                `decode_dtype` is none of float32, bfloat16 and float16.
+                `decode_dtype` is none of `ImageDecoder`'s.
         """
         for name in ("grid", "codebook_size"):
             have, want = getattr(generator.config, name), getattr(tokenizer.config, name)

@@ -32,7 +32,7 @@ def precisions(device, size, batch) -> dict[str, tuple[torch.dtype, torch.dtype 
             "fp32": (fp32, None, fp32),
         }
     else:
-        named = {"int8": (torch.int8, None, bf16), "bf16": (bf16, None, bf16), "fp32": (fp32, None, fp32)}
+        named = {"int8": (torch.int8, None, torch.int8), "bf16": (bf16, None, bf16), "fp32": (fp32, None, fp32)}
         if size != "b" or batch > 1:
             del named["fp32"]
     return {f"alitok_fast {name}": dtypes for name, dtypes in named.items()}
@@ -93,12 +93,12 @@ def pytest_generate_tests(metafunc):
 def bench_sampling(size, batch, generator, tokenizer, measure, mode, device, ceilings, reference_repo):
     gen = generator(size)
     labels = torch.arange(batch, device=device)
-    decoders = {dtype: ImageDecoder(tokenizer, dtype) for dtype in (torch.bfloat16, torch.float32)}
-    contenders, own = {}, []
-    for name, (weights, kv_dtype, images) in precisions(device, size, batch).items():
+    own_precisions = precisions(device, size, batch)
+    decoders = {dtype: ImageDecoder(tokenizer, dtype) for _, _, dtype in own_precisions.values()}
+    contenders = {}
+    for name, (weights, kv_dtype, images) in own_precisions.items():
         system = Ours(gen, decoders[images], batch, weights, kv_dtype)
         check(system, gen, tokenizer, labels)
-        own.append(system)
         contenders[name] = contender(
             system,
             labels,

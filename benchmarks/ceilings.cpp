@@ -1,5 +1,6 @@
-// What this machine's cores can do at most, in one JSON line: fp32 fused multiply-adds in registers, and reads from main
-// memory. usage: ceilings THREADS
+// What this machine's cores can do at most, in one JSON line: fused multiply-adds in registers, dot products of pairs of
+// bf16 and of fours of int8 there (0 without AVX-512's instructions for them), and reads from main memory.
+// usage: ceilings THREADS
 // Compiled by ceilings.py with -march=native. Every figure is the best of several short windows in which all threads
 // run at once, so that a busy neighbour lowers it only when it never pauses.
 #include <algorithm>
@@ -72,6 +73,37 @@ double fma_per_second(int threads) {
   });
 }
 
+// Operations per second of an instruction that adds `products` products to each of kLanes sums.
+template <class Instruction>
+double dot_per_second(int threads, int products, const Instruction& instruction) {
+  constexpr int64_t kSteps = 500'000;
+  return best_rate(threads, 2.0 * kLanes * products * kChains * kSteps, [&](int, int) {
+    Vec a[kChains] = {};
+    const Vec b = Vec{} + 1.0f;
+    for (int64_t step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 16
+      for (Vec& chain : a) instruction(chain, b);
+    }
+    for (const Vec& chain : a) sink = chain[0];
+  });
+}
+
+double bf16_per_second([[maybe_unused]] int threads) {
+#if defined(__AVX512BF16__)
+  return dot_per_second(threads, 2, [](Vec& sum, Vec x) { asm volatile("vdpbf16ps %1, %1, %0" : "+v"(sum) : "v"(x)); });
+#else
+  return 0;
+#endif
+}
+
+double int8_per_second([[maybe_unused]] int threads) {
+#if defined(__AVX512VNNI__)
+  return dot_per_second(threads, 4, [](Vec& sum, Vec x) { asm volatile("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(x)); });
+#else
+  return 0;
+#endif
+}
+
 double bytes_per_second(int threads) {
   constexpr int64_t kWindow = (int64_t{16} << 20) / kBytes;  // read by one thread in one window
   constexpr int kParts = 32;  // windows read different memory, 512 MiB a thread in all: beyond the caches
@@ -100,6 +132,7 @@ double bytes_per_second(int threads) {
 
 int main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
-  const double fma = fma_per_second(threads);
-  std::printf("{\"fp32_flops\": %.4g, \"read_bytes\": %.4g}\n", fma, bytes_per_second(threads));
+  const double fma = fma_per_second(threads), bf16 = bf16_per_second(threads), int8 = int8_per_second(threads);
+  std::printf("{\"fp32_flops\": %.4g, \"bf16_flops\": %.4g, \"int8_flops\": %.4g, \"read_bytes\": %.4g}\n", fma, bf16,
+              int8, bytes_per_second(threads));
 }

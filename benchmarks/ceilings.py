@@ -26,9 +26,9 @@ class Ceilings:
     fp32_flops: float
     """CPU: fused multiply-adds in registers. CUDA: torch's best float32 matrix product, without TF32."""
     bf16_flops: float
-    """torch's best bfloat16 matrix product (AMX or AVX-512 on the CPU)."""
+    """torch's best bfloat16 matrix product; on the CPU AVX-512's dot products in registers, where those are more."""
     int8_flops: float
-    """torch's best int8 matrix product, operations counted as for floats; not below bf16_flops."""
+    """The same of int8, operations counted as for floats; not below bf16_flops."""
     read_bytes: float
     """Reading main memory."""
 
@@ -61,7 +61,9 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     bf16 = _matmul_flops(device, torch.bfloat16)
     int8 = max(bf16, _matmul_flops(device, torch.int8))
     if device.type == "cpu":
-        return Ceilings(bf16_flops=bf16, int8_flops=int8, **_cpu_program())
+        program = _cpu_program()
+        fp32, read_bytes = program.pop("fp32_flops"), program.pop("read_bytes")
+        return Ceilings(fp32, bf16, int8, read_bytes) | Ceilings(fp32, read_bytes=read_bytes, **program)
     return Ceilings(_matmul_flops(device, torch.float32), bf16, int8, _cuda_read_bytes(device))
 
 

@@ -197,7 +197,7 @@ def test_info(run):
         ),
         (("sample", "--grid", "g.png", "--model", "b"), "got the preset 'b', whose weights are not shipped"),
         (("sample", "--grid", "g.png", "--dtype", "int3", "--model", "TINY"), "dtype: expected one of float32"),
-        (("sample", "--grid", "g.png", "--decode-dtype", "int8", "--model", "TINY"), "decode_dtype: expected one of"),
+        (("sample", "--grid", "g.png", "--decode-dtype", "int4", "--model", "TINY"), "decode_dtype: expected one of"),
         (("watch", "1", "--stage1", "TINY", "--out", "g.png", "--model", "TINY"), "got stage 2"),
         (("sample", "sofa", "--grid", "g.png", "--model", "TINY"), "labels: expected one of 0..9 or c0, c1"),
         (("sample", "12", "--grid", "g.png", "--model", "TINY"), "labels: expected values in [0, 10), got 12"),

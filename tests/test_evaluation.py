@@ -98,7 +98,7 @@ def test_standard_error_of_a_mean() -> None:
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_lower_precision_draws_as_good_garments() -> None:
-    """bfloat16 and int8 weights, bfloat16 decoding: class agreement and feature distance within the errors of 300."""
+    """Tokens and pixels in bfloat16, and in int8: class agreement and feature distance within the errors of 300."""
     train, test = (open_source(FASHION_MNIST, split, 32) for split in ("train", "test"))
     images = torch.from_numpy(np.stack([centre_crop(train.image(i), 32) for i in range(12_800)]))
     labels = torch.from_numpy(train.labels[: len(images)].astype(np.int64))
@@ -106,16 +106,16 @@ def test_lower_precision_draws_as_good_garments() -> None:
     real = torch.from_numpy(np.stack([centre_crop(test.image(i), 32) for i in range(2000)])).permute(0, 3, 1, 2)
     assert (predict(classifier, real) == torch.from_numpy(test.labels[:2000])).double().mean() > 0.8
 
-    def measure(weights: torch.dtype, decode_dtype: torch.dtype) -> dict:
-        decode = ImageDecoder(load_tokenizer("demo"), decode_dtype)
-        drawn, asked = draw_samples(Decoder(load_generator("demo"), weights), decode, per_class=30)
+    def measure(dtype: torch.dtype) -> dict:
+        decode = ImageDecoder(load_tokenizer("demo"), dtype)
+        drawn, asked = draw_samples(Decoder(load_generator("demo"), dtype), decode, per_class=30)
         return evaluate_samples(classifier, drawn, asked, features(classifier, real))
 
-    full = measure(torch.float32, torch.float32)
+    full = measure(torch.float32)
     assert full["class_accuracy"] > 0.8
-    for weights in (torch.bfloat16, torch.int8):
-        reduced = measure(weights, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.int8):
+        reduced = measure(dtype)
         for name in ("class_accuracy", "feature_distance"):
             # Two and a half standard errors of a difference: images change, their quality does not.
             bound = 2.5 * math.hypot(full[f"{name}_error"], reduced[f"{name}_error"])
-            assert abs(reduced[name] - full[name]) < bound, (weights, name, reduced, full)
+            assert abs(reduced[name] - full[name]) < bound, (dtype, name, reduced, full)

@@ -30,7 +30,7 @@ def test_pictures_are_the_decoded_tokens(pipe):
     assert np.array_equal(np.stack([np.asarray(image) for image in out.images]), expected)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.int8])
 def test_pictures_are_decoded_in_the_dtype_asked_for(tiny_folder, dtype):
     pipe = Pipeline.from_pretrained(tiny_folder, decode_dtype=dtype)
     out = pipe([1, 2])

@@ -138,7 +138,7 @@ def main() -> None:
     for text, precision in itertools.product(guidance, arguments.precision or ["float32"]):
         scale, power = map(float, text.split(","))
         dtype = dtype_from_name(precision, "weights")
-        decode = ImageDecoder(tokenizer, torch.float32 if dtype == torch.float32 else None)
+        decode = ImageDecoder(tokenizer, dtype)
         images, labels = draw_samples(
             Decoder(generator, dtype), decode, arguments.per_class, arguments.seed,
             guidance_scale=scale, guidance_power=power, temperature=arguments.temperature,

@@ -18,11 +18,15 @@ from alitok_fast.models.generator import Generator
 from alitok_fast.models.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PACKED = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "float8_e4m3fn": torch.float8_e4m3fn,
+_NAMED = {  # by argument
+    "dtype": _DTYPES,
+    "weights": {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "int8": torch.int8,
+        "float8_e4m3fn": torch.float8_e4m3fn,
+    },
+    "decode_dtype": _DTYPES | {"int8": torch.int8},
 }
 _OPTIONAL_KEYS = {"quantize.embed_prob"}  # training statistics: absent from released stage-2 files
 
@@ -60,8 +64,8 @@ def save_model(
 
 
 def dtype_from_name(name: str | None, argument: str = "dtype") -> torch.dtype | None:
-    """The torch dtype called `name`; None for None. Of models (`argument` "dtype") or of packed "weights"."""
-    known = _PACKED if argument == "weights" else _DTYPES
+    """The torch dtype called `name`, None for None: of a model ("dtype"), its "weights" or the "decode_dtype"."""
+    known = _NAMED[argument]
     if name is not None and name not in known:
         raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {name!r}")
     return None if name is None else known[name]
