@@ -270,12 +270,12 @@ void multiply_int8(const uint8_t* panel, int64_t depth, const Activations& x, in
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 2
-        for (int q = 0; q < 2; ++q) {
+        for (int q = 0; q < 2; ++q) {  // by GCC 12's intrinsic each sum would be copied at each step
           int32_t four;
           std::memcpy(&four, a[r][q] + k, sizeof four);
           const __m512i value = _mm512_set1_epi32(four);
-          sum[r][q][0] = _mm512_dpbusd_epi32(sum[r][q][0], value, w0);
-          sum[r][q][1] = _mm512_dpbusd_epi32(sum[r][q][1], value, w1);
+          asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][q][0]) : "v"(value), "v"(w0));
+          asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][q][1]) : "v"(value), "v"(w1));
         }
       }
     }
