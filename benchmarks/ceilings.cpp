@@ -78,19 +78,25 @@ template <class Instruction>
 double dot_per_second(int threads, int products, const Instruction& instruction) {
   constexpr int64_t kSteps = 500'000;
   return best_rate(threads, 2.0 * kLanes * products * kChains * kSteps, [&](int, int) {
-    Vec a[kChains] = {};
+    Vec a[kChains];
     const Vec b = Vec{} + 1.0f;
+    for (int j = 0; j < kChains; ++j) a[j] = b * static_cast<float>(j);
     for (int64_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 16
-      for (Vec& chain : a) instruction(chain, b);
+      for (Vec& chain : a) chain = instruction(chain, b);
     }
-    for (const Vec& chain : a) sink = chain[0];
+    Vec sum{};
+    for (const Vec& chain : a) sum += chain;
+    sink = sum[0];
   });
 }
 
 double bf16_per_second([[maybe_unused]] int threads) {
 #if defined(__AVX512BF16__)
-  return dot_per_second(threads, 2, [](Vec& sum, Vec x) { asm volatile("vdpbf16ps %1, %1, %0" : "+v"(sum) : "v"(x)); });
+  return dot_per_second(threads, 2, [](Vec sum, Vec x) {
+    asm("vdpbf16ps %1, %1, %0" : "+v"(sum) : "v"(x));
+    return sum;
+  });
 #else
   return 0;
 #endif
@@ -98,7 +104,10 @@ double bf16_per_second([[maybe_unused]] int threads) {
 
 double int8_per_second([[maybe_unused]] int threads) {
 #if defined(__AVX512VNNI__)
-  return dot_per_second(threads, 4, [](Vec& sum, Vec x) { asm volatile("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(x)); });
+  return dot_per_second(threads, 4, [](Vec sum, Vec x) {
+    asm("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(x));
+    return sum;
+  });
 #else
   return 0;
 #endif
