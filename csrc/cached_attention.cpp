@@ -51,7 +51,8 @@ const float* check_weight(const std::optional<Tensor>& weight, const char* argum
 
 Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Tensor& position,
                         const std::optional<Tensor>& q_norm_weight, const std::optional<Tensor>& k_norm_weight,
-                        double norm_eps, const std::optional<Tensor>& rope, double scale) {
+                        double norm_eps, const std::optional<Tensor>& rope, double scale,
+                        std::optional<Tensor> arrivals) {
   check_dtype(qkv, "qkv", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check_dim(qkv, "qkv", 4);
   check_size(qkv, "qkv", 1, 3);
@@ -81,6 +82,12 @@ Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Ten
           shape_name(*rope));
     check_contiguous(*rope, "rope");
   }
+  if (arrivals) {
+    check_same_device(*arrivals, "arrivals", qkv, "qkv");
+    check_dtype(*arrivals, "arrivals", {ScalarType::Int});
+    check_shape(*arrivals, "arrivals", {rows * heads});
+    check_contiguous(*arrivals, "arrivals");
+  }
 
   Tensor out = torch::stable::new_empty(qkv, {rows, heads, head_dim});
   if (out.numel() == 0) return out;
@@ -104,6 +111,10 @@ Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Ten
   p.scale = static_cast<float>(scale);
   p.out = out.mutable_data_ptr();
   if (qkv.is_cuda()) {
+    p.splits = arrivals ? cached_attention_splits(rows * heads, p.capacity) : 1;
+    p.arrivals = arrivals ? static_cast<unsigned*>(arrivals->mutable_data_ptr()) : nullptr;
+    const Tensor workspace = torch::stable::new_empty(qkv, {cached_attention_workspace(p)}, ScalarType::Float);
+    p.workspace = static_cast<float*>(workspace.mutable_data_ptr());
     ALITOK_DISPATCH_CUDA(cached_attention_cuda, qkv.get_device_index(), p);
   } else {
     ALITOK_DISPATCH_ISA(cached_attention_cpu, p, torch_parallel());

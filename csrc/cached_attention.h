@@ -3,6 +3,7 @@
 // The definition is cached_attention_reference in alitok_fast/ops/cached_attention.py.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu_isa.h"
@@ -15,7 +16,7 @@ enum class CachedAttentionDtype : int { float32, bfloat16, float16, e4m3 };
 struct CachedAttentionParams {
   CachedAttentionDtype dtype;        // of qkv, out and the norm weights; not e4m3
   CachedAttentionDtype cache_dtype;  // `dtype` or e4m3
-  int64_t rows, heads, head_dim, capacity;  // rows * heads below 2^31, a CUDA block each
+  int64_t rows, heads, head_dim, capacity;  // rows * heads below 2^31, one CUDA block or more each
 
   const void* qkv;  // (rows, 3, heads, head_dim) contiguous
   // Element (r, h, j, d) at r * row_stride + h * head_stride + j * head_dim + d; 16-byte aligned rows.
@@ -30,6 +31,11 @@ struct CachedAttentionParams {
   float scale;
 
   void* out;  // (rows, heads, head_dim)
+
+  // CUDA: blocks that share the keys of a row and head, as many as cached_attention_splits() says, or 1.
+  int64_t splits;
+  float* workspace;    // as many as cached_attention_workspace() says
+  unsigned* arrivals;  // (rows * heads) zeros, and zeros again when the kernel has ended; not used when splits is 1
 };
 
 // A position outside [0, capacity) touches nothing and gives NaN: it is known on the device alone.
@@ -38,6 +44,20 @@ ALITOK_DECLARE_PER_ISA(void cached_attention_cpu(const CachedAttentionParams&, c
 // The longest cache: CUDA keeps its scores in shared memory, and with them a block stays below the 99 KiB that every
 // architecture from sm_80 on has.
 constexpr int64_t kCachedAttentionMostPositions = 16384;
+
+// Enough blocks that the rows and heads of a small batch occupy a GPU of 100 to 150 multiprocessors, which more of them do
+// by themselves; no block has fewer keys than kCachedAttentionLeastShare while another has some, and the one that merges
+// has at most kMost results to read.
+constexpr int64_t kCachedAttentionLeastShare = 32;
+inline int64_t cached_attention_splits(int64_t rows_and_heads, int64_t capacity) {
+  constexpr int64_t kBlocks = 256, kMost = 32;
+  const int64_t wanted = (kBlocks + rows_and_heads - 1) / rows_and_heads;
+  const int64_t useful = (capacity + kCachedAttentionLeastShare - 1) / kCachedAttentionLeastShare;
+  return std::max<int64_t>(1, std::min({wanted, useful, kMost}));
+}
+inline int64_t cached_attention_workspace(const CachedAttentionParams& p) {
+  return p.splits == 1 ? 0 : p.rows * p.heads * p.splits * (p.head_dim + 2);
+}
 
 void cached_attention_cuda(const CachedAttentionParams&, void* stream);
 

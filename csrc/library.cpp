@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(alitok, m) {
       "int weight_bytes, float norm_eps) -> ()");
   m.def(
       "cached_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? q_norm_weight, "
-      "Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale) -> Tensor");
+      "Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale, Tensor(c!)? arrivals) -> Tensor");
   m.def("int8_linear(Tensor x, Tensor weight, Tensor? bias, int outputs, ScalarType dtype) -> Tensor");
   m.def("quantized_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");

@@ -115,7 +115,7 @@ class Generator(nn.Module):
         check_tensor("ids", ids, torch.int64, (cache.rows,), self.device)
         x, delta = self.embeddings(ids), None
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x, delta = block.step(x, delta, self.rope, keys, values, cache.position)
+            x, delta = block.step(x, delta, self.rope, keys, values, cache.position, cache.arrivals)
         cache.position += 1
         return self.output(self.norm(x + delta))
 

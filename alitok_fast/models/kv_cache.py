@@ -12,13 +12,14 @@ class KVCache:
 
     N positions are enough: the condition and all tokens but the last, which nothing follows. Keys are stored
     normalised and rotated. `position`, () int64 on the device, is the next one to be filled: a tensor, so that a
-    captured CUDA graph moves it on by itself.
+    captured CUDA graph moves it on by itself. `arrivals` are the counters that `cached_attention` asks for.
     """
 
     def __init__(self, config: GeneratorConfig, rows: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.layers, rows, config.heads, config.tokens, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.arrivals = torch.zeros(rows * config.heads, device=device, dtype=torch.int32)
         self.position = torch.zeros((), device=device, dtype=torch.int64)
 
     @staticmethod

@@ -131,7 +131,7 @@ class GeneratorAttention(nn.Module):
         )
         return self.proj(out.flatten(-2))
 
-    def step(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    def step(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor, arrivals: Tensor) -> Tensor:
         """One new position of each row, (R, width); its layer's part of the cache is appended to."""
         out = cached_attention(
             self.project(x),
@@ -142,6 +142,7 @@ class GeneratorAttention(nn.Module):
             k_norm_weight=self.k_norm.weight,
             norm_eps=NORM_EPS,
             rope=rope,
+            arrivals=arrivals,
         )
         return self.proj(out.flatten(-2))
 
@@ -173,10 +174,17 @@ class GeneratorBlock(nn.Module):
         return add_rms_norm(x, delta, norm.weight, NORM_EPS, dropout, dropout_seed(x, dropout))
 
     def step(
-        self, x: Tensor, delta: Tensor | None, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rope: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        position: Tensor,
+        arrivals: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """As `forward`, for one new position of each row (R, width)."""
         x, normed = add_rms_norm(x, delta, self.norm1.weight, NORM_EPS)
-        delta = self.attn.step(normed, rope, keys, values, position)
+        delta = self.attn.step(normed, rope, keys, values, position, arrivals)
         x, normed = add_rms_norm(x, delta, self.norm2.weight, NORM_EPS)
         return x, self.mlp.step(normed)

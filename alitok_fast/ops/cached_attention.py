@@ -22,6 +22,7 @@ def cached_attention(
     norm_eps: float = 1e-5,
     rope: Tensor | None = None,
     scale: float | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Append one position to each row's cache and attend from it to all positions so far.
 
@@ -39,6 +40,9 @@ def cached_attention(
         norm_eps: added to the mean square.
         rope: (>= N, D / 2, 2) float32, (cos, sin) of each position; row `position` is used.
         scale: factor on the logits, default D ** -0.5.
+        arrivals: (R * H,) int32 zeros on the device of `qkv`, which are zeros again afterwards. With them CUDA shares
+            the keys of few rows among several blocks, which count here how many have finished; calls that may run at
+            the same time need their own. None is one block for each row and head. The CPU ignores them.
 
     Returns:
         (R, H, D) in the dtype of `qkv`. Sums and softmax are float32.
@@ -50,7 +54,7 @@ def cached_attention(
     if q_norm_weight is not None and k_norm_weight is not None:
         q_norm_weight, k_norm_weight = q_norm_weight.float(), k_norm_weight.float()
     operator = torch.ops.alitok.cached_attention if native_enabled() else cached_attention_reference
-    return operator(qkv, keys, values, position, q_norm_weight, k_norm_weight, norm_eps, rope, scale)
+    return operator(qkv, keys, values, position, q_norm_weight, k_norm_weight, norm_eps, rope, scale, arrivals)
 
 
 def cached_attention_reference(
@@ -63,6 +67,7 @@ def cached_attention_reference(
     norm_eps: float,
     rope: Tensor | None,
     scale: float,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """The definition of `cached_attention`."""
     if not 0 <= int(position) < keys.shape[2]:
@@ -93,5 +98,5 @@ def _store(cache: Tensor, row: Tensor, x: Tensor) -> None:
 
 
 @register_fake("cached_attention")
-def _(qkv, keys, values, position, q_norm_weight, k_norm_weight, norm_eps, rope, scale):
+def _(qkv, keys, values, position, q_norm_weight, k_norm_weight, norm_eps, rope, scale, arrivals):
     return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])

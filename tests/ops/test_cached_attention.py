@@ -91,10 +91,24 @@ def test_strided_cache_and_no_rows(device):
     assert empty.shape == (0, 3, 48)
 
 
-def test_opcheck(device):
+def test_counters_share_the_keys_and_are_zeros_again(device):
+    """On a GPU up to four blocks a row and head; results within rounding, and the same bits in every run."""
+    qkv, caches, options = make(rows=2, heads=3, capacity=100, device=device)
+    others, arrivals = caches.clone(), torch.zeros(6, dtype=torch.int32, device=device)
+    alone, shared = run(qkv, caches, options), run(qkv, others, options | {"arrivals": arrivals})
+    torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
+    assert torch.equal(others, caches) and not arrivals.any()
+    assert torch.equal(run(qkv, others, options | {"arrivals": arrivals}), shared)
+    step(qkv, others, options | {"arrivals": arrivals}, position=100, source=0)
+    assert not arrivals.any()
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_opcheck(device, counted):
     qkv, caches, options = make(device=device)
     arguments = (qkv[:, 0].contiguous(), caches[0].zero_(), caches[1].zero_(), torch.tensor(3, device=device))
     arguments += (options["q_norm_weight"], options["k_norm_weight"], 1e-5, options["rope"], 0.2)
+    arguments += (torch.zeros(6, dtype=torch.int32, device=device) if counted else None,)
     torch.library.opcheck(torch.ops.alitok.cached_attention.default, arguments)
 
 
@@ -108,6 +122,8 @@ def test_opcheck(device):
         (lambda a: a.update(position=torch.tensor(0, dtype=torch.int32)), "position: expected int64, got int32"),
         (lambda a: a.update(k_norm_weight=None), "k_norm_weight: expected given exactly when q_norm_weight is"),
         (lambda a: a.update(rope=a["rope"][:5]), r"rope: expected shape \(at least 20, 24, 2\), got \(5, 24, 2\)"),
+        (lambda a: a.update(arrivals=torch.zeros(6)), "arrivals: expected int32, got float32"),
+        (lambda a: a.update(arrivals=torch.zeros(3, dtype=torch.int32)), "arrivals: expected size 6 along dimension 0"),
     ],
 )
 def test_messages(change, message):

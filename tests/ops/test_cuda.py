@@ -58,6 +58,18 @@ def cached_attention_case() -> Case:
     return run, {"qkv": randn(16, 3, 8, 48).bfloat16(), "keys": keys, "values": values, "position": torch.tensor(200)}
 
 
+def shared_keys_case() -> Case:
+    """cached_attention with counters of each call's own: on a GPU nine blocks share the keys of a row and head."""
+
+    def run(qkv, keys, values, position):
+        keys, values = keys.clone(), values.clone()
+        arrivals = torch.zeros(16, dtype=torch.int32, device=qkv.device)
+        return cached_attention(qkv, keys, values, position, arrivals=arrivals), keys, values, arrivals
+
+    keys, values = randn(2, 2, 8, 273, 48, seed=1).bfloat16()
+    return run, {"qkv": randn(2, 3, 8, 48).bfloat16(), "keys": keys, "values": values, "position": torch.tensor(200)}
+
+
 def add_rms_norm_case() -> Case:
     def run(x, delta, weight, seed):
         leaves = [t.detach().requires_grad_() for t in (x, delta, weight)]
@@ -96,6 +108,7 @@ CASES = {
         vq_lookup_case,
         prefix_attention_case,
         cached_attention_case,
+        shared_keys_case,
         add_rms_norm_case,
         quantized_linear_case,
         swiglu_case,

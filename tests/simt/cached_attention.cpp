@@ -29,5 +29,8 @@ void run_case(simt::Case& test) {
   p.scale = static_cast<float>(test.number("scale"));
   const int64_t element = p.dtype == CachedAttentionDtype::float32 ? 4 : 2;
   p.out = test.output<unsigned char>("out", p.rows * p.heads * p.head_dim * element);
+  p.arrivals = test.inout<unsigned>("arrivals");
+  p.splits = p.arrivals == nullptr ? 1 : alitok::cached_attention_splits(p.rows * p.heads, p.capacity);
+  p.workspace = test.workspace<float>(alitok::cached_attention_workspace(p));
   alitok::cached_attention_cuda(p, nullptr);
 }

@@ -306,6 +306,9 @@ template <class T> T atomicAnd(T* p, T x) { return simt::atomic(p, [=](T old) { 
 template <class T> T atomicOr(T* p, T x) { return simt::atomic(p, [=](T old) { return old | x; }); }
 template <class T> T atomicXor(T* p, T x) { return simt::atomic(p, [=](T old) { return old ^ x; }); }
 template <class T> T atomicExch(T* p, T x) { return simt::atomic(p, [=](T) { return x; }); }
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  return simt::atomic(p, [=](unsigned old) { return old >= last ? 0 : old + 1; });
+}
 template <class T> T atomicCAS(T* p, T expected, T x) {
   return simt::atomic(p, [=](T old) { return old == expected ? x : old; });
 }

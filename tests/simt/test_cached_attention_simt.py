@@ -34,7 +34,8 @@ def inputs(rows, heads, dim, capacity, position, dtype, cache_dtype, norm_and_ro
     return arguments
 
 
-def run(simt, arguments, sanitizer="address", **layout):
+def run(simt, arguments, sanitizer="address", patches=(), split=False, **layout):
+    """`split` gives the kernel counters, with which it may share the keys among blocks."""
     qkv, keys = arguments["qkv"], arguments["keys"]
     rows, _, heads, dim = qkv.shape
     scalars = {"rows": rows, "heads": heads, "head_dim": dim, "capacity": keys.shape[2]}
@@ -43,8 +44,31 @@ def run(simt, arguments, sanitizer="address", **layout):
     outputs = {"out": ((rows, heads, dim), qkv.dtype)}
     if not layout:
         outputs |= {name: (tuple(keys.shape), keys.dtype) for name in ("keys", "values")}
+    if split:
+        tensors["arrivals"] = torch.zeros(rows * heads, dtype=torch.int32)
+        outputs["arrivals"] = ((rows * heads,), torch.int32)
     inputs = {**tensors, **scalars, **kinds, **layout}
-    return simt.program("cached_attention", sanitizer).run(inputs, outputs, schedules=2)
+    result = simt.program("cached_attention", sanitizer, patches).run(inputs, outputs, schedules=3 if split else 2)
+    if split:
+        assert not result["arrivals"].any(), "arrivals: not zero afterwards"
+    return result
+
+
+def check(simt, arguments, split=False, patches=()):
+    result = run(simt, arguments, split=split, patches=patches)
+    dtype, cache_dtype = arguments["qkv"].dtype, arguments["keys"].dtype
+    quantised = cache_dtype == torch.float8_e4m3fn
+    expected = cached_attention_reference(**arguments)  # appends to the caches in place
+    error = (result["out"].double() - expected.double()).abs().max()
+    # A rounding of the new key that goes the other way moves a quantised key by a sixteenth.
+    assert error < TOLERANCE[dtype] * (30 if quantised else 1), f"out: error {error:.3g}"
+    # The reference's rsqrt and the kernel's may round differently by a unit in the last place.
+    unit = 2.0**-4 if quantised else 2 * TOLERANCE[dtype]
+    # Behind the position there are NaNs still.
+    for name, tolerance in (("keys", unit), ("values", 0)):
+        torch.testing.assert_close(
+            result[name].double(), arguments[name].double(), rtol=tolerance, atol=tolerance, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
@@ -55,37 +79,98 @@ def run(simt, arguments, sanitizer="address", **layout):
 )
 def test_matches_reference(simt, dtype, quantised, rows, heads, dim, capacity, position, norm_and_rope):
     cache_dtype = torch.float8_e4m3fn if quantised else dtype
-    arguments = inputs(rows, heads, dim, capacity, position, dtype, cache_dtype, norm_and_rope)
-    result = run(simt, arguments)
-    expected = cached_attention_reference(**arguments)  # appends to the caches in place
-    error = (result["out"].double() - expected.double()).abs().max()
-    # A rounding of the new key that goes the other way moves a quantised key by a sixteenth.
-    assert error < TOLERANCE[dtype] * (30 if quantised else 1)
-    # The reference's rsqrt and the kernel's may round differently by a unit in the last place.
-    unit = 2.0**-4 if quantised else 2 * TOLERANCE[dtype]
-    torch.testing.assert_close(
-        result["keys"][:, :, : position + 1].double(),
-        arguments["keys"][:, :, : position + 1].double(),
-        rtol=unit,
-        atol=unit,
-    )
-    stored = result["values"][:, :, : position + 1].float()
-    assert torch.equal(stored, arguments["values"][:, :, : position + 1].float())
+    check(simt, inputs(rows, heads, dim, capacity, position, dtype, cache_dtype, norm_and_rope))
 
 
-def test_position_outside_is_nan_and_writes_nothing(simt):
-    arguments = inputs(1, 1, 8, 4, 4, torch.float32, torch.float32, False)
-    result = run(simt, arguments)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "heads", "dim", "capacity", "position"),
+    [(1, 2, 48, 274, 170), (2, 1, 80, 130, 129), (1, 1, 64, 100, 64)],
+)
+def test_shared_keys_match_reference(simt, dtype, quantised, rows, heads, dim, capacity, position):
+    cache_dtype = torch.float8_e4m3fn if quantised else dtype
+    check(simt, inputs(rows, heads, dim, capacity, position, dtype, cache_dtype, True), split=True)
+
+
+# Capacity 200 is up to 7 blocks of at least 32 keys; 1100 is 32, and beyond 1024 keys their shares grow.
+@pytest.mark.parametrize(
+    ("capacity", "position"),
+    [(200, position) for position in (0, 1, 30, 31, 32, 33, 62, 63, 64, 191, 192, 199)]
+    + [(1100, position) for position in (1022, 1023, 1024, 1054, 1055, 1056, 1099)],
+)
+def test_positions_at_the_edges_of_shares(simt, capacity, position):
+    check(simt, inputs(1, 1, 8, capacity, position, torch.float32, torch.float32, False), split=True)
+
+
+def test_many_rows_and_heads_are_not_split(simt):
+    """The same bits with counters and without; and a share that is all -inf is not NaN where it is one of several."""
+    arguments = inputs(16, 16, 8, 40, 39, torch.float32, torch.float32, False)
+    alone, counted = run(simt, arguments), run(simt, arguments, split=True)
+    assert torch.equal(alone["out"], counted["out"])
+    few = inputs(1, 1, 8, 70, 69, torch.float32, torch.float32, False)
+    few["qkv"][:, 0] = 1
+    few["keys"][:, :, :40] = -torch.inf
+    check(simt, few, split=True)
+
+
+def test_the_outcome_does_not_depend_on_which_block_is_last(simt):
+    """`run` compares the bits under three orders of the blocks: first to last, last to first, shuffled."""
+    run(simt, inputs(2, 2, 48, 200, 190, torch.bfloat16, torch.bfloat16, True), split=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("is_last(p.arrivals + blockIdx.x, blocks)", "is_last(p.arrivals + blockIdx.x, splits)", "arrivals"),
+        ("total += __expf(__ldcg(share) - largest) *", "total += __expf(-largest) *", "out: error"),
+        ("largest) * __ldcg(share + 1);", "largest);", "out: error"),
+        ("* p.splits + split)", "+ split)", "exit code|out: error"),
+        ("if (split == blocks - 1) {", "if (split == splits - 1) {", "out: error"),
+        ("const int begin = split * share,", "const int begin = 0 * share,", "out: error"),
+        ("if (split >= blocks) return;", "", "exit code|out: error|arrivals"),
+        ("if (tid == 0) mine[0] =", "if (split == 0) mine[0] =", "out: error"),
+    ],
+)
+def test_seeded_bugs_are_caught(simt, old, new, message):
+    arguments = inputs(1, 2, 16, 200, 100, torch.float32, torch.float32, False)
+    with pytest.raises(AssertionError, match=message):
+        check(simt, arguments, split=True, patches=[("cached_attention_cuda.cu", old, new)])
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("position", [-1, 100, 2**31 + 5])
+def test_position_outside_is_nan_and_writes_nothing(simt, split, position):
+    arguments = inputs(1, 1, 8, 100, 0, torch.float32, torch.float32, False)
+    for cache in (arguments["keys"], arguments["values"]):
+        cache[:] = 7
+    arguments["position"] = torch.tensor(position)
+    result = run(simt, arguments, split=split)
     assert result["out"].isnan().all()
-    assert torch.equal(result["keys"], arguments["keys"])
+    assert torch.equal(result["keys"], arguments["keys"]) and torch.equal(result["values"], arguments["values"])
 
 
-def test_no_data_race(simt):
-    arguments = inputs(1, 1, 48, 21, 20, torch.float32, torch.float32, True)
-    run(simt, arguments, sanitizer="thread")
+@pytest.mark.parametrize("split", [False, True])
+def test_no_data_race(simt, split):
+    arguments = inputs(1, 1, 48, 81, 70, torch.float32, torch.float32, True)
+    run(simt, arguments, sanitizer="thread", split=split)
 
 
-def test_rows_beyond_two_to_the_31_elements(simt):
-    arguments = inputs(2, 2, 16, 5, 3, torch.float32, torch.float32, True)
-    near, far = run(simt, arguments), run(simt, arguments, row_stride=2**31 + 64)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("  __syncthreads();\n  return last;", "  return last;"),
+        ("  __syncthreads();  // also makes what was appended", "  // also makes what was appended"),
+    ],
+)
+def test_missing_barriers_are_races(simt, old, new):
+    arguments = inputs(1, 1, 48, 81, 70, torch.float32, torch.float32, True)
+    with pytest.raises(simt.Failure, match="data race"):
+        run(simt, arguments, sanitizer="thread", split=True, patches=[("cached_attention_cuda.cu", old, new)])
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_beyond_two_to_the_31_elements(simt, split):
+    arguments = inputs(2, 2, 16, 70, 66, torch.float32, torch.float32, True)
+    near, far = run(simt, arguments, split=split), run(simt, arguments, split=split, row_stride=2**31 + 64)
     assert torch.equal(near["out"], far["out"])
