@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from alitok_fast.config import GENERATORS
-from alitok_fast.ops.quantized_linear import LARGEST, quantize_weight, quantized_linear
+from alitok_fast.ops.quantized_linear import LARGEST, dequantize_weight, quantize_weight, quantized_linear
 
 CONFIG = GENERATORS["b"]
 SHAPES = {"qkv": (3 * CONFIG.width, CONFIG.width), "w2": (CONFIG.width, CONFIG.hidden)}
@@ -27,11 +27,11 @@ def bench_step(rows, layer, weight_dtype, mode, device, compare):
     exact = [weight.to(device, torch.bfloat16) for weight in layers]
     packed = [[t.to(device) for t in quantize_weight(weight, weight_dtype)] for weight in layers]
     weight, scale = packed[0]
-    expected = x.float() @ (weight.float() * scale[:, None]).T
+    expected = x.float() @ dequantize_weight(weight, scale).T
     torch.testing.assert_close(quantized_linear(x, weight, scale).float(), expected, rtol=2**-7, atol=0.05)
 
     def written_out(weight, scale):
-        return F.linear(x, (weight.float() * scale[:, None]).to(x.dtype))
+        return F.linear(x, dequantize_weight(weight, scale).to(x.dtype))
 
     compare(
         lambda: [quantized_linear(x, *pair) for pair in packed],

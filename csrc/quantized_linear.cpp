@@ -35,8 +35,9 @@ Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& sca
   check_size(weight, "weight", 1, x.size(1));
   check_contiguous(weight, "weight");
   check_same_device(weight, "weight", x, "x");
-  check_dtype(scale, "scale", {ScalarType::Float});
-  check_shape(scale, "scale", {weight.size(0)});
+  check_dtype(scale, "scale", {ScalarType::BFloat16});
+  const int64_t groups = (weight.size(1) + kQuantizedLinearGroup - 1) / kQuantizedLinearGroup;
+  check_shape(scale, "scale", {weight.size(0), groups});
   check_contiguous(scale, "scale");
   check_same_device(scale, "scale", x, "x");
   if (bias) {
@@ -55,7 +56,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& sca
   p.outputs = weight.size(0);
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
-  p.scale = static_cast<const float*>(scale.const_data_ptr());
+  p.scale = scale.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.out = out.mutable_data_ptr();
   if (x.is_cuda()) {

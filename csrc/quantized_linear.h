@@ -1,4 +1,4 @@
-// quantized_linear: x W^T + bias for few rows x, with W in 8 bits and one scale for each output.
+// quantized_linear: x W^T + bias for few rows x, with W in 8 bits and a scale for each output and group of 64 inputs.
 // The definition is quantized_linear_reference in alitok_fast/ops/quantized_linear.py.
 #pragma once
 
@@ -17,10 +17,12 @@ struct QuantizedLinearParams {
   int64_t rows, inputs, outputs;      // rows up to kQuantizedLinearMostRows, outputs below 2^31
   const void* x;       // (rows, inputs) contiguous
   const void* weight;  // (outputs, inputs) contiguous
-  const float* scale;  // (outputs)
+  const void* scale;   // (outputs, ceil(inputs / kQuantizedLinearGroup)) bfloat16, contiguous
   const void* bias;    // (outputs), or null
   void* out;           // (rows, outputs)
 };
+
+constexpr int64_t kQuantizedLinearGroup = 64;
 
 // CUDA: 16 rows a block at most, along a side of the grid that ends at 65535. More than a few rows are better served by a
 // matrix product with the weights written out.

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kVector = 16;  // inputs of a lane at a time
+static_assert(kQuantizedLinearGroup % kVector == 0, "they share a scale");
 
 // Where many rows share a weight, two outputs share the rows.
 template <int kRows>
@@ -45,6 +46,8 @@ __global__ void __launch_bounds__(kThreads) quantized_linear_kernel(const Quanti
   const int64_t first_row = int64_t{blockIdx.y} * kRows;
   const T* x = static_cast<const T*>(p.x) + first_row * p.inputs;
   const W* weight = static_cast<const W*>(p.weight) + first_output * p.inputs;
+  const int64_t groups = (p.inputs + kQuantizedLinearGroup - 1) / kQuantizedLinearGroup;
+  const __nv_bfloat16* scale = static_cast<const __nv_bfloat16*>(p.scale) + first_output * groups;
   const bool whole = p.inputs % kVector == 0, x_aligned = whole && is_aligned(p.x);
   const bool weight_aligned = whole && is_aligned(p.weight);
 
@@ -54,7 +57,11 @@ __global__ void __launch_bounds__(kThreads) quantized_linear_kernel(const Quanti
     float w[kOwned][kVector];
 #pragma unroll
     for (int o = 0; o < kOwned; ++o) {
-      load(w[o], weight + o * p.inputs + i, first_output + o < p.outputs ? count : 0, weight_aligned);
+      const bool exists = first_output + o < p.outputs;
+      const float group_scale = exists ? to_float(scale[o * groups + i / kQuantizedLinearGroup]) : 0.0f;
+      load(w[o], weight + o * p.inputs + i, exists ? count : 0, weight_aligned);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) w[o][e] *= group_scale;
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -81,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) quantized_linear_kernel(const Quanti
   const int64_t row = first_row + lane / kOwned, output = first_output + lane % kOwned;
   if (lane >= kRows * kOwned || row >= p.rows || output >= p.outputs) return;
   const float bias = p.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p.bias)[output]);
-  static_cast<T*>(p.out)[row * p.outputs + output] = from_float<T>(mine * p.scale[output] + bias);
+  static_cast<T*>(p.out)[row * p.outputs + output] = from_float<T>(mine + bias);
 }
 
 template <class T, class W, int kRows>

@@ -27,10 +27,10 @@ REDUCED = [torch.bfloat16, torch.int8]
 # and 4.2e-4.
 B_BOUNDS = {torch.bfloat16: (2.5e-2, 2.5e-2), torch.int8: (5e-2, 8e-2)}
 DEMO_BOUNDS = {torch.bfloat16: (3e-2, 1e-3), torch.int8: (3e-2, 1e-3)}
-# Weights, cache: measured 2.8e-2, 2.8e-3; 2.7e-2, 3.2e-3; 3.5e-2, 5.7e-3; 1.6e-1, 9.0e-2; 1.8e-1, 9.7e-2.
+# Weights, cache: measured 2.8e-2, 2.8e-3; 2.8e-2, 2.7e-3; 4.1e-2, 9.3e-3; 1.6e-1, 9.0e-2; 1.8e-1, 8.1e-2.
 CUDA_BOUNDS = {
     (torch.bfloat16, None): (6e-2, 7e-3),
-    (torch.int8, None): (6e-2, 7e-3),
+    (torch.int8, None): (6e-2, 6e-3),
     (torch.float8_e4m3fn, None): (8e-2, 1.2e-2),
     (torch.bfloat16, torch.float8_e4m3fn): (0.35, 0.2),
     (torch.float8_e4m3fn, torch.float8_e4m3fn): (0.35, 0.2),
@@ -105,6 +105,16 @@ def test_demo_in_reduced_precision(demo, weights):
     print(f"demo {weights}: guided logits {error:.1e}, KL {divergence:.1e}")
     assert 0 < error < DEMO_BOUNDS[weights][0]
     assert 0 < divergence < DEMO_BOUNDS[weights][1]
+
+
+def test_b_in_int8_on_cuda(size_b):
+    """Its 8-bit layers through the CPU's kernels, all else in float32. With a scale an output KL is 1.4e-1."""
+    gen, outputs, expected = size_b
+    got = follow(QuantizedGenerator(gen, torch.int8), outputs["labels"], outputs["tokens"][:, :STEPS])
+    error, divergence = guided_errors(got, expected, torch.full((STEPS,), gen.config.guidance_scale))
+    print(f"B int8 of cuda: guided logits {error:.1e}, KL {divergence:.1e}")
+    assert 0 < error < B_BOUNDS[torch.int8][0]
+    assert 0 < divergence < B_BOUNDS[torch.int8][1]
 
 
 @pytest.mark.parametrize("weights, kv_dtype", CUDA_BOUNDS)

@@ -13,7 +13,7 @@ from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weights are rounded to int8 or float8_e4m3fn, with one scale for each output."""
+    """A linear layer whose weights are rounded to int8 or float8_e4m3fn, with a scale for each output and 64 inputs."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alitok_fast.ops.quantized_linear import GROUP_INPUTS, rounded_up_to_bfloat16
+
 PANEL_OUTPUTS = 32
 DEPTH_MULTIPLE = 64
-GROUP_INPUTS = 64
 OFFSET = 32768  # the kernel's unsigned activations are so much too large
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -156,7 +157,7 @@ def _pack(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.int8:
         return _grouped_by_four_bytes(panels.to(dtype)).flatten()
     groups = panels.unflatten(-1, (-1, GROUP_INPUTS)).transpose(1, 2)  # (panels, groups, outputs, inputs)
-    scale = _rounded_up_to_bfloat16(groups.abs().amax(-1) / 127)
+    scale = rounded_up_to_bfloat16(groups.abs().amax(-1) / 127)
     whole = (groups / torch.where(scale > 0, scale, 1.0).float().unsqueeze(-1)).round()
     data = _grouped_by_four_bytes(whole.to(torch.int8)), scale.view(torch.uint8)
     offset = (OFFSET * (whole.sum(-1).double() * scale.double()).sum(1)).float()
@@ -189,12 +190,6 @@ def _one_output_a_row(data: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `_grouped_by_four_bytes` for one panel or group of it."""
     fours = data.contiguous().view(dtype).unflatten(-1, (-1, PANEL_OUTPUTS, 4 // dtype.itemsize))
     return fours.transpose(-3, -2).flatten(-2)
-
-
-def _rounded_up_to_bfloat16(x: Tensor) -> Tensor:
-    """Of what is >= 0: weights divided by such a scale are never beyond what the largest one asked for."""
-    rounded = x.bfloat16()
-    return torch.where(rounded.float() < x, (rounded.view(torch.int16) + 1).view(torch.bfloat16), rounded)
 
 
 HUGE_PAGE = 2**21

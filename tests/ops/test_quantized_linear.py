@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from alitok_fast._library import use_reference
-from alitok_fast.ops.quantized_linear import LARGEST, MOST_ROWS, quantize_weight, quantized_linear
+from alitok_fast.ops.quantized_linear import (
+    GROUP_INPUTS,
+    LARGEST,
+    MOST_ROWS,
+    dequantize_weight,
+    quantize_weight,
+    quantized_linear,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNIT = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -14,13 +21,16 @@ WEIGHTS = pytest.mark.parametrize("weight_dtype", list(LARGEST), ids=["int8", "e
 def make(rows, inputs, outputs, dtype=torch.float32, weight_dtype=torch.int8, bias=True, device="cpu"):
     generator = torch.Generator().manual_seed(rows + inputs)
     x = torch.randn(rows, inputs, generator=generator).to(device, dtype)
-    weight, scale = quantize_weight(torch.randn(outputs, inputs, generator=generator), weight_dtype)
+    wide = torch.randn(outputs, inputs, generator=generator)
+    wide *= 4.0 ** -(torch.arange(inputs) // GROUP_INPUTS % 3)  # another group's scale would show
+    weight, scale = quantize_weight(wide, weight_dtype)
     added = torch.randn(outputs, generator=generator).to(device, dtype) if bias else None
     return x, weight.to(device), scale.to(device), added
 
 
 def exact(x, weight, scale, bias):
-    out = x.double() @ (weight.double() * scale.double()[:, None]).T
+    groups = torch.arange(x.shape[1], device=x.device) // GROUP_INPUTS
+    out = x.double() @ (weight.double() * scale.double()[:, groups]).T
     return out if bias is None else out + bias.double()
 
 
@@ -69,24 +79,39 @@ def test_rows_do_not_depend_on_each_other(device):
 def test_every_code(target, weight_dtype):
     codes = torch.arange(256, dtype=torch.uint8).view(weight_dtype)
     codes = codes[codes.float().isfinite()][:, None].contiguous()
-    got = quantized_linear(torch.ones(1, 1, device=target), codes.to(target), torch.ones(len(codes), device=target))
+    scale = torch.ones(len(codes), 1, dtype=torch.bfloat16, device=target)
+    got = quantized_linear(torch.ones(1, 1, device=target), codes.to(target), scale)
     assert torch.equal(got.flatten().cpu(), codes.flatten().float())
 
 
 @WEIGHTS
-def test_quantize_weight(weight_dtype):
-    weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
-    weight[7] = 0
+@pytest.mark.parametrize("inputs", [1, 64, 150])
+def test_quantize_weight(weight_dtype, inputs):
+    weight = torch.randn(50, inputs, generator=torch.Generator().manual_seed(0))
+    weight[:, :64] *= 100
+    weight[7], weight[8] = 0, 1e-40
     quantised, scale = quantize_weight(weight, weight_dtype)
-    assert quantised.dtype == weight_dtype and torch.equal(quantised[7].float(), torch.zeros(64))
-    assert quantised.float().abs().amax(1)[:7].eq(LARGEST[weight_dtype]).all()
-    error = (quantised.float() * scale[:, None] - weight).abs()
-    step = scale[:, None] / 2
-    if weight_dtype == torch.float8_e4m3fn:  # half a unit of four significant bits, of subnormals near zero
-        step = (weight.abs() * 2**-4).maximum(scale[:, None] * 2**-10)
-    assert (error <= step * 1.0001).all()
+    assert quantised.dtype == weight_dtype and quantised.is_contiguous()
+    assert scale.dtype == torch.bfloat16 and scale.shape == (50, -(-inputs // GROUP_INPUTS))
+    assert torch.equal(quantised[7].float(), torch.zeros(inputs))
+    largest = LARGEST[weight_dtype]
+    for group, (whole, exact) in enumerate(zip(*(t.split(GROUP_INPUTS, 1) for t in (quantised, weight)), strict=True)):
+        of_group = scale[:, group, None].float()
+        # Rounded up by less than a unit of bfloat16: nothing is cut off, and nearly all of the range is used.
+        assert (of_group * largest >= exact.abs().amax(1, keepdim=True)).all()
+        assert (whole.float().abs().amax(1)[:7] >= largest * (1 - 2**-4)).all()
+        error = (whole.float() * of_group - exact).abs()
+        step = of_group / 2
+        if weight_dtype == torch.float8_e4m3fn:  # half a unit of four significant bits, of subnormals near zero
+            step = (exact.abs() * 2**-4).maximum(of_group * 2**-10)
+        assert (error <= step * 1.0001).all()
+    written_out = dequantize_weight(quantised, scale, torch.float64)
+    assert torch.equal(dequantize_weight(quantised, scale).double(), written_out)  # exact
+
+
+def test_quantize_weight_refuses_other_dtypes():
     with pytest.raises(ValueError, match="dtype: expected int8 or float8_e4m3fn, got int16"):
-        quantize_weight(weight, torch.int16)
+        quantize_weight(torch.ones(2, 2), torch.int16)
 
 
 def test_misaligned_weight(target):
@@ -100,7 +125,7 @@ def test_empty(device):
     x, weight, scale, bias = make(3, 16, 4, device=device)
     assert quantized_linear(x[:0], weight, scale, bias).shape == (0, 4)
     assert quantized_linear(x, weight[:0], scale[:0]).shape == (3, 0)
-    assert torch.equal(quantized_linear(x[:, :0], weight[:, :0].contiguous(), scale, bias), bias.expand(3, 4))
+    assert torch.equal(quantized_linear(x[:, :0], weight[:, :0].contiguous(), scale[:, :0], bias), bias.expand(3, 4))
 
 
 def test_gradients_are_refused():
@@ -126,8 +151,10 @@ def test_opcheck(device):
         ({"x": torch.ones(3, 8)}, "weight: expected size 8 along dimension 1"),
         ({"weight": torch.ones(4, 16)}, "weight: expected int8 or .*, got float32"),
         ({"weight": torch.ones(16, 4, dtype=torch.int8).T}, "weight: expected a contiguous tensor"),
-        ({"scale": torch.ones(5)}, "scale: expected size 4 along dimension 0"),
-        ({"scale": torch.ones(4).half()}, "scale: expected float32, got float16"),
+        ({"scale": torch.ones(4).bfloat16()}, "scale: expected 2 dimensions"),
+        ({"scale": torch.ones(5, 1).bfloat16()}, "scale: expected size 4 along dimension 0"),
+        ({"scale": torch.ones(4, 2).bfloat16()}, "scale: expected size 1 along dimension 1"),
+        ({"scale": torch.ones(4, 1)}, "scale: expected bfloat16, got float32"),
         ({"bias": torch.ones(4).half()}, "bias: expected float32, got float16"),
         ({"bias": torch.ones(3)}, "bias: expected size 4 along dimension 0"),
     ],

@@ -11,7 +11,7 @@ void run_case(simt::Case& test) {
   p.outputs = test.integer("outputs");
   p.x = test.input<void>("x");
   p.weight = test.input<char>("weight") + test.integer("offset");
-  p.scale = test.input<float>("scale");
+  p.scale = test.input<void>("scale");
   p.bias = test.input<void>("bias");
   const int64_t element = p.dtype == QuantizedLinearDtype::float32 ? 4 : 2;
   p.out = test.output<unsigned char>("out", p.rows * p.outputs * element);

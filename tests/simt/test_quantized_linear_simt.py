@@ -12,7 +12,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 def check(simt, dtype, weight_dtype, rows, inputs, outputs, bias=True, offset=0, sanitizer="address", patches=()):
     generator = torch.Generator().manual_seed(rows + inputs)
     x = torch.randn(rows, inputs, generator=generator).to(dtype)
-    weight, scale = quantize_weight(torch.randn(outputs, inputs, generator=generator), weight_dtype)
+    wide = torch.randn(outputs, inputs, generator=generator)
+    wide *= 4.0 ** -(torch.arange(inputs) // 64 % 3)  # another group's scale would show
+    weight, scale = quantize_weight(wide, weight_dtype)
     added = torch.randn(outputs, generator=generator).to(dtype) if bias else None
     stored = torch.cat([torch.full((offset,), 99, dtype=torch.uint8), weight.flatten().view(torch.uint8)])
     case = {"x": x, "weight": stored, "scale": scale, "bias": added, "offset": offset}
@@ -47,12 +49,15 @@ def test_has_no_data_race(simt):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("first_output + o < p.outputs ? count : 0", "count", "exit code"),
+        ("exists ? count : 0", "count", "exit code"),
         ("i += 32 * kVector", "i += 16 * kVector", "out: error"),
+        ("scale[o * groups + i / kQuantizedLinearGroup]", "scale[o * groups]", "out: error"),
+        ("scale[o * groups + i / kQuantizedLinearGroup]", "scale[i / kQuantizedLinearGroup]", "out: error"),
+        ("exists ? to_float(", "true ? to_float(", "exit code"),
         ("e < count ? to_float(from[e]) : 0.0f", "to_float(from[e])", "exit code"),
     ],
 )
 def test_seeded_bugs_are_caught(simt, old, new, message):
     with pytest.raises(AssertionError, match=message):
         patches = [("quantized_linear_cuda.cu", old, new)]
-        check(simt, torch.float32, torch.int8, 8, 1040 if "16" in new else 40, 5, patches=patches)
+        check(simt, torch.float32, torch.int8, 8, 40 if "count" in old else 1040, 5, patches=patches)
