@@ -15,7 +15,7 @@ USABLE = 0.9  # of the free memory: allocators round up, and others want some to
 
 
 class CachedModel(Protocol):
-    """`models.Generator` and `decoding.Decoder` are."""
+    """`models.Generator`, `decoding.Decoder` and `models.quantize.QuantizedGenerator` are."""
 
     config: GeneratorConfig
     device: torch.device

@@ -39,7 +39,7 @@ class Pipeline:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        generator: Generator,
+        generator: Generator | QuantizedGenerator,
         class_names: Sequence[str] | None = None,
         source: str = "memory",
         weights: torch.dtype | None = None,
@@ -52,13 +52,13 @@ class Pipeline:
             source: a name for the metadata.
             weights: what the generator's matrices are packed in: on the CPU torch.float32, torch.bfloat16 or torch.int8
                 (`Decoder`), elsewhere torch.int8 or torch.float8_e4m3fn (`QuantizedGenerator`); None is the
-                generator's dtype. A generator changed afterwards needs a new pipeline.
+                generator's. It is a copy: `generator` stays as it is, and changed afterwards needs a new pipeline.
             decode_dtype: what tokens are decoded to images in, as for `ImageDecoder`: None is bfloat16 where the
                 machine multiplies it faster, about half a grey level from float32. torch.int8 is for the CPU. A
                 tokenizer changed afterwards needs a new pipeline.
 
         Raises:
-            ValueError: the two models do not fit together, `weights` does not fit the generator's device, or
+            ValueError: the two models do not fit together, `weights` does not fit the generator, or
                 `decode_dtype` is none of `ImageDecoder`'s.
         """
         for name in ("grid", "codebook_size"):
@@ -71,9 +71,9 @@ class Pipeline:
         self.generator = generator
         self.class_names = tuple(class_names) if class_names else None
         self.source = source
-        self.weights = weights
+        self.weights = generator.weights if isinstance(generator, QuantizedGenerator) else weights
         self.image_decoder = ImageDecoder(tokenizer, decode_dtype)
-        self._decoder = _packed(generator, weights) if weights is not None else None
+        self._decoder = _packed(generator, weights)
 
     @classmethod
     def from_pretrained(
@@ -87,6 +87,9 @@ class Pipeline:
     ) -> Pipeline:
         """Load both models; `weights` and `decode_dtype` as for the constructor.
 
+        With `weights` on a device that is not the CPU, the generator's block weights are kept in those 8 bits alone:
+        `generator` is then the `QuantizedGenerator`, which samples but does not train.
+
         `name_or_path`: "demo" (shipped with the package), a folder that holds `tokenizer/` and `generator/`, a hub
         repository of that layout, or a generator's checkpoint, for which `tokenizer` names the tokenizer's.
         Raises FileNotFoundError or ValueError saying what was expected and found.
@@ -94,6 +97,8 @@ class Pipeline:
         generator = open_checkpoint("generator", name_or_path)
         tokenizer = open_checkpoint("tokenizer", name_or_path if tokenizer is None else tokenizer)
         models = [build(part).to(device, dtype).eval() for part in (tokenizer, generator)]
+        if weights is not None and models[1].device.type != "cpu":
+            models[1] = QuantizedGenerator(models[1], weights)
         names = generator.provenance.get("classes")
         return cls(*models, names, str(name_or_path), weights, decode_dtype)
 
@@ -211,8 +216,16 @@ class Pipeline:
         }
 
 
-def _packed(generator: Generator, weights: torch.dtype) -> Decoder | QuantizedGenerator:
-    """What steps out of weights in this dtype: packed for the kernels of the CPU, or in 8 bits beside the generator."""
+def _packed(
+    generator: Generator | QuantizedGenerator, weights: torch.dtype | None
+) -> Decoder | QuantizedGenerator | None:
+    """What steps out of weights in this dtype, a copy of the generator's; None takes the generator as it is."""
+    if isinstance(generator, QuantizedGenerator):
+        if weights not in (None, generator.weights):
+            raise ValueError(f"weights: expected the generator's {_name(generator.weights)}, got {_name(weights)}")
+        return generator
+    if weights is None:
+        return None
     pack = Decoder if generator.device.type == "cpu" else QuantizedGenerator
     return pack(generator, weights)
 

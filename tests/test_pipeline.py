@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import alitok_fast
 from alitok_fast import Pipeline, on_rows, sample, save_model
 from alitok_fast.image_decoder import fast_dtype
 from alitok_fast.images import to_uint8
+from alitok_fast.models.quantize import QuantizedGenerator
 
 
 @pytest.fixture
@@ -125,13 +129,45 @@ def test_weights_are_packed_as_asked(tiny_folder, weights):
 
 
 def test_weights_in_8_bits_beside_a_generator_that_is_not_on_the_cpu(tiny_generator):
-    from alitok_fast.models.quantize import QuantizedGenerator
     from alitok_fast.pipeline import _packed
 
     packed = _packed(tiny_generator().to("meta"), torch.int8)  # stands in for a GPU: only the device counts here
     assert isinstance(packed, QuantizedGenerator) and packed.weights == torch.int8
     with pytest.raises(ValueError, match="dtype: expected int8 or float8_e4m3fn, got bfloat16"):
         _packed(tiny_generator().to("meta"), torch.bfloat16)
+
+
+def test_loaded_weights_in_8_bits_are_the_only_ones_kept(tiny_folder, monkeypatch):
+    """The device "meta" stands in for a GPU again."""
+    from alitok_fast import pipeline
+
+    linears, original = [], pipeline.build
+
+    def build(part):
+        model = original(part)
+        if part.kind == "generator":
+            linears.extend(weakref.ref(module) for module in model.blocks.modules() if isinstance(module, nn.Linear))
+        return model
+
+    monkeypatch.setattr(pipeline, "build", build)
+    pipe = Pipeline.from_pretrained(tiny_folder, "meta", torch.bfloat16, weights=torch.int8)
+    gc.collect()
+    assert linears and all(linear() is None for linear in linears)
+    assert pipe.step_model is pipe.generator and pipe.generator.weights == torch.int8
+    metadata = pipe.metadata({})
+    assert (metadata["weights"], metadata["dtype"], metadata["device"]) == ("int8", "bfloat16", "meta")
+
+
+def test_a_generator_in_8_bits_that_is_there_already(tiny_tokenizer, tiny_generator):
+    gen = tiny_generator()
+    quantised = QuantizedGenerator(gen, torch.int8)
+    pipe = Pipeline(tiny_tokenizer(), quantised)
+    out = pipe([1, 2])
+    assert torch.equal(out.tokens, sample(quantised, [1, 2])) and out.metadata["weights"] == "int8"
+    with pytest.raises(ValueError, match="weights: expected the generator's int8, got bfloat16"):
+        Pipeline(tiny_tokenizer(), quantised, weights=torch.bfloat16)
+    beside = Pipeline(tiny_tokenizer(), gen.to("cpu"), weights=torch.int8)
+    assert beside.generator is gen and gen.blocks[0].mlp.w1.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("weights", [torch.int8, torch.float8_e4m3fn])

@@ -29,7 +29,8 @@ class QuantizedLinear(nn.Module):
 class QuantizedGenerator:
     """Steps like `Generator.step`, out of block weights in 8 bits; embeddings, norms and head are those of `gen`.
 
-    It holds a copy of the blocks' weights: later changes of them in `gen` do not reach it.
+    It holds a copy of the blocks' weights, so later changes of them in `gen` do not reach it, and `gen` may be dropped
+    to free its own.
 
     Args:
         gen: the generator, in evaluation mode for sampling; its dtype is that of activations, biases and cache.
@@ -42,6 +43,7 @@ class QuantizedGenerator:
     def __init__(self, gen: Generator, weights: torch.dtype) -> None:
         self.config = gen.config
         self.device = gen.device
+        self.dtype = gen.dtype
         self.training = gen.training
         self.cache_dtype = gen.cache_dtype
         self.weights = weights
