@@ -8,7 +8,8 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kVector = 16;  // inputs of a lane at a time
-static_assert(kQuantizedLinearGroup % kVector == 0, "they share a scale");
+static_assert(kQuantizedLinearGroup % kVector == 0 && 32 * kVector % kQuantizedLinearGroup == 0,
+              "a vector shares a scale, and a warp's step is whole groups");
 
 // Where many rows share a weight, two outputs share the rows.
 template <int kRows>
@@ -47,18 +48,20 @@ __global__ void __launch_bounds__(kThreads) quantized_linear_kernel(const Quanti
   const T* x = static_cast<const T*>(p.x) + first_row * p.inputs;
   const W* weight = static_cast<const W*>(p.weight) + first_output * p.inputs;
   const int64_t groups = (p.inputs + kQuantizedLinearGroup - 1) / kQuantizedLinearGroup;
-  const __nv_bfloat16* scale = static_cast<const __nv_bfloat16*>(p.scale) + first_output * groups;
+  // Of the group that this lane is in; advances with it.
+  const __nv_bfloat16* scale = static_cast<const __nv_bfloat16*>(p.scale) + first_output * groups +
+                               lane * kVector / kQuantizedLinearGroup;
   const bool whole = p.inputs % kVector == 0, x_aligned = whole && is_aligned(p.x);
   const bool weight_aligned = whole && is_aligned(p.weight);
 
   float sums[kRows][kOwned] = {};
-  for (int64_t i = lane * kVector; i < p.inputs; i += 32 * kVector) {
+  for (int64_t i = lane * kVector; i < p.inputs; i += 32 * kVector, scale += 32 * kVector / kQuantizedLinearGroup) {
     const int64_t count = p.inputs - i;
     float w[kOwned][kVector];
 #pragma unroll
     for (int o = 0; o < kOwned; ++o) {
       const bool exists = first_output + o < p.outputs;
-      const float group_scale = exists ? to_float(scale[o * groups + i / kQuantizedLinearGroup]) : 0.0f;
+      const float group_scale = exists ? to_float(scale[o * groups]) : 0.0f;
       load(w[o], weight + o * p.inputs + i, exists ? count : 0, weight_aligned);
 #pragma unroll
       for (int e = 0; e < kVector; ++e) w[o][e] *= group_scale;

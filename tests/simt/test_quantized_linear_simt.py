@@ -50,9 +50,10 @@ def test_has_no_data_race(simt):
     ("old", "new", "message"),
     [
         ("exists ? count : 0", "count", "exit code"),
-        ("i += 32 * kVector", "i += 16 * kVector", "out: error"),
-        ("scale[o * groups + i / kQuantizedLinearGroup]", "scale[o * groups]", "out: error"),
-        ("scale[o * groups + i / kQuantizedLinearGroup]", "scale[i / kQuantizedLinearGroup]", "out: error"),
+        ("i += 32 * kVector", "i += 16 * kVector", "exit code"),
+        ("scale += 32 * kVector / kQuantizedLinearGroup", "scale += 32 / kVector", "out: error"),
+        ("lane * kVector / kQuantizedLinearGroup;", "0;", "out: error"),
+        ("scale[o * groups]", "scale[0]", "out: error"),
         ("exists ? to_float(", "true ? to_float(", "exit code"),
         ("e < count ? to_float(from[e]) : 0.0f", "to_float(from[e])", "exit code"),
     ],
