@@ -15,6 +15,7 @@ _PUBLIC = {
     "Generator": "alitok_fast.models",
     "GeneratorConfig": "alitok_fast.config",
     "Pipeline": "alitok_fast.pipeline",
+    "Sampler": "alitok_fast.sampling",
     "Tokenizer": "alitok_fast.models",
     "TokenizerConfig": "alitok_fast.config",
     "load_generator": "alitok_fast.models",

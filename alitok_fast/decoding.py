@@ -52,7 +52,8 @@ class Decoder:
         """An empty cache for `rows` sequences; `dtype` is float32, bfloat16 or None for `cache_dtype`."""
         dtype = dtype or self.cache_dtype
         if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype: expected float32 or bfloat16, got {str(dtype).removeprefix('torch.')}")
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"kv_dtype: expected float32 or bfloat16 on the CPU, got {name}")
         return KVCache(self.config, rows, self.device, dtype)
 
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:

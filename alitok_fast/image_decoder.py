@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 
 import torch
@@ -60,6 +61,7 @@ class ImageDecoder:
             same = dtype == tokenizer.dtype
             self._decoder = tokenizer.decoder if same else copy.deepcopy(tokenizer.decoder).to(dtype)
         self._graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
+        self._turn = threading.Lock()  # of threads: a graph has one place for its tokens
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -68,10 +70,11 @@ class ImageDecoder:
         check_range("tokens", tokens, 0, self.config.codebook_size)
         if self.device.type != "cuda" or not len(tokens):
             return self._decode(tokens)
-        graph, given, images = self._graph(len(tokens))
-        given.copy_(tokens)
-        graph.replay()
-        return images.clone()
+        with self._turn:
+            graph, given, images = self._graph(len(tokens))
+            given.copy_(tokens)
+            graph.replay()
+            return images.clone()
 
     def _decode(self, tokens: Tensor) -> Tensor:
         """Nothing in here waits for the device."""

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from alitok_fast import __version__
-from alitok_fast._library import native_enabled
 from alitok_fast.decoding import Decoder
 from alitok_fast.image_decoder import ImageDecoder
 from alitok_fast.images import to_uint8
 from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.models.loading import build, open_checkpoint
 from alitok_fast.models.quantize import QuantizedGenerator
-from alitok_fast.sampling import sample
+from alitok_fast.sampling import Sampler, check_settings
 
 Label = int | str
 
@@ -52,7 +52,7 @@ class Pipeline:
             source: a name for the metadata.
             weights: what the generator's matrices are packed in: on the CPU torch.float32, torch.bfloat16 or torch.int8
                 (`Decoder`), elsewhere torch.int8 or torch.float8_e4m3fn (`QuantizedGenerator`); None is the
-                generator's. It is a copy: `generator` stays as it is, and changed afterwards needs a new pipeline.
+                generator's. They are a copy, on the CPU always: a `generator` changed afterwards needs a new pipeline.
             decode_dtype: what tokens are decoded to images in, as for `ImageDecoder`: None is bfloat16 where the
                 machine multiplies it faster, about half a grey level from float32. torch.int8 is for the CPU. A
                 tokenizer changed afterwards needs a new pipeline.
@@ -73,7 +73,8 @@ class Pipeline:
         self.source = source
         self.weights = generator.weights if isinstance(generator, QuantizedGenerator) else weights
         self.image_decoder = ImageDecoder(tokenizer, decode_dtype)
-        self._decoder = _packed(generator, weights)
+        packed = _packed(generator, weights)
+        self._sampler = None if packed is None else Sampler(packed)
 
     @classmethod
     def from_pretrained(
@@ -103,15 +104,15 @@ class Pipeline:
         return cls(*models, names, str(name_or_path), weights, decode_dtype)
 
     @property
-    def step_model(self) -> Generator | Decoder | QuantizedGenerator:
-        """What `sample` steps through: on the CPU the generator packed for it, once for all calls."""
-        if self._decoder is None and self.generator.device.type == "cpu" and native_enabled():
-            self._decoder = Decoder(self.generator)
-        return self._decoder or self.generator
+    def sampler(self) -> Sampler:
+        """What draws the tokens. On the CPU the generator is packed for it at the first use, once for all calls."""
+        if self._sampler is None:
+            self._sampler = Sampler(self.generator)
+        return self._sampler
 
-    def label_ids(self, labels: Label | Sequence[Label] | Tensor) -> list[int]:
+    def label_ids(self, labels: Label | Sequence[Label] | Tensor | np.ndarray) -> list[int]:
         """Class numbers of labels given by number or by name; ValueError lists the names there are."""
-        if isinstance(labels, Tensor):
+        if isinstance(labels, Tensor | np.ndarray):
             labels = labels.tolist()
         if isinstance(labels, int | str):
             labels = [labels]
@@ -127,11 +128,11 @@ class Pipeline:
         except ValueError:
             expected = ", ".join(self.class_names) if names else "no name (this model has none)"
             raise ValueError(f"labels: expected one of 0..{classes - 1} or {expected}, got {label!r}") from None
-        if not isinstance(number, int) or isinstance(number, bool):
+        if not isinstance(number, int | np.integer) or isinstance(number, bool):
             raise TypeError(f"labels: expected integers or names, got {type(label).__name__}")
         if not 0 <= number < classes:
             raise ValueError(f"labels: expected values in [0, {classes}), got {number}")
-        return number
+        return int(number)
 
     def label_name(self, label: int) -> str:
         """The class's name, or its number where it has none."""
@@ -140,7 +141,7 @@ class Pipeline:
 
     def __call__(
         self,
-        labels: Label | Sequence[Label] | Tensor,
+        labels: Label | Sequence[Label] | Tensor | np.ndarray,
         seed: int = 0,
         guidance_scale: float | None = None,
         guidance_power: float | None = None,
@@ -163,18 +164,20 @@ class Pipeline:
             on_batch: called with the number of pictures of each batch, once it is drawn.
         """
         ids = self.label_ids(labels)
-        keys = list(range(len(ids))) if image_ids is None else list(image_ids)
+        keys = list(range(len(ids))) if image_ids is None else [int(key) for key in image_ids]
+        if len(keys) != len(ids):
+            raise ValueError(f"image_ids: expected {len(ids)}, one per label, got {len(keys)}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected None or at least 1, got {batch_size}")
         settings = self.settings(guidance_scale, guidance_power, temperature, top_k, top_p, seed)
         if prompt_tokens is not None and len(prompt_tokens) != len(ids):
             raise ValueError(f"prompt_tokens: expected {len(ids)} rows, one per label, got {len(prompt_tokens)}")
         size = batch_size or max(len(ids), 1)
-        model, tokens, images = self.step_model, [], []
+        tokens, images = [], []
         for start in range(0, max(len(ids), 1), size):  # no label at all: let `sample` say so
             batch = slice(start, start + size)
             prompt = None if prompt_tokens is None else prompt_tokens[batch]
-            drawn = sample(model, ids[batch], image_ids=keys[batch], prompt_tokens=prompt, **settings)
+            drawn = self.sampler(ids[batch], image_ids=keys[batch], prompt_tokens=prompt, **settings)
             tokens.append(drawn)
             images += [Image.fromarray(image) for image in to_uint8(self.image_decoder(drawn))]
             if on_batch is not None:
@@ -191,16 +194,9 @@ class Pipeline:
         top_p: float | None = None,
         seed: int = 0,
     ) -> dict[str, Any]:
-        """Arguments of `alitok_fast.sample`, with the model's defaults filled in."""
+        """Arguments of `alitok_fast.sample`, checked, with the model's defaults filled in."""
         config = self.generator.config
-        return {
-            "guidance_scale": config.guidance_scale if guidance_scale is None else guidance_scale,
-            "guidance_power": config.guidance_power if guidance_power is None else guidance_power,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-        }
+        return asdict(check_settings(config, guidance_scale, guidance_power, temperature, top_k, top_p, seed))
 
     def metadata(self, settings: dict[str, Any]) -> dict[str, Any]:
         """What decides about a picture besides its label and its id: JSON values only."""
@@ -211,6 +207,7 @@ class Pipeline:
             "dtype": _name(self.generator.dtype),
             "weights": _name(self.weights or self.generator.dtype),
             "decode_dtype": _name(self.image_decoder.dtype),
+            "tokenizer_stage": self.tokenizer.config.stage,
             "device": str(self.generator.device),
             "versions": {"alitok_fast": __version__, "torch": torch.__version__},
         }

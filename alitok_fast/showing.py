@@ -13,7 +13,6 @@ from alitok_fast.data.transforms import centre_crop, to_tensor
 from alitok_fast.images import grid, to_uint8
 from alitok_fast.models import Tokenizer
 from alitok_fast.pipeline import Pipeline
-from alitok_fast.sampling import sample
 from alitok_fast.streaming import on_rows
 
 BLANK = 255
@@ -56,14 +55,17 @@ def grow(pipe: Pipeline, stage1: Tokenizer, labels: Sequence[int | str], setting
     ours, theirs = (model.quantize.embedding.weight.float() for model in (pipe.tokenizer, stage1))
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs.to(ours.device), atol=1e-2, rtol=1e-2):
         raise ValueError("stage1: expected the tokenizer whose codebook the pipeline has, got one with other codes")
-    frames: list[np.ndarray] = []
+    parts: list[list[np.ndarray]] = []  # a batch too large for the memory comes in several
 
-    def show(_: int, images: torch.Tensor) -> None:
+    def show(rows: int, images: torch.Tensor) -> None:
+        if rows == 1:
+            parts.append([])
         frame = np.full((len(images), config.image_size, config.image_size, 3), BLANK, np.uint8)
         frame[:, : images.shape[2]] = to_uint8(images)
-        frames.append(frame)
+        parts[-1].append(frame)
 
-    tokens = sample(pipe.step_model, pipe.label_ids(labels), on_step=on_rows(stage1, show), **settings)
+    tokens = pipe.sampler(pipe.label_ids(labels), on_step=on_rows(stage1, show), **settings)
+    frames = [np.concatenate(row) for row in zip(*parts, strict=True)]
     return [*frames, to_uint8(pipe.image_decoder(tokens))]
 
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("ops", "images", "cuda_graph"),
     ("models",),
     ("decoding", "image_decoder", "memory", "streaming"),
+    ("sampling_loop",),
     ("sampling",),
     ("pipeline", "reconstruction", "evaluation"),
     ("bulk", "showing", "training", "info"),

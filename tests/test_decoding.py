@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from alitok_fast import memory
 from alitok_fast._library import use_reference
 from alitok_fast.checkpoint import Checkpoint
 from alitok_fast.config import generator_preset
@@ -198,13 +201,39 @@ def test_plan_counts_the_cache(tiny_generator):
     assert plan(gen, guided=False).bytes_per_image * 2 == plan(gen).bytes_per_image
     assert plan(Decoder(gen, torch.int8)).bytes_per_image < plan(gen).bytes_per_image
     assert plan(gen).bytes_available > 0
+    assert plan(gen).batch_bytes(3) == 3 * plan(gen).bytes_per_image
+
+
+def test_plan_refuses_what_it_does_not_know(tiny_generator):
+    gen = tiny_generator()
+    with pytest.raises(TypeError, match="gen: expected a generator or decoder, got int"):
+        plan(3)
+    with pytest.raises(ValueError, match="device: expected cpu or cuda, whose free memory is known, got meta"):
+        plan(gen, "meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: expected one that is there, got cuda"):
+            plan(gen, "cuda")
+
+
+def test_plan_counts_the_limits_of_containers(tmp_path):
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    own = tmp_path / "cgroup"
+    own.write_text("4:memory:/elsewhere\n0::/a/b\n")
+    assert memory._left_in_groups(tmp_path, own) == [sys.maxsize]
+    (inner / "memory.max").write_text("max\n")
+    (tmp_path / "a" / "memory.max").write_text("1000\n")
+    (tmp_path / "a" / "memory.current").write_text("700\n")
+    (tmp_path / "a" / "memory.stat").write_text("anon 500\ninactive_file 150\nactive_file 50\n")
+    assert min(memory._left_in_groups(tmp_path, own)) == 1000 - 700 + 150
+    assert memory._left_in_groups(tmp_path, tmp_path / "none") == [sys.maxsize]
 
 
 def test_bad_arguments(tiny_generator):
     gen = tiny_generator()
     with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or int8, got float16"):
         Decoder(gen, torch.float16)
-    with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16, got float8_e4m3fn"):
+    with pytest.raises(ValueError, match="kv_dtype: expected float32 or bfloat16 on the CPU, got float8_e4m3fn"):
         sample(Decoder(gen), [1], kv_dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="gen: expected a generator on the CPU, got one on meta"):
         Decoder(gen.to("meta"))

@@ -44,6 +44,15 @@ def test_pictures_are_decoded_in_the_dtype_asked_for(tiny_folder, dtype):
     assert out.metadata["decode_dtype"] == str(chosen).removeprefix("torch.")
 
 
+def test_labels_and_ids_of_numpy(pipe):
+    out = pipe(np.array([1, 2]), image_ids=np.array([7, 8]))
+    assert torch.equal(out.tokens, pipe([1, 2], image_ids=[7, 8]).tokens)
+    assert json.loads(json.dumps(out.metadata))["image_ids"] == [7, 8]
+    for batch_size in (None, 1):
+        with pytest.raises(ValueError, match="image_ids: expected 2, one per label, got 3"):
+            pipe([1, 2], image_ids=[7, 8, 9], batch_size=batch_size)
+
+
 def test_metadata_says_how_to_draw_again(pipe):
     out = pipe(["c5"], seed=9, guidance_scale=2.0, top_k=7)
     metadata = json.loads(json.dumps(out.metadata))
@@ -153,7 +162,7 @@ def test_loaded_weights_in_8_bits_are_the_only_ones_kept(tiny_folder, monkeypatc
     pipe = Pipeline.from_pretrained(tiny_folder, "meta", torch.bfloat16, weights=torch.int8)
     gc.collect()
     assert linears and all(linear() is None for linear in linears)
-    assert pipe.step_model is pipe.generator and pipe.generator.weights == torch.int8
+    assert pipe.sampler.model is pipe.generator and pipe.generator.weights == torch.int8
     metadata = pipe.metadata({})
     assert (metadata["weights"], metadata["dtype"], metadata["device"]) == ("int8", "bfloat16", "meta")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from alitok_fast._library import use_reference
 from alitok_fast.decoding import Decoder
+from alitok_fast.memory import plan
 from alitok_fast.ops.sample_tokens import guided_logits, sample_tokens
-from alitok_fast.sampling import SamplingLoop, guidance_schedule, sample
+from alitok_fast.sampling import Sampler, guidance_schedule, sample
+from alitok_fast.sampling_loop import SamplingLoop
 from alitok_fast.testing import ReadsBack
 
 
@@ -134,6 +138,12 @@ def test_nan_weights_raise(tiny_generator, weight):
         ([1], {"guidance_power": 0}, ValueError, "guidance_power: expected a finite number > 0, got 0"),
         ([1], {"temperature": -0.1}, ValueError, "temperature: expected a finite number >= 0, got -0.1"),
         ([1], {"top_k": 0}, ValueError, "top_k: expected .*, got 0"),
+        ([1], {"top_k": 2.5}, TypeError, "top_k: expected an integer, got 2.5"),
+        ([1], {"seed": 1.5}, TypeError, "seed: expected an integer, got 1.5"),
+        ([1], {"seed": None}, TypeError, "seed: expected an integer, got None"),
+        ([1], {"seed": 2**63}, ValueError, "seed: expected an integer in .*, got 9223372036854775808"),
+        (["bag"], {}, TypeError, r"labels: expected integers of shape \(B,\), got \['bag'\]"),
+        ([1], {"kv_dtype": torch.float8_e4m3fn}, ValueError, "kv_dtype: expected float32 or .* CPU, got float8"),
         ([1], {"top_p": 0.0}, ValueError, r"top_p: expected .*, got 0"),
         ([1], {"top_p": 1.5}, ValueError, r"top_p: expected .*, got 1.5"),
     ],
@@ -164,6 +174,8 @@ def test_prompt_is_kept_and_completed_as_it_would_have_been(tiny_generator):
         (torch.zeros(2, 22, dtype=torch.int64), r"prompt_tokens: expected shape \(2, n <= 21\), got \(2, 22\)"),
         (torch.zeros(2, 3), "prompt_tokens: expected int64, got float32"),
         (torch.full((2, 3), -1), "prompt_tokens: expected values in"),
+        ([[1], [2.5]], "prompt_tokens: expected int64, got float32"),
+        (3, "prompt_tokens: expected a tensor, got int"),
     ],
 )
 def test_bad_prompts(tiny_generator, prompt, message):
@@ -171,13 +183,56 @@ def test_bad_prompts(tiny_generator, prompt, message):
         sample(tiny_generator(), [1, 2], prompt_tokens=prompt)
 
 
-def test_a_loop_runs_again_with_other_labels_and_seeds(tiny_generator):
+@pytest.mark.parametrize("kept", [1, 4])
+def test_a_sampler_draws_again_and_again(tiny_generator, kept):
+    """With other labels, seeds, batch sizes and settings, some for the second time; as fresh ones do."""
     gen = tiny_generator()
-    loop = SamplingLoop(gen, 2, guided=True)
-    for seed, labels in ((0, [1, 2]), (5, [3, 3])):
-        assert torch.equal(sample(gen, labels, seed=seed, loop=loop), sample(gen, labels, seed=seed))
-    with pytest.raises(ValueError, match="loop: expected one for batch 1, guided True, got batch 2, guided True"):
-        sample(gen, [1], loop=loop)
+    sampler = Sampler(gen)
+    sampler._kept = kept
+    calls = [
+        ([1, 2], {}),
+        ([3, 3], {"seed": 5}),
+        ([3, 3], {"seed": 5, "temperature": 0.0}),
+        ([1], {"seed": 5, "top_k": 3}),
+        ([1, 2], {"guidance_scale": 0.0}),
+        ([1, 2], {"prompt_tokens": [[1, 2], [3, 4]]}),
+        ([1, 2], {}),
+    ]
+    for labels, settings in calls:
+        assert torch.equal(sampler(labels, **settings), sample(gen, labels, **settings)), settings
+        assert len(sampler._loops) <= kept
+    assert sampler.loop(2, True) is sampler.loop(2, True)
+    assert sampler.loop(2, True) is not sampler.loop(2, True, top_k=3)
+
+
+def test_loops_give_way_where_memory_is_short(tiny_generator, monkeypatch):
+    gen = tiny_generator()
+    sampler, per_image = Sampler(gen), plan(gen).bytes_per_image
+    sampler._kept = 4
+
+    def available(device):
+        return 4 * per_image - sum(loop.batch * per_image for loop in sampler._loops.values())
+
+    monkeypatch.setattr("alitok_fast.memory.available_bytes", available)
+    for labels in ([1], [2, 3], [4, 5, 6], [1, 2, 3, 4, 5]):
+        assert torch.equal(sampler(labels), sample(gen, labels))
+        assert available(None) >= 0
+    assert {key[0] for key in sampler._loops} == {2}, "the last part"
+
+
+def test_threads_take_turns(tiny_generator):
+    sampler = Sampler(tiny_generator())
+    expected = [sampler([label, label + 1], seed=label) for label in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        drawn = list(pool.map(lambda label: sampler([label, label + 1], seed=label), range(6)))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+
+
+def test_what_on_step_gets_stays_as_it_is(tiny_generator):
+    sampler, kept = Sampler(tiny_generator()), []
+    tokens = sampler([1, 2], on_step=lambda _, so_far: kept.append(so_far))
+    sampler([5, 6], seed=1)
+    assert all(torch.equal(part, tokens[:, : step + 1]) for step, part in enumerate(kept))
 
 
 @pytest.mark.parametrize(

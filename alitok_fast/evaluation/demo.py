@@ -32,7 +32,7 @@ from alitok_fast.image_decoder import ImageDecoder
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.loading import dtype_from_name, load_generator, load_tokenizer
 from alitok_fast.models.tokenizer import Tokenizer
-from alitok_fast.sampling import sample
+from alitok_fast.sampling import Sampler
 
 
 def all_images(source, size: int) -> Tensor:
@@ -78,8 +78,9 @@ def draw_samples(
     """
     labels = torch.arange(generator.config.classes).repeat(per_class)
     ids = torch.arange(len(labels))
+    sampler = Sampler(generator)
     images = [
-        decode(sample(generator, part, seed=seed, image_ids=numbers, **sampling)).clamp(0, 1)
+        decode(sampler(part, seed=seed, image_ids=numbers, **sampling)).clamp(0, 1)
         for part, numbers in zip(labels.split(batch), ids.split(batch), strict=True)
     ]
     return torch.cat(images), labels

@@ -13,7 +13,7 @@ from alitok_fast.decoding import Decoder
 from alitok_fast.image_decoder import ImageDecoder
 from alitok_fast.models import Generator
 from alitok_fast.ops.decode import draw_next
-from alitok_fast.sampling import SamplingLoop, sample
+from alitok_fast.sampling import Sampler
 from ceilings import synchronize
 from peers import conditions
 
@@ -32,7 +32,8 @@ class Ours:
             self.model = Decoder(gen, weights)
         else:
             self.model = gen if weights == torch.float32 else copy.deepcopy(gen).to(weights)
-        self.loop = SamplingLoop(self.model, batch, guided=True, kv_dtype=kv_dtype)
+        self.sampler = Sampler(self.model, kv_dtype)
+        self.loop = self.sampler.loop(batch, guided=True)
         self.kv_dtype = kv_dtype
         self.error = {torch.float32: 1e-4}.get(weights, 5e-2) if kv_dtype is None else 0.1
 
@@ -41,7 +42,7 @@ class Ours:
         return torch.stack([self.model.step(ids, cache) for ids in conditions(self.gen, labels, tokens)], 1)
 
     def generate(self, labels: Tensor) -> Tensor:
-        return sample(self.model, labels, loop=self.loop)
+        return self.sampler(labels)
 
     @property
     def kv_bytes(self) -> int:
