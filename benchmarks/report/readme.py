@@ -40,8 +40,15 @@ def _row(images: list[Image], dit: Image | None) -> tuple[str, ...]:
     name = fastest.system.removeprefix("alitok_fast ")
     cells = [f"**{seconds(fastest.per_image)}** ({name})", f"{fastest.share:.0%}" if fastest.share else ""]
     for other in (*(found.get(peer) for peer in PEERS), dit):
-        cells.append(f"{number(other.per_image / fastest.per_image)}x" if other else "")
+        cells.append(f"{number(_times(other, fastest))}x" if other else "")
     return tuple(cells)
+
+
+def _times(other: Image, fastest: Image) -> float:
+    """As the report has it, round by round, where the two took turns."""
+    if other.times is not None and other.first == fastest.system:
+        return other.times
+    return other.per_image / fastest.per_image
 
 
 def filled(text: str, table: str) -> str:
