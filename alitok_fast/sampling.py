@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,18 +91,13 @@ class Sampler:
     def __call__(
         self,
         labels: Tensor | Sequence[int],
-        guidance_scale: float | None = None,
-        guidance_power: float | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
         *,
         image_ids: Tensor | Sequence[int] | None = None,
         prompt_tokens: Tensor | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
+        **settings: Any,
     ) -> Tensor:
-        """As `sample`."""
+        """As `sample`; `settings` are those of `check_settings`."""
         config, device = self.model.config, self.model.device
         labels = _as_ids("labels", labels, device)
         count = len(labels)
@@ -110,7 +106,7 @@ class Sampler:
             raise ValueError(f"image_ids: expected shape {tuple(labels.shape)}, got {tuple(image_ids.shape)}")
         if self.model.training:
             raise ValueError("gen: expected evaluation mode, got training mode; call gen.eval()")
-        chosen = check_settings(config, guidance_scale, guidance_power, temperature, top_k, top_p, seed)
+        chosen = check_settings(config, **settings)
         if prompt_tokens is not None:
             prompt_tokens = _check_prompt(prompt_tokens, count, config, device)
         guided = chosen.guidance_scale != 0
@@ -205,15 +201,15 @@ def sample(
     """
     return Sampler(gen, kv_dtype)(
         labels,
-        guidance_scale,
-        guidance_power,
-        temperature,
-        top_k,
-        top_p,
-        seed,
         image_ids=image_ids,
         prompt_tokens=prompt_tokens,
         on_step=on_step,
+        guidance_scale=guidance_scale,
+        guidance_power=guidance_power,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
     )
 
 
