@@ -3,6 +3,7 @@
 The images are numbered; image i has the label `labels[i]` and the noise of id i, so what it shows does not depend on
 who draws it. They are drawn in batches of fixed borders, so that even rounding does not: batch b is drawn by process
 b % world, and is done when its files are there. Files appear whole, by renaming; a killed run goes on where it was.
+The manifest says what the images are of. It is written with the first of them, when all settings have proved to work.
 """
 
 from __future__ import annotations
@@ -10,35 +11,37 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from PIL import Image
 
-from alitok_fast.checkpoint import write_atomically
-from alitok_fast.images import write_image, write_npz
+from alitok_fast.checkpoint import write_json
+from alitok_fast.data.token_cache import weights_fingerprint
+from alitok_fast.outputs import MANIFEST_NAME, output_at
 from alitok_fast.pipeline import Pipeline
 
-MANIFEST_NAME = "manifest.json"
-PIECES_SUFFIX = ".pieces"
-# Where and when, not what: a run may be resumed on another device.
+# Where and when, not what: a run may be resumed on another device, with the same weights from another path.
 _FREE_KEYS = ("device", "versions", "model")
 
 
 def balanced_labels(classes: Sequence[int], images: int | None, per_class: int | None) -> list[int]:
-    """A label for each image, class after class, every class equally often.
+    """A label for each image, every class equally often: image i has `classes[i % len(classes)]`.
 
-    Give `per_class`, or `images` in all, or both where they agree; neither means one a class.
+    So each run of `len(classes)` images holds every class once, as do the parts of 5,000 on which ADM's evaluator
+    computes the Inception Score. Give `per_class`, or `images` in all, or both where they agree; neither means one a
+    class.
     """
     if not classes:
         raise ValueError("labels: expected at least one class, got none")
+    twice = [label for label in dict.fromkeys(classes) if classes.count(label) > 1]
+    if twice:
+        raise ValueError(f"labels: expected each class once, got {twice[0]} again; per_class asks for more of each")
     if per_class is not None and per_class < 1:
         raise ValueError(f"per_class: expected at least 1, got {per_class}")
     if images is not None:
@@ -47,7 +50,7 @@ def balanced_labels(classes: Sequence[int], images: int | None, per_class: int |
         if per_class is not None and per_class * len(classes) != images:
             raise ValueError(f"num_images: expected {per_class * len(classes)}, per_class x classes, got {images}")
         per_class = images // len(classes)
-    return [label for label in classes for _ in range(per_class or 1)]
+    return list(classes) * (per_class or 1)
 
 
 @contextlib.contextmanager
@@ -66,63 +69,6 @@ def process_group() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
-def local_device(device: str) -> str:
-    """The name "cuda" becomes this process's own under torchrun."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where images go: a folder of PNGs `<id>.png`, or one npz file, built from pieces beside it."""
-
-    path: Path
-
-    @property
-    def npz(self) -> bool:
-        return self.path.suffix == ".npz"
-
-    @property
-    def complete(self) -> bool:
-        """Whether an npz is there; PNGs are looked for one by one."""
-        return self.npz and self.path.exists()
-
-    def check(self) -> None:
-        if self.path.suffix and not self.npz:
-            raise ValueError(f"output: expected a folder or a file ending in .npz, got {self.path}")
-        if not self.npz and self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output: expected a folder, got the file {self.path}")
-
-    @property
-    def work(self) -> Path:
-        """Folder in which batches land, and the manifest of a run under way."""
-        return self.path.with_name(self.path.name + PIECES_SUFFIX) if self.npz else self.path
-
-    @property
-    def manifest(self) -> Path:
-        return self.path.with_suffix(".json") if self.npz else self.path / MANIFEST_NAME
-
-    def files(self, ids: Sequence[int], total: int) -> list[Path]:
-        """The files that hold these images."""
-        digits = len(str(total - 1))
-        if self.npz:
-            return [self.work / f"{ids[0]:0{digits}d}.npy"]
-        return [self.work / f"{i:0{digits}d}.png" for i in ids]
-
-    def write(self, ids: Sequence[int], total: int, images: Sequence[Image.Image]) -> None:
-        files = self.files(ids, total)
-        if self.npz:
-            stacked = np.stack([np.asarray(image) for image in images])
-            write_atomically(files[0], lambda temporary: _save_array(temporary, stacked))
-        else:
-            for file, image in zip(files, images, strict=True):
-                write_image(file, image)
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:  # given a name, numpy would append a suffix to it
-        np.save(file, array)
-
-
 class BulkRun:
     """Drawing `labels`, one image each, into `output`; this process is number `rank` of `world`."""
 
@@ -136,42 +82,60 @@ class BulkRun:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """`settings` as returned by `Pipeline.settings`.
+        """`settings` as returned by `Pipeline.settings`. Nothing is written yet.
 
         With `world` > 1 every process of the torch.distributed group creates its own, in the same way.
-        Raises ValueError where `output` holds another run, or is no folder or npz file.
+        Raises ValueError where `output` holds another run or other files, or is no folder or npz file.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.pipe, self.labels, self.settings = pipe, list(labels), settings
-        self.output, self.batch_size, self.rank, self.world = Output(Path(output)), batch_size, rank, world
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        side = pipe.tokenizer.config.image_size
+        self.output = output_at(Path(output), len(self.labels), side)
         self.manifest = {
             **pipe.metadata(settings),
+            "generator_fingerprint": weights_fingerprint(pipe.generator.state_dict()),
+            "tokenizer_fingerprint": weights_fingerprint(pipe.tokenizer.state_dict()),
             "num_images": len(self.labels),
-            "image_size": pipe.tokenizer.config.image_size,
+            "image_size": side,
             "batch_size": batch_size,
             "labels": self.labels,
         }
         if rank == 0:
-            self._begin()
-        self._wait()
+            self._look()
+        self._wait()  # before anybody writes
+        self.mine = [ids for ids in self._missing() if ids.start // batch_size % world == rank]
+
+    def _look(self) -> None:
+        """See that the output can be begun, or is of the same images."""
+        self.output.check()
+        if self.output.manifest.exists():
+            self._compare()
+        elif self.output.work.is_dir() and (taken := self.output.in_the_way()):
+            raise ValueError(
+                f"output: {self.output.work} holds {taken[0]}, but no {MANIFEST_NAME} of a run; choose another name"
+            )
+
+    def _compare(self) -> None:
+        file = self.output.manifest
+        try:
+            before = json.loads(file.read_text())
+            if not isinstance(before, dict):
+                raise ValueError(f"a {type(before).__name__}")
+        except ValueError as error:
+            raise ValueError(f"output: expected the manifest of a run in {file}, got {error}") from None
+        different = differences(before, self.manifest)
+        if different:
+            raise ValueError(f"output: expected settings as in {file}, got others: {'; '.join(different)}")
 
     def _begin(self) -> None:
-        """Write the manifest, or see that the one that is there speaks of the same images."""
-        output = self.output
-        output.check()
-        file = output.manifest if output.complete else output.work / MANIFEST_NAME
-        if output.complete and not file.exists():
-            raise ValueError(f"output: {output.path} exists without {file.name}; choose another name")
-        if not file.exists():
-            output.work.mkdir(parents=True, exist_ok=True)
-            write_json(file, self.manifest)
-            return
-        before = json.loads(file.read_text())
-        for key in self.manifest.keys() - set(_FREE_KEYS):
-            if before.get(key) != self.manifest[key]:
-                change = "other labels" if key == "labels" else f"{before.get(key)!r}, now {self.manifest[key]!r}"
-                raise ValueError(f"output: expected settings as in {file}, got another {key}: {change}")
+        """Write the manifest, unless it is there: by another process, or since the run is resumed."""
+        self.output.work.mkdir(parents=True, exist_ok=True)
+        if self.output.manifest.exists():
+            self._compare()
+        else:
+            write_json(self.output.manifest, self.manifest)
 
     def _wait(self) -> None:
         if self.world > 1:
@@ -183,22 +147,13 @@ class BulkRun:
         total, size = len(self.labels), self.batch_size
         return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
-    @property
-    def missing(self) -> list[range]:
+    def _missing(self) -> list[range]:
         """The batches that nobody has finished yet."""
-        if self.output.complete:
-            return []
-        total = len(self.labels)
-        return [ids for ids in self.batches if not all(file.exists() for file in self.output.files(ids, total))]
-
-    @property
-    def mine(self) -> list[range]:
-        """The missing batches that fall to this process."""
-        return [ids for ids in self.missing if ids.start // self.batch_size % self.world == self.rank]
+        return [] if self.output.complete else [ids for ids in self.batches if not self.output.holds(ids)]
 
     @property
     def share(self) -> int:
-        """The number of images that this process has still to draw."""
+        """The number of images that this process had to draw when it began."""
         return sum(map(len, self.mine))
 
     def draw(self, on_batch: Callable[[int], None] | None = None) -> None:
@@ -210,44 +165,44 @@ class BulkRun:
             writing: Future | None = None
             for ids in self.mine:
                 samples = self.pipe([self.labels[i] for i in ids], image_ids=ids, **self.settings)
-                if writing is not None:
+                if writing is None:
+                    self._begin()
+                else:
                     writing.result()  # an error while writing stops the run
-                writing = writer.submit(self.output.write, ids, len(self.labels), samples.images)
+                writing = writer.submit(self.output.write, ids, samples.images)
                 if on_batch is not None:
                     on_batch(len(ids))
             if writing is not None:
                 writing.result()
 
     def finish(self) -> None:
-        """Wait for every process; then put the pieces of an npz together. PNGs need nothing more.
+        """Wait for every process; then put the pieces of an npz together, and remove what kills left behind.
 
         Raises RuntimeError when images are missing.
         """
         self._wait()
         if self.rank == 0:
-            left = sum(map(len, self.missing))
+            left = sum(map(len, self._missing()))
             if left:
                 raise RuntimeError(f"output: expected {len(self.labels)} images, {left} are missing; run again")
-            if self.output.npz and not self.output.complete:
-                self._assemble()
+            self.output.publish(self.batches, self.labels)
         self._wait()
 
-    def _assemble(self) -> None:
-        side, total = self.manifest["image_size"], len(self.labels)
-        pieces = [self.output.files(ids, total)[0] for ids in self.batches]
-        write_json(self.output.manifest, self.manifest)
-        write_npz(self.output.path, (np.load(piece) for piece in pieces), (total, side, side, 3), np.array(self.labels))
-        shutil.rmtree(self.output.work)
-
-    def pictures(self) -> list[np.ndarray]:
-        """All images of the finished run, (H, W, 3) uint8, in order."""
-        if self.output.npz:
-            with np.load(self.output.path) as arrays:
-                return list(arrays["arr_0"])
-        files = self.output.files(range(len(self.labels)), len(self.labels))
-        return [np.asarray(Image.open(file)) for file in files]
+    def pictures(self, ids: Sequence[int]) -> list[np.ndarray]:
+        """These images of the finished run, (H, W, 3) uint8."""
+        return self.output.pictures(ids)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write indented JSON, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(values, indent=1) + "\n"))
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a manifest says otherwise: "seed: expected 0, got 1", of lists the first entry, in the order of `now`."""
+    found = []
+    for key in [*now, *(key for key in before if key not in now)]:
+        expected, got = before.get(key), now.get(key)
+        if key in _FREE_KEYS or expected == got:
+            continue
+        if isinstance(expected, list) and isinstance(got, list):
+            pairs = enumerate(zip_longest(expected, got))
+            index, (expected, got) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+            key = f"{key}[{index}]"
+        found.append(f"{key}: expected {expected!r}, got {got!r}")
+    return found

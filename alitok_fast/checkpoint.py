@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,18 @@ def write_released(path: str | os.PathLike, state: Mapping[str, Tensor]) -> Path
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call `write(temporary_path)`, flush to disk, rename onto `path`; on any failure the old file stays."""
+    """Call `write(temporary_path)`, flush to disk, rename onto `path`; on any failure the old file stays.
+
+    Raises what `write` does; OSError (disk full, no permission) names `path`.
+    """
+    try:
+        _write_atomically(path, write)
+    except OSError as error:
+        text = f"{path} was not written: {error.strerror or error}"
+        raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
+
+
+def _write_atomically(path: Path, write) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
@@ -139,6 +150,17 @@ def write_atomically(path: Path, write) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path, names: Container[str]) -> list[Path]:
+    """Temporary files in `folder` that killed writers of files with these names left there."""
+    found = [(file, re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}", file.name)) for file in folder.iterdir()]
+    return [file for file, match in found if match and match[1] in names]
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write indented JSON, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(values, indent=1) + "\n"))
 
 
 def _read_folder(folder: Path, config: Config | None) -> Checkpoint:

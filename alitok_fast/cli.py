@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from alitok_fast import showing
-from alitok_fast.bulk import BulkRun, balanced_labels, local_device, process_group, write_json
+from alitok_fast.bulk import BulkRun, balanced_labels, process_group
+from alitok_fast.checkpoint import write_json
 from alitok_fast.data.sources import read_image
+from alitok_fast.device import check_device, local_device
 from alitok_fast.images import check_image_name, grid, write_film, write_image
 from alitok_fast.models import load_tokenizer
 from alitok_fast.models.loading import convert as convert_checkpoint
@@ -28,11 +30,11 @@ MaybeTexts = Optional[list[str]]  # noqa: UP045
 MaybeInt = Optional[int]  # noqa: UP045
 MaybeFloat = Optional[float]  # noqa: UP045
 MaybePath = Optional[Path]  # noqa: UP045
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=check_device)]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Model = Annotated[str, typer.Option(help="'demo', folder, hub repository, or a generator's file.")]
 TokenizerOf = Annotated[MaybeText, typer.Option(help="The tokenizer, where --model is a generator alone.")]
-Seed = Annotated[int, typer.Option(help="Key of the noise.")]
+Seed = Annotated[int, typer.Option(help="Key of the noise.", min=-(2**63), max=2**63 - 1)]
 GuidanceScale = Annotated[MaybeFloat, typer.Option(help="0: none; the model's own if not given.")]
 GuidancePower = Annotated[MaybeFloat, typer.Option(help="Exponent of the guidance schedule.")]
 Temperature = Annotated[float, typer.Option(help="0: the likeliest token each time.")]
@@ -58,7 +60,10 @@ app.command("tokenize")(tokenize_command)
 
 @app.command()
 def info() -> None:
-    """Print versions, what was built, what this machine can use, and why something is off."""
+    """Print versions, what was built, what this machine can use, and why something is off.
+
+    Example: alitok-fast info
+    """
     from alitok_fast.info import report
 
     typer.echo(report())
@@ -66,9 +71,9 @@ def info() -> None:
 
 @app.command()
 def sample(
-    labels: Annotated[MaybeTexts, typer.Argument(help="Classes, by number or name; without any: all.")] = None,
+    labels: Annotated[MaybeTexts, typer.Argument(help="Classes, each once, number or name; without any: all.")] = None,
     out: Annotated[MaybePath, typer.Option(help="Folder for PNGs, or a file ending in .npz (ADM's format).")] = None,
-    grid_file: Annotated[MaybePath, typer.Option("--grid", help="One picture of all samples, labelled.")] = None,
+    grid_file: Annotated[MaybePath, typer.Option("--grid", help="One picture of all, class after class.")] = None,
     per_class: Annotated[MaybeInt, typer.Option(help="Images of each class; 1 if nothing else is said.")] = None,
     num_images: Annotated[MaybeInt, typer.Option(help="Images in all, a multiple of the classes.")] = None,
     model: Model = "demo",
@@ -94,6 +99,7 @@ def sample(
       alitok-fast sample bag "ankle boot" 3 --seed 7 --out pictures/
       torchrun --nproc-per-node 8 -m alitok_fast.cli sample --model DIR --num-images 50000 --out xl.npz --device cuda
 
+    The classes take turns: image i of --out has class i modulo their number, in the order in which they are given.
     A killed run with --out goes on when the same command is given again.
     """
     if out is None and grid_file is None:
@@ -107,25 +113,31 @@ def sample(
         if grid_file is not None and len(ids) > GRID_IMAGES:
             raise ValueError(f"--grid: expected at most {GRID_IMAGES} images, got {len(ids)}")
         settings = pipe.settings(guidance_scale, guidance_power, temperature, top_k, top_p, seed)
-        if out is None:
-            with Bar("sampling", len(ids), enabled=progress) as bar:
-                samples = pipe(ids, batch_size=batch_size, on_batch=lambda n: bar.advance(by=n), **settings)
-            pictures, metadata = samples.images, samples.metadata
-        else:
+        run = None
+        if out is not None:
             run = BulkRun(pipe, ids, out, settings, batch_size, rank, world)
-            with Bar("sampling", run.share, enabled=progress and rank == 0) as bar:
+            title = "sampling" if world == 1 else f"sampling, process 1 of {world}"
+            with Bar(title, run.share, enabled=progress and rank == 0) as bar:
                 run.draw(lambda n: bar.advance(by=n))
             run.finish()
-            pictures, metadata = run.pictures(), run.manifest
-    if rank:
-        return
+        if rank:
+            return
     if out is not None:
         typer.echo(f"{len(ids)} images in {out}")
-    if grid_file is not None:
-        columns = len(ids) // len(classes) if len(ids) > len(classes) else min(10, len(ids))
-        write_image(grid_file, grid(list(pictures), columns, [pipe.label_name(label) for label in ids]))
-        write_json(grid_file.with_suffix(".json"), metadata)
-        typer.echo(f"wrote {grid_file} and {grid_file.with_suffix('.json')}")
+    if grid_file is None:
+        return
+    order = [i for first in range(len(classes)) for i in range(first, len(ids), len(classes))]  # class after class
+    shown = [ids[i] for i in order]
+    if run is None:
+        with Bar("sampling", len(ids), enabled=progress) as bar:
+            options = dict(batch_size=batch_size, image_ids=order, on_batch=lambda n: bar.advance(by=n))
+            samples = pipe(shown, **options, **settings)
+        pictures, metadata = samples.images, samples.metadata
+    else:
+        pictures, metadata = run.pictures(order), {**run.manifest, "labels": shown, "image_ids": order}
+    columns = len(ids) // len(classes) if len(ids) > len(classes) else min(10, len(ids))
+    write_image(grid_file, grid(pictures, columns, [pipe.label_name(label) for label in shown]))
+    _write_metadata(grid_file, metadata)
 
 
 @app.command()
@@ -161,7 +173,10 @@ def complete(
     rows = pipe.tokenizer.config.grid // 2 if rows is None else rows
     sheet = showing.complete(pipe, [read_image(photo) for photo in photos], label, rows, variants, settings)
     write_image(out, sheet)
-    typer.echo(f"wrote {out}")
+    drawn = len(photos) * variants  # in the order of the sheet
+    described = {"photos": [str(photo) for photo in photos], "rows": rows, "variants": variants}
+    images = {"labels": pipe.label_ids(label) * drawn, "image_ids": list(range(drawn))}
+    _write_metadata(out, {**pipe.metadata(settings), **described, **images})
 
 
 @app.command()
@@ -197,7 +212,8 @@ def watch(
         write_film(out, showing.film(frames, [pipe.label_name(i) for i in pipe.label_ids(labels)]))
     else:
         write_image(out, showing.filmstrip(frames))
-    typer.echo(f"wrote {out}")
+    images = {"labels": pipe.label_ids(labels), "image_ids": list(range(len(labels)))}
+    _write_metadata(out, {**pipe.metadata(settings), "stage1": stage1, **images})
 
 
 @app.command()
@@ -257,16 +273,23 @@ def _pipeline(
     )
 
 
+def _write_metadata(picture: Path, metadata: dict[str, Any]) -> None:
+    """Beside `picture`, under its whole name: x.json might be a file of the user's."""
+    beside = picture.with_name(picture.name + ".json")
+    write_json(beside, metadata)
+    typer.echo(f"wrote {picture} and {beside}")
+
+
 def main() -> None:
     """Entry point. What the user can mend is one line and exit status 2; ALITOK_TRACEBACK=1 shows where it arose."""
     try:
         status = app(prog_name="alitok-fast", standalone_mode=False)
     except typer.Abort:
         status = _complain("interrupted", 130)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OverflowError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if os.environ.get("ALITOK_TRACEBACK"):
             raise
-        status = _complain(str(error), 1 if isinstance(error, RuntimeError) else 2)
+        status = _complain(str(error) or "out of memory", 1 if isinstance(error, RuntimeError | MemoryError) else 2)
     except Exception as error:
         if not hasattr(error, "format_message"):  # neither the library's nor the parser's complaint: a bug
             raise

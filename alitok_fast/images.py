@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import struct
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 from alitok_fast.checkpoint import write_atomically
 
 MARGIN, CAPTION = 4, 18  # pixels
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 
 
@@ -86,9 +89,25 @@ def check_image_name(path: Path) -> str:
 
 def write_image(path: Path, image: np.ndarray | Image.Image) -> None:
     """Write one picture in the format that the suffix names."""
-    kind = check_image_name(path)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    write_atomically(path, lambda temporary: picture.save(temporary, format=kind))
+    _write_picture(path, picture, check_image_name(path))
+
+
+def _write_picture(path: Path, picture: Image.Image, kind: str, **options) -> None:
+    encoded = io.BytesIO()  # writing to a full disk itself, Pillow only says "encoder error -2"
+    picture.save(encoded, format=kind, **options)
+    write_atomically(path, lambda temporary: temporary.write_bytes(encoded.getbuffer()))
+
+
+def is_whole_png(path: Path, side: int) -> bool:
+    """Whether `path` is a PNG of `side` x `side` pixels that begins and ends as it should; the middle is not read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(24)  # signature, then length and name of the first chunk, width, height
+            file.seek(max(0, path.stat().st_size - len(PNG_END)))
+            return head == PNG_START + struct.pack(">II", side, side) and file.read() == PNG_END
+    except FileNotFoundError:
+        return False
 
 
 def write_film(path: Path, pictures: Sequence[Image.Image], seconds: float = 0.25, last: float = 3.0) -> None:
@@ -98,7 +117,18 @@ def write_film(path: Path, pictures: Sequence[Image.Image], seconds: float = 0.2
         raise ValueError(f"path: expected a file ending in .gif, .webp or .png, got {path}")
     times = [round(1000 * seconds)] * (len(pictures) - 1) + [round(1000 * last)]
     options = {"save_all": True, "append_images": list(pictures[1:]), "duration": times, "loop": 0}
-    write_atomically(path, lambda temporary: pictures[0].save(temporary, format=kind, **options))
+    _write_picture(path, pictures[0], kind, **options)
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """Write one array for `np.load`."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
+            file.write(np.ascontiguousarray(array).data)  # unlike array.tofile, it says that a disk is full
+
+    write_atomically(path, write)
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int, int], labels: np.ndarray) -> None:

@@ -16,10 +16,10 @@ CSRC = ROOT / "csrc"
 # A module imports from the layers below its own, and from its own package. `testing` is for tests and benchmarks.
 LAYERS = (
     ("config",),
-    ("_library", "checkpoint", "data"),
+    ("_library", "checkpoint", "data", "device"),
     ("ops", "images", "cuda_graph"),
     ("models",),
-    ("decoding", "image_decoder", "memory", "streaming"),
+    ("decoding", "image_decoder", "memory", "streaming", "outputs"),
     ("sampling_loop",),
     ("sampling",),
     ("pipeline", "reconstruction", "evaluation"),

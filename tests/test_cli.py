@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from alitok_fast import Pipeline, load_tokenizer, save_model
+from alitok_fast.bulk import BulkRun
 from alitok_fast.cli import main
 from alitok_fast.images import CAPTION, MARGIN
 
@@ -58,9 +59,28 @@ def test_grid_and_its_metadata(run, tiny_folder, tmp_path):
     assert "wrote" in out
     with Image.open(tmp_path / "g.png") as sheet:
         assert sheet.width > sheet.height  # a row of three for each class
-    metadata = json.loads((tmp_path / "g.json").read_text())
-    assert metadata["labels"] == [1, 1, 1, 4, 4, 4]
+    metadata = json.loads((tmp_path / "g.png.json").read_text())
+    assert (metadata["labels"], metadata["image_ids"]) == ([1, 1, 1, 4, 4, 4], [0, 2, 4, 1, 3, 5])
     assert metadata["seed"] == 0 and metadata["guidance_scale"] == 3.0
+
+
+def test_a_grid_is_the_same_with_and_without_an_output(run, tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("a user's")
+    call = ("sample", "c1", 4, "--per-class", 3, "--model", tiny_folder, "--batch-size", 4)
+    succeed(run(*call, "--grid", tmp_path / "a.png"))
+    succeed(run(*call, "--grid", tmp_path / "b.png", "--out", tmp_path / "p"))
+    succeed(run(*call, "--grid", tmp_path / "c.png", "--out", tmp_path / "p.npz"))
+    a, b, c = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abc")
+    assert np.array_equal(a, b) and np.array_equal(a, c)
+    a, b, c = (json.loads((tmp_path / f"{name}.png.json").read_text()) for name in "abc")
+    assert b == c and a.items() <= b.items()
+    assert (tmp_path / "a.json").read_text() == "a user's"
+
+    def loaded(*_):
+        raise AssertionError("without a grid, nobody needs the images again")
+
+    monkeypatch.setattr(BulkRun, "pictures", loaded)
+    succeed(run(*call, "--out", tmp_path / "p.npz"))
 
 
 def test_folder_holds_what_the_pipeline_draws(run, tiny_folder, tmp_path):
@@ -84,7 +104,7 @@ def test_npz_of_all_classes_with_a_grid(run, tiny_folder, tmp_path):
 
 
 def test_a_killed_run_goes_on(tiny_folder, tmp_path):
-    """SIGKILL in the middle; the same command again ends with the images of an undisturbed run."""
+    """SIGKILL in the middle; the same command again ends with the images of an undisturbed run, and nothing else."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     def command(out: Path) -> list[str]:
@@ -99,10 +119,11 @@ def test_a_killed_run_goes_on(tiny_folder, tmp_path):
     assert process.wait() == -signal.SIGKILL
     begun = {file: file.stat().st_mtime_ns for file in broken.glob("[0-9]*.png")}
     assert 6 <= len(begun) < 60
+    (broken / ".07.png.abcd0123").write_bytes(b"half")  # such a one stays when the kill meets a write
     for out in (broken, whole):
         subprocess.run(command(out), cwd=ROOT, check=True, capture_output=True, env=ONE_THREAD)
     names = [f"{i:02d}.png" for i in range(60)]
-    assert sorted(file.name for file in broken.glob("[0-9]*.png")) == names
+    assert sorted(file.name for file in broken.iterdir()) == [*names, "manifest.json"]
     assert all((broken / name).read_bytes() == (whole / name).read_bytes() for name in names)
     kept = [file for file, written in begun.items() if file.stat().st_mtime_ns == written]
     assert len(kept) >= len(begun) // 2 * 2 - 2  # all but the batch that was being written
@@ -122,6 +143,33 @@ def test_two_processes_draw_the_images_of_one(run, tiny_folder, tmp_path):
 
 
 # --- reconstruct, convert, info -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["two", "two.npz"])
+def test_one_of_two_processes_is_killed(run, tiny_folder, tmp_path, name):
+    """torchrun ends the other; the same command again gives the images of one process."""
+    options = ["--model", str(tiny_folder), "--per-class", "6", "--batch-size", "2", "--no-progress", "--out"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "alitok_fast.cli", "sample", *options, str(tmp_path / name)]
+    work = tmp_path / (f"{name}.pieces" if name.endswith("npz") else name)
+    process = subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+    while len(list(work.glob("[0-9]*"))) < 4:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.002)
+    worker = min(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+    os.kill(worker, signal.SIGKILL)
+    assert "SIGKILL" in process.communicate()[1] and process.returncode != 0
+    assert 4 <= len(list(work.glob("[0-9]*"))) < (30 if name.endswith("npz") else 60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD)
+    assert result.returncode == 0, result.stderr
+    succeed(run("sample", *options, tmp_path / f"one_{name}"))
+    if name.endswith("npz"):
+        with np.load(tmp_path / name) as two, np.load(tmp_path / f"one_{name}") as one:
+            assert np.array_equal(two["arr_0"], one["arr_0"]) and np.array_equal(two["labels"], one["labels"])
+        assert not work.exists()
+    else:
+        two, one = ({file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in (name, f"one_{name}"))
+        assert two == one
 
 
 @pytest.mark.parametrize("options, tokens", [((), 21), (("--tile",), 21 * 2)])
@@ -199,6 +247,9 @@ def test_info(run):
         (("sample", "--grid", "g.png", "--dtype", "int3", "--model", "TINY"), "dtype: expected one of float32"),
         (("sample", "--grid", "g.png", "--decode-dtype", "int4", "--model", "TINY"), "decode_dtype: expected one of"),
         (("watch", "1", "--stage1", "TINY", "--out", "g.png", "--model", "TINY"), "got stage 2"),
+        (("sample", "c1", "1", "--grid", "g.png", "--model", "TINY"), "labels: expected each class once, got 1 again"),
+        (("sample", "--seed", str(2**64), "--grid", "g.png"), "Invalid value for '--seed'"),
+        (("sample", "--device", "gpu", "--grid", "g.png"), "device: expected cpu, cuda or cuda:N, got 'gpu'"),
         (("sample", "sofa", "--grid", "g.png", "--model", "TINY"), "labels: expected one of 0..9 or c0, c1"),
         (("sample", "12", "--grid", "g.png", "--model", "TINY"), "labels: expected values in [0, 10), got 12"),
         (
@@ -207,6 +258,10 @@ def test_info(run):
         ),
         (("sample", "--out", "x.zip", "--model", "TINY"), "output: expected a folder or a file ending in .npz"),
         (("sample", "--out", "o", "--top-p", "2", "--model", "TINY"), "top_p: expected None or a number in (0, 1]"),
+        (("sample", "--out", "o", "--top-k", "0", "--model", "TINY"), "top_k: expected None or an integer >= 1, got 0"),
+        (("sample", "--out", "o", "--guidance-scale", "-1", "--model", "TINY"), "guidance_scale: expected a finite"),
+        (("sample", "--out", "o", "--dtype", "float16", "--model", "TINY"), "dtype: expected float32, bfloat16"),
+        (("sample", "--out", "o", "--num-images", str(10**30), "--model", "TINY"), "cannot fit"),
         (("sample", "--out", "o", "--batch-size", "0", "--model", "TINY"), "batch_size: expected at least 1, got 0"),
         (("reconstruct", "absent.png", "--out", "s.png", "--model", "TINY"), "absent.png: expected a readable image"),
         (("reconstruct", "--out", "s.png"), "Missing argument"),
@@ -221,7 +276,28 @@ def test_mistakes_are_one_line(run, tiny_folder, tmp_path, monkeypatch, argument
     assert status == 2
     assert err.startswith("alitok-fast: ") and err.count("\n") == 1
     assert message in err
-    assert not [file for file in tmp_path.iterdir() if file.name not in ("tiny", "o")]
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize("text", ["labels: expected a batch whose cache fits in memory", ""])
+def test_too_little_memory_is_one_line(run, tiny_folder, tmp_path, monkeypatch, text):
+    def full(*_, **__):
+        raise MemoryError(text)
+
+    monkeypatch.setattr(Pipeline, "__call__", full)
+    status, _, err = run("sample", 1, "--grid", tmp_path / "g.png", "--model", tiny_folder)
+    assert (status, err) == (1, f"alitok-fast: {text or 'out of memory'}\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a torch without a GPU")
+@pytest.mark.parametrize(
+    "command", ["sample --grid g.png", "reconstruct a.png --out s.png", "tokenize --data . --out t"]
+)
+def test_a_gpu_that_is_not_there_is_one_line(run, command):
+    status, _, err = run(*command.split(), "--device", "cuda")
+    assert (
+        status == 2 and err.startswith("alitok-fast: device: expected cpu, since this torch ") and err.count("\n") == 1
+    )
 
 
 def test_nan_weights_are_one_line(run, tiny_folder, tmp_path, tiny_generator):
@@ -240,7 +316,11 @@ def test_photographs_are_completed(run, tiny_folder, tmp_path):
     photos = [photo(tmp_path / "a.png"), photo(tmp_path / "b.png", (30, 40))]
     out = tmp_path / "sheet.png"
     call = ("complete", *photos, "--label", "c2", "--variants", 2, "--model", tiny_folder, "--out", out)
-    assert f"wrote {out}" in succeed(run(*call))
+    assert f"wrote {out} and {out}.json" in succeed(run(*call, "--seed", 5))
+    metadata = json.loads((tmp_path / "sheet.png.json").read_text())
+    assert (metadata["labels"], metadata["image_ids"], metadata["seed"]) == ([2] * 4, [0, 1, 2, 3], 5)
+    assert (metadata["rows"], metadata["variants"], metadata["photos"]) == (2, 2, [str(photo) for photo in photos])
+    succeed(run(*call))
     half = np.asarray(Image.open(out))
     succeed(run(*call, "--rows", 4))
     whole = np.asarray(Image.open(out))
@@ -269,6 +349,10 @@ def test_drawings_are_watched(run, tiny_folder, stage1_folder, tmp_path):
         assert film.n_frames == 5  # four rows of patches, then the finished picture
     with Image.open(tmp_path / "growing.png") as strip:
         assert getattr(strip, "n_frames", 1) == 1 and strip.width > strip.height
+    metadata = json.loads((tmp_path / "growing.gif.json").read_text())
+    assert metadata == json.loads((tmp_path / "growing.png.json").read_text())
+    assert (metadata["labels"], metadata["image_ids"], metadata["seed"]) == ([1, 4, 5], [0, 1, 2], 0)
+    assert metadata["stage1"] == str(stage1_folder)
 
 
 def test_another_codebook_is_refused(run, tiny_folder, tiny_tokenizer, tmp_path):
@@ -281,11 +365,11 @@ def test_another_codebook_is_refused(run, tiny_folder, tiny_tokenizer, tmp_path)
 
 @pytest.mark.parametrize(
     "command",
-    ["sample", "complete", "watch", "reconstruct", "convert", "tokenize", "train tokenizer", "train generator"],
+    "info sample complete watch reconstruct convert tokenize train train_tokenizer train_generator".split(),
 )
 def test_help_shows_examples(run, command):
-    out = succeed(run(*command.split(), "--help"))
-    assert f"alitok-fast {command}" in out.split("Options")[0]
+    out = succeed(run(*command.split("_"), "--help"))
+    assert f"alitok-fast {command.replace('_', ' ')}" in out.split("Options")[0].split("Example")[1]
 
 
 def test_help_lists_the_commands(run):

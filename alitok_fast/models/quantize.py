@@ -62,6 +62,10 @@ class QuantizedGenerator:
         """As `Generator.condition_ids`."""
         return condition_ids(self.config, labels, batch, self.device)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights by name, those in 8 bits with their scales."""
+        return self._gen.state_dict()
+
     @property
     def weight_bytes(self) -> int:
         """Of the blocks, scales and biases included."""

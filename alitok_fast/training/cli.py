@@ -12,13 +12,22 @@ import typer
 
 from alitok_fast.config import GeneratorConfig, TokenizerConfig, generator_preset, tokenizer_preset
 from alitok_fast.data import open_source, validate_token_cache
+from alitok_fast.device import check_device
 from alitok_fast.models.loading import load_tokenizer
 from alitok_fast.training.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, TrainConfig
 from alitok_fast.training.generator import train_generator
 from alitok_fast.training.tokenize import tokenize
 from alitok_fast.training.tokenizer import train_tokenizer
 
-app = typer.Typer(no_args_is_help=True, help="Train the tokenizer (stages 1 and 2) and the generator.")
+HELP = """Train the tokenizer (stages 1 and 2) and the generator.
+
+\b
+Examples:
+  alitok-fast train tokenizer --stage 1 --data PHOTOS --out runs/stage1
+  alitok-fast train tokenizer --stage 2 --stage1 runs/stage1/model --data PHOTOS --out runs/stage2
+  alitok-fast train generator --cache runs/tokens --out runs/generator
+"""
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
 
 Out = Annotated[Path, typer.Option(help="Run folder: config.json, log.jsonl, checkpoint/ and model/.")]
 Data = Annotated[Path, typer.Option(help="Folder with IDX files (Fashion-MNIST), or of pictures (a folder per class).")]
@@ -30,7 +39,7 @@ Settings = Annotated[
 ]
 Resume = Annotated[bool, typer.Option(help="Go on from the run folder's checkpoint.")]
 TensorBoard = Annotated[bool, typer.Option(help="Also write TensorBoard files.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=check_device)]
 Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
 
 
@@ -45,6 +54,11 @@ def with_settings(config: TrainConfig, settings: list[str] | None) -> TrainConfi
         if name not in known:
             raise ValueError(f"--set: unknown setting {name!r}; expected one of {sorted(known)}")
         changes[name] = _parse(name, text, known[name])
+    if "warmup" not in changes and changes.get("steps", config.warmup) < config.warmup:
+        raise ValueError(
+            f"--set steps: expected at least the {config.warmup} steps of warm-up, got {changes['steps']}; "
+            f"a shorter run needs a shorter one too, such as --set warmup={max(changes['steps'], 0) // 10}"
+        )
     return type(config).from_dict({**config.to_dict(), **changes})
 
 

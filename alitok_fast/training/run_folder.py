@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from alitok_fast.checkpoint import write_atomically
+from alitok_fast.checkpoint import write_atomically, write_json
 from alitok_fast.training.config import TrainConfig
 
 # These change what is written when, and nothing about the result.
@@ -36,7 +36,7 @@ class RunFolder:
         if resume and config_file.exists():
             self._check_same(json.loads(config_file.read_text()), json.loads(json.dumps(description)))
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(config_file, lambda file: file.write_text(json.dumps(description, indent=1) + "\n"))
+        write_json(config_file, description)
         if not self.state_file.exists():
             self.log_file.write_text("")
 

@@ -48,6 +48,12 @@ def test_mistakes_are_named(commands: typer.Typer, idx_folder: Path, tmp_path: P
         (["--stage", "1", "--preset", "z"], "expected a tokenizer preset"),
         (["--stage", "1", "--set", "lr=fast"], "--set lr: expected a float such as 0.001, got 'fast'"),
         (["--stage", "1", "--split", "half"], "split: expected one of"),
+        (
+            ["--stage", "1", "--set", "steps=30"],
+            "--set steps: expected at least the 100 steps of warm-up, got 30; .* such as --set warmup=3$",
+        ),
+        (["--stage", "1", "--set", "steps=30", "--set", "warmup=31"], r"warmup: expected 0 to steps \(30\), got 31"),
+        (["--stage", "1", "--device", "gpu"], "device: expected cpu, cuda or cuda:N, got 'gpu'"),
     ):
         with pytest.raises(ValueError, match=message):
             CliRunner().invoke(commands, train + extra, catch_exceptions=False)

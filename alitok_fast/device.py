@@ -1,0 +1,23 @@
+"""Names of devices, as they are given on the command line."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+
+def check_device(name: str) -> str:
+    """`name`, where torch can compute on it: cpu, cuda or cuda:N. Raises ValueError saying why not."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    if name != "cpu" and not torch.cuda.is_available():
+        why = "finds no GPU" if torch.version.cuda else "was built without CUDA"
+        raise ValueError(f"device: expected cpu, since this torch {why}, got {name!r}")
+    return name
+
+
+def local_device(device: str) -> str:
+    """The name "cuda" becomes this process's own under torchrun."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
