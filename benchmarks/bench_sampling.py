@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -124,12 +126,15 @@ def warm(system, labels):
         system.generate(labels, steps=4)
 
 
-def floor(system, batch, weights, images, tokenizer, ceilings) -> dict[str, float]:
-    """Seconds of this machine's floor for the tokens and for the decode."""
+def floor(system, batch, weights, images, tokenizer, ceilings) -> Callable[[float], dict[str, float]]:
+    """Seconds that this machine needs at least for the tokens and for the decode, by its memory's bytes a second."""
     rate = {torch.float32: ceilings.fp32_flops, torch.bfloat16: ceilings.bf16_flops, torch.int8: ceilings.int8_flops}
-    step = Machine(rate[weights], ceilings.read_bytes)
-    decode = Machine(rate[images], ceilings.read_bytes)
-    return {
-        "tokens": tokens_floor(system.gen.config, batch, system.weight_bytes, system.kv_bytes, step),
-        "stage-2 decode": decode_floor(tokenizer.config, batch, images.itemsize, decode),
-    }
+
+    def seconds(read_bytes: float) -> dict[str, float]:
+        step, decode = Machine(rate[weights], read_bytes), Machine(rate[images], read_bytes)
+        return {
+            "tokens": tokens_floor(system.gen.config, batch, system.weight_bytes, system.kv_bytes, step),
+            "stage-2 decode": decode_floor(tokenizer.config, batch, images.itemsize, decode),
+        }
+
+    return seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import shutil
@@ -30,7 +31,7 @@ class Ceilings:
     int8_flops: float
     """The same of int8, operations counted as for floats; not below bf16_flops."""
     read_bytes: float
-    """Reading main memory."""
+    """Reading main memory, at the beginning; what shares are of is measured between rounds: on shared hosts it varies."""
 
     to_dict = asdict
 
@@ -67,16 +68,27 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     return Ceilings(_matmul_flops(device, torch.float32), bf16, int8, _cuda_read_bytes(device))
 
 
-def _cpu_program() -> dict[str, float]:
+def read_bytes(device: torch.device) -> float:
+    """Bytes a second that reading main memory gives at this moment; takes a third of a second."""
+    return _cpu_program("memory")["read_bytes"] if device.type == "cpu" else _cuda_read_bytes(device)
+
+
+def _cpu_program(*arguments: str) -> dict[str, float]:
+    command = [_compiled(), str(torch.get_num_threads()), *arguments]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@functools.cache
+def _compiled() -> str:
     compiler = shutil.which("c++")
     if compiler is None:
         raise RuntimeError("c++: expected a C++ compiler on PATH, found none")
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "ceilings"
-        flags = ["-O3", "-march=native", "-std=c++17", "-pthread"]
-        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(program)], check=True)
-        done = subprocess.run([str(program), str(torch.get_num_threads())], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    program = str(Path(folder.name) / "ceilings")
+    flags = ["-O3", "-march=native", "-std=c++17", "-pthread"]
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", program], check=True)
+    return program
 
 
 def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -23,7 +23,7 @@ import torch
 
 from alitok_fast.config import TOKENIZERS, generator_preset
 from alitok_fast.models import Generator, Tokenizer
-from ceilings import Ceilings, at_rest, measure_ceilings, synchronize
+from ceilings import Ceilings, at_rest, measure_ceilings, read_bytes, synchronize
 from machine import GpuMonitor, OthersMonitor, describe, slug
 from session import Session, full_report, terminal_lines
 from timing import Contender, Missing, Turns
@@ -173,6 +173,7 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
 
     `contenders` maps names to a Contender or to Missing. Each but the first has `budget` seconds for its rounds, and at
     least one round. `facts` go into the report. Returns what the report gets, None where nothing is timed.
+    Where shares are of the memory's bandwidth, this is measured before each round, and the highest counts.
     """
 
     def run(contenders: Mapping[str, Contender | Missing], budget: float | None = None, **facts) -> dict | None:
@@ -181,13 +182,29 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
         if budget is None:
             budget = mode.pick(check=0.0, quick=QUICK_BUDGET, full=BUDGET)
         turns = Turns(present, budget, most, lambda: synchronize(device))
+        of_memory = mode.timed and (facts.get("unit") == "read_bytes" or any(one.floor for one in present.values()))
+        bandwidth = []
+
+        def before_each_round() -> None:
+            turns.others_take()
+            if of_memory:
+                bandwidth.append(read_bytes(device))
+
         with GpuMonitor(device if mode.timed else torch.device("cpu")) as gpu, OthersMonitor() as others:
-            benchmark.pedantic(turns.take, args=(turns.first,), setup=turns.others_take, rounds=turns.rounds)
+            benchmark.pedantic(turns.take, args=(turns.first,), setup=before_each_round, rounds=turns.rounds)
         if not mode.timed:
             return None
+        summary = turns.summary()
+        if of_memory:
+            facts["read_bytes"] = {"fastest": max(bandwidth), "slowest": min(bandwidth)}
+            for name, one in present.items():
+                if one.floor is not None:
+                    summary[name]["floor"] = dict(one.floor(max(bandwidth)))
+        if facts.get("unit") == "read_bytes":
+            facts["ceiling"] = max(bandwidth)
         info = {
             **facts,
-            "contenders": turns.summary(),
+            "contenders": summary,
             "missing": {name: one.reason for name, one in contenders.items() if isinstance(one, Missing)},
             "others": others.cores,
             "gpu": gpu.summary,

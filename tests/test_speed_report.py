@@ -42,12 +42,13 @@ def measured() -> dict:
     }
     missing = {"reference, bf16 autocast": "left out <on purpose>"}
     operator = {"alitok_fast": result(0.002, 1.0), "formula": result(0.008, 4.0)}
+    memory = {"slowest": 3.5e10, "fastest": 4.1e10}
     diffusion = {"step": result(0.25, 1.0), "VAE decode": result(1.5, 6.0)}
     return {
         "datetime": "2026-11-25T12:00:00",
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "benchmarks": [
-            entry("sampling[b-1]", "image", images, missing, size="b", batch=1, layers=24),
+            entry("sampling[b-1]", "image", images, missing, size="b", batch=1, layers=24, read_bytes=memory),
             entry("diffusion[1]", "diffusion", diffusion, batch=1, steps=250, layers=28),
             entry("forward[256]", "operator", operator, work=1e9, unit="fp32_flops", ceiling=1e12),
         ],
@@ -91,6 +92,7 @@ def test_pages_from_a_json(reports):
         "2 s (1.8 s to 2.4 s, 3 rounds)", "2 s", "0.5", "1 s", "50%", "1x",
     ]  # fmt: skip
     assert "| 14x |" in text
+    assert "| memory, between the rounds | 35 to 41 GB/s |" in text
     assert re.search(r"B, batch 1 \| alitok_fast int8 \| 1\.3 s \| 100 ms \|  \| 600 ms", text)
     assert re.search(r"DiT-XL/2, 250 steps, bf16 \| 1 \| 64 s", text), "250 x 0.25 s + 1.5 s"
     assert "32x" in text

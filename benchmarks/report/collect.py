@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,8 @@ class Report:
     count: int
     busy: list[str]
     gpu: dict[str, dict[str, Any]]
+    read_bytes: tuple[float, float] | None
+    """Slowest and fastest that memory was read between rounds, bytes a second."""
 
     @property
     def title(self) -> str:
@@ -100,7 +103,13 @@ def collect(data: dict[str, Any]) -> Report:
         count=len(timed),
         busy=[name for name, info in timed if (info["others"] or 0) > BUSY],
         gpu={name: info["gpu"] for name, info in timed if info["gpu"]},
+        read_bytes=_between(info["read_bytes"] for _, info in timed if "read_bytes" in info),
     )
+
+
+def _between(measured: Iterable[dict[str, float]]) -> tuple[float, float] | None:
+    found = list(measured)
+    return (min(one["slowest"] for one in found), max(one["fastest"] for one in found)) if found else None
 
 
 def _images(info: dict[str, Any]) -> list[Image]:

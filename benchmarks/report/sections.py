@@ -73,6 +73,9 @@ def _machine(report: Report) -> Section:
         for key, value in ceilings.items()
     ]
     rows.append(("measured ceilings", ", ".join(measured) or "none"))
+    if report.read_bytes:
+        slowest, fastest = (number(value / 1e9) for value in report.read_bytes)
+        rows.append(("memory, between the rounds", f"{slowest} to {fastest} GB/s"))
     text = []
     if not run["full"]:
         text.append("**Quick run: models cut to a few layers. These are no figures of the published sizes.**")
@@ -115,7 +118,7 @@ def _images(report: Report) -> Section | None:
         "many times longer than the first row of its table, the median over rounds of the ratio of both in the same "
         "round. **Floor** is the least time that this machine's measured ceilings allow for the same work in the same "
         "precision: weights, keys and values read once a step, or all multiplications, whichever takes longer; its "
-        "share is floor / time.",
+        "share is floor / time. The memory's speed is the highest that was measured between the same rounds.",
     ]
     header = ("system", "seconds of the batch", "per image", "images/s", "floor, per image", "share of floor", "x")
     tables = []
@@ -176,7 +179,7 @@ def _operators(report: Report) -> Section | None:
         return None
     text = [
         "One call. **x** after an alternative is how many times longer it takes. The share is of the ceiling measured "
-        "in this run: memory read for GB/s, the precision's multiplications for GFLOP/s."
+        "in this run: memory read (between the rounds) for GB/s, the precision's multiplications for GFLOP/s."
     ]
     header = ("benchmark", "alitok_fast", "rate", "share of ceiling", "alternatives")
     return Section("Operators", text, [Table(header, [_operator_row(one) for one in report.operators])])
