@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -127,13 +128,15 @@ def write_released(path: str | os.PathLike, state: Mapping[str, Tensor]) -> Path
 def write_atomically(path: Path, write) -> None:
     """Call `write(temporary_path)`, flush to disk, rename onto `path`; on any failure the old file stays.
 
-    Raises what `write` does; OSError (disk full, no permission) names `path`.
+    Raises what `write` does; where the file system is at fault (disk full, no permission), OSError naming `path`.
     """
     try:
         _write_atomically(path, write)
     except OSError as error:
         text = f"{path} was not written: {error.strerror or error}"
         raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
+    except (RuntimeError, SafetensorError) as error:  # of a full disk, torch.save only says "unexpected pos 704 vs 598"
+        raise OSError(f"{path} was not written, the disk may be full: {_first_line(error)}") from error
 
 
 def _write_atomically(path: Path, write) -> None:

@@ -89,7 +89,7 @@ def sample(
     dtype: Dtype = "float32",
     weights: Weights = None,
     decode_dtype: DecodeDtype = None,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    progress: Annotated[bool, typer.Option(help="A progress bar; lines without a terminal.")] = True,
 ) -> None:
     """Draw pictures of classes; seed, guidance, precision and versions are written beside them as JSON.
 

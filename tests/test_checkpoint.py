@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -326,6 +327,29 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, tiny_tokenizer, monkeypa
     with pytest.raises(OSError, match="No space left"):
         save_model(folder, tiny_tokenizer(codebook_size=64))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("a.pth", ", the disk may be full: .*"),
+        ("a.safetensors", ", the disk may be full: .*File too large.*"),
+        ("a.json", ": File too large"),
+    ],
+)
+def test_a_full_disk_is_named(tmp_path, name, reason):
+    """Files may not grow beyond a few bytes, which fails in the write itself as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path / name} was not written{reason}$"):
+            if name.endswith("json"):
+                checkpoint.write_json(tmp_path / name, {"labels": list(range(1000))})
+            else:
+                checkpoint.write_released(tmp_path / name, {"a": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.listdir(tmp_path)
 
 
 def test_kill_while_writing_keeps_the_old_file(tmp_path):

@@ -40,7 +40,7 @@ Settings = Annotated[
 Resume = Annotated[bool, typer.Option(help="Go on from the run folder's checkpoint.")]
 TensorBoard = Annotated[bool, typer.Option(help="Also write TensorBoard files.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=check_device)]
-Progress = Annotated[bool, typer.Option(help="Show a progress bar.")]
+Progress = Annotated[bool, typer.Option(help="A progress bar; lines without a terminal.")]
 
 
 def with_settings(config: TrainConfig, settings: list[str] | None) -> TrainConfig:
