@@ -65,6 +65,9 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         if torch is None:
             raise SystemExit("alitok_fast needs torch >= 2.10 to build against: pip install torch, then try again")
+        missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+        if missing:
+            raise SystemExit(f"alitok_fast needs {' and '.join(missing)} to build: pip install {' '.join(missing)}")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = ROOT / "build" / f"{sysconfig.get_config_var('SOABI')}-torch{torch.version}"
         configure = [

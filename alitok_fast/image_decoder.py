@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from alitok_fast import _library
-from alitok_fast.cuda_graph import capture
+from alitok_fast.cuda_graph import capture, storage
 from alitok_fast.models.checks import check_range, check_tensor
 from alitok_fast.models.int8 import int8_decoder
 from alitok_fast.models.tokenizer import Tokenizer
 
 GRAPHS = 4  # batch sizes whose CUDA graphs are kept
+TOGETHER = 64  # images: more are decoded in parts
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -53,14 +54,14 @@ class ImageDecoder:
         if name not in allowed:
             raise ValueError(f"decode_dtype: expected {', '.join(allowed)} on {tokenizer.device.type}, got {name}")
         self.config, self.device, self.dtype = tokenizer.config, tokenizer.device, dtype
-        self._embedding = tokenizer.quantize.embedding
         self._activations = torch.float32 if dtype == torch.int8 else dtype
-        if dtype == torch.int8:
-            self._decoder = int8_decoder(tokenizer.decoder)
-        else:
-            same = dtype == tokenizer.dtype
-            self._decoder = tokenizer.decoder if same else copy.deepcopy(tokenizer.decoder).to(dtype)
+        self._embedding, self._decoder = tokenizer.quantize.embedding, tokenizer.decoder
+        if dtype != tokenizer.dtype:
+            copied = int8_decoder if dtype == torch.int8 else lambda decoder: copy.deepcopy(decoder).to(dtype)
+            self._embedding, self._decoder = copy.deepcopy(self._embedding), copied(self._decoder)
         self._graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
+        self._pool: tuple[int, int] | None = None  # graphs take turns, and share their memory
+        self._read_by_graphs: list[Tensor] = []
         self._turn = threading.Lock()  # of threads: a graph has one place for its tokens
 
     @torch.no_grad()
@@ -68,6 +69,10 @@ class ImageDecoder:
         """tokens (B, N) int64 -> images (B, 3, H, W) float32 in [0, 1]. Raises as `Tokenizer.decode`."""
         check_tensor("tokens", tokens, torch.int64, ("B", self.config.tokens), self.device)
         check_range("tokens", tokens, 0, self.config.codebook_size)
+        parts = [self._images(part) for part in tokens.split(TOGETHER)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _images(self, tokens: Tensor) -> Tensor:
         if self.device.type != "cuda" or not len(tokens):
             return self._decode(tokens)
         with self._turn:
@@ -88,7 +93,10 @@ class ImageDecoder:
             tokens = torch.zeros(batch, self.config.tokens, dtype=torch.int64, device=self.device)
             size = self.config.image_size
             images = torch.empty(batch, 3, size, size, device=self.device)
-            graph = capture(self.device, lambda: images.copy_(self._decode(tokens)))
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                self._read_by_graphs = [*storage(self._embedding), *storage(self._decoder)]
+            graph = capture(self.device, lambda: images.copy_(self._decode(tokens)), self._pool)
             self._graphs[batch] = graph, tokens, images
         self._graphs.move_to_end(batch)
         return self._graphs[batch]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alitok_fast._library import native_enabled
 from alitok_fast.config import GeneratorConfig
-from alitok_fast.cuda_graph import capture
+from alitok_fast.cuda_graph import capture, storage
 from alitok_fast.decoding import Decoder
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.kv_cache import KVCache
@@ -84,6 +84,7 @@ class SamplingLoop:
             top_p=top_p,
         )
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._read_by_graph: list[Tensor] = []
 
     def run(
         self,
@@ -98,6 +99,7 @@ class SamplingLoop:
         if self.model.device.type == "cuda" and self._graph is None:
             self._start(labels, schedule, seed, image_ids, prompt_tokens)
             self._graph = capture(self.model.device, self.step)
+            self._read_by_graph = storage(self.model.module)
         self._start(labels, schedule, seed, image_ids, prompt_tokens)
         tokens = self.drawing.tokens
         length = tokens.shape[1]

@@ -33,6 +33,8 @@ def precisions(device, size, batch) -> dict[str, tuple[torch.dtype, torch.dtype 
             "bf16, fp8 KV": (bf16, torch.float8_e4m3fn, bf16),
             "fp32": (fp32, None, fp32),
         }
+        if batch > 64:
+            del named["fp32"]
     else:
         named = {"int8": (torch.int8, None, torch.int8), "bf16": (bf16, None, bf16), "fp32": (fp32, None, fp32)}
         if size != "b" or batch > 1:
@@ -99,25 +101,32 @@ def bench_sampling(size, batch, generator, tokenizer, measure, mode, device, cei
     decoders = {dtype: ImageDecoder(tokenizer, dtype) for _, _, dtype in own_precisions.values()}
     contenders = {}
     for name, (weights, kv_dtype, images) in own_precisions.items():
-        system = Ours(gen, decoders[images], batch, weights, kv_dtype)
-        check(system, gen, tokenizer, labels)
-        contenders[name] = contender(
+        system = made(lambda: Ours(gen, decoders[images], batch, weights, kv_dtype), gen, tokenizer, labels)  # noqa: B023
+        contenders[name] = system if isinstance(system, Missing) else contender(
             system,
             labels,
-            warm=None if batch <= 8 else lambda system=system: system.draw_seconds(),
+            warm=None if batch <= 8 or device.type == "cuda" else lambda system=system: system.draw_seconds(),
             own=True,
             floor=floor(system, batch, weights, images, tokenizer, ceilings) if mode.timed else None,
             draw=system.draw_seconds(),
-        )
+        )  # fmt: skip
     for name, make in peers(size, batch, gen, tokenizer, mode, device, reference_repo).items():
-        if isinstance(make, Missing):
-            contenders[name] = make
-            continue
-        system = make()
-        check(system, gen, tokenizer, labels)
-        contenders[name] = contender(system, labels, warm=lambda system=system: warm(system, labels), own=False)
+        system = make if isinstance(make, Missing) else made(make, gen, tokenizer, labels)
+        contenders[name] = system if isinstance(system, Missing) else contender(
+            system, labels, warm=lambda system=system: warm(system, labels), own=False
+        )  # fmt: skip
     layers = gen.config.layers
     measure(contenders, mode.pick(check=0, quick=1.0, full=BUDGET), kind="image", size=size, batch=batch, layers=layers)
+
+
+def made(make, gen, tokenizer, labels):
+    """The system, checked; Missing where its caches do not fit beside those of the others."""
+    try:
+        system = make()
+        check(system, gen, tokenizer, labels)
+    except (MemoryError, torch.OutOfMemoryError):
+        return Missing("does not fit in memory beside the others")
+    return system
 
 
 def warm(system, labels):

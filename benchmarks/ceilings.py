@@ -31,7 +31,7 @@ class Ceilings:
     int8_flops: float
     """The same of int8, operations counted as for floats; not below bf16_flops."""
     read_bytes: float
-    """Reading main memory, at the beginning; what shares are of is measured between rounds: on shared hosts it varies."""
+    """Reading main memory, at the beginning. Shares are of what it is between rounds: on shared hosts it varies."""
 
     to_dict = asdict
 
@@ -95,6 +95,8 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for size in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        if dtype == torch.int8:
+            b = b.t()  # the only layout that cuBLAS has on every GPU
         multiply, sums = (torch._int_mm, torch.int32) if dtype == torch.int8 else (torch.mm, dtype)
         out = torch.empty(size, size, device=device, dtype=sums)
         seconds = _best_seconds(functools.partial(multiply, a, b, out=out), device)

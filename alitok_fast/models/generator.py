@@ -55,9 +55,12 @@ class Generator(nn.Module):
         """Moves everything, but leaves in float32 what guidance scales of 16 would amplify the rounding of.
 
         Reduced precision is for the blocks, where nearly all weights are. Embeddings, the last norm and the head (and
-        with them the residual stream and the logits) stay float32, and so does the rotary table.
+        with them the residual stream and the logits) stay float32, and so do the rotary table and the norms of queries
+        and keys, which the attention kernels read as float32.
         """
-        exact = (self.embeddings.weight, self.norm.weight, self.output.weight, self.output.bias)
+        exact = [self.embeddings.weight, self.norm.weight, self.output.weight, self.output.bias, self.rope]
+        exact += [norm.weight for block in self.blocks for norm in (block.attn.q_norm, block.attn.k_norm)]
+        made_up = self.rope.is_meta
 
         def convert(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -66,7 +69,13 @@ class Generator(nn.Module):
             return result
 
         super()._apply(convert, recurse)
-        self.rope = rope_table(self.config).to(self.rope.device)
+        if made_up and not self.rope.is_meta:
+            self.rope = rope_table(self.config).to(self.rope.device)
+        return self
+
+    @property
+    def module(self) -> Generator:
+        """Holds what a step reads, as `QuantizedGenerator.module` does."""
         return self
 
     @property

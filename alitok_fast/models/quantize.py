@@ -47,8 +47,8 @@ class QuantizedGenerator:
         self.training = gen.training
         self.cache_dtype = gen.cache_dtype
         self.weights = weights
-        self._gen = _shallow_copy(gen)
-        self._gen.blocks = _quantized(gen.blocks, weights)
+        self.module = _shallow_copy(gen)
+        self.module.blocks = _quantized(gen.blocks, weights)
 
     def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
         """As `Generator.new_cache`."""
@@ -56,7 +56,7 @@ class QuantizedGenerator:
 
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:
         """As `Generator.step`."""
-        return self._gen.step(ids, cache)
+        return self.module.step(ids, cache)
 
     def condition_ids(self, labels: Tensor | None, batch: int) -> Tensor:
         """As `Generator.condition_ids`."""
@@ -64,12 +64,12 @@ class QuantizedGenerator:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights by name, those in 8 bits with their scales."""
-        return self._gen.state_dict()
+        return self.module.state_dict()
 
     @property
     def weight_bytes(self) -> int:
         """Of the blocks, scales and biases included."""
-        return sum(tensor.nbytes for tensor in self._gen.blocks.state_dict().values())
+        return sum(tensor.nbytes for tensor in self.module.blocks.state_dict().values())
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:

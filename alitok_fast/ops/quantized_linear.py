@@ -67,7 +67,9 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if len(rows) > MOST_ROWS:
-        return F.linear(x, dequantize_weight(weight, scale).to(x.dtype), bias)
+        # bfloat16 holds all 8-bit values and scales, so that their product is rounded once; float16 not all scales.
+        exact = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        return F.linear(x, dequantize_weight(weight, scale, exact).to(x.dtype), bias)
     operator = torch.ops.alitok.quantized_linear if native_enabled() else quantized_linear_reference
     return operator(rows, weight, scale, bias).view(*x.shape[:-1], len(weight))
 

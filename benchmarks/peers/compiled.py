@@ -71,7 +71,8 @@ class StaticStep:
 
 def _weights(block) -> tuple[Tensor, ...]:
     attn, mlp = block.attn, block.mlp
-    linear = (attn.qkv.weight, attn.qkv.bias, attn.q_norm.weight, attn.k_norm.weight, attn.proj.weight, attn.proj.bias)
+    norms = (norm.weight.to(attn.qkv.weight.dtype) for norm in (attn.q_norm, attn.k_norm))
+    linear = (attn.qkv.weight, attn.qkv.bias, *norms, attn.proj.weight, attn.proj.bias)
     return (block.norm1.weight, *linear, block.norm2.weight, mlp.w1.weight, mlp.w3.weight, mlp.w2.weight)
 
 
@@ -91,6 +92,9 @@ class Compiled:
     def __init__(self, gen: Generator, tokenizer: Tokenizer, batch: int, compiled: bool = True) -> None:
         self.gen, self.batch, self.device = copy.deepcopy(gen).to(torch.bfloat16), batch, gen.device
         config, rows = gen.config, 2 * batch
+        if compiled:
+            torch._dynamo.reset()  # past a number of recompilations it would run uncompiled
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
         on_gpu = self.device.type == "cuda"
         compile_ = (lambda f, **kw: torch.compile(f, dynamic=False, **kw)) if compiled else (lambda f, **_: f)
         # Triton tunes its matrix products on a GPU; on the CPU that costs minutes and gains nothing at these shapes.
