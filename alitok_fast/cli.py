@@ -45,6 +45,7 @@ DecodeDtype = Annotated[
     MaybeText, typer.Option(help="Tokens to images in this, int8 too on the CPU; if not given bfloat16 where faster.")
 ]
 GRID_IMAGES = 1000
+INTERRUPTED = 130  # exit status after Ctrl-C; typer returns it
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -284,8 +285,10 @@ def main() -> None:
     """Entry point. What the user can mend is one line and exit status 2; ALITOK_TRACEBACK=1 shows where it arose."""
     try:
         status = app(prog_name="alitok-fast", standalone_mode=False)
+        if status == INTERRUPTED:
+            _complain("interrupted", status)
     except typer.Abort:
-        status = _complain("interrupted", 130)
+        status = _complain("interrupted", INTERRUPTED)
     except (ValueError, TypeError, OverflowError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if os.environ.get("ALITOK_TRACEBACK"):
             raise

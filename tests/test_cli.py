@@ -129,6 +129,14 @@ def test_a_killed_run_goes_on(tiny_folder, tmp_path):
     assert len(kept) >= len(begun) // 2 * 2 - 2  # all but the batch that was being written
 
 
+def test_ctrl_c_is_one_line(run, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("alitok_fast.info.report", interrupted)
+    assert run("info") == (130, "", "alitok-fast: interrupted\n")
+
+
 def test_two_processes_draw_the_images_of_one(run, tiny_folder, tmp_path):
     options = ["--model", str(tiny_folder), "--per-class", "2", "--batch-size", "3", "--no-progress"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
