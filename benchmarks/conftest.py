@@ -186,9 +186,9 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
         bandwidth = []
 
         def before_each_round() -> None:
-            turns.others_take()
             if of_memory:
-                bandwidth.append(read_bytes(device))
+                bandwidth.append(read_bytes(device))  # not right before the first: it empties the caches
+            turns.others_take()
 
         with GpuMonitor(device if mode.timed else torch.device("cpu")) as gpu, OthersMonitor() as others:
             benchmark.pedantic(turns.take, args=(turns.first,), setup=before_each_round, rounds=turns.rounds)
