@@ -161,10 +161,19 @@ inline void cuda_check(cudaError_t status, const char* expression) {
   }
 }
 
-// Above 48 KiB a kernel must ask for its dynamic shared memory.
+// Above 48 KiB a kernel must ask for its dynamic shared memory. GPUs differ: sm_80 has 163 KiB for a block, sm_90 227,
+// sm_86, sm_89 and sm_120 have 99.
 template <class Kernel>
 void allow_shared_bytes(Kernel* kernel, size_t bytes) {
   if (bytes > 48 * 1024) {
+    int device = 0, most = 0;
+    ALITOK_CUDA_CHECK(cudaGetDevice(&device));
+    ALITOK_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (bytes > static_cast<size_t>(most)) {
+      throw std::runtime_error("shared memory: expected a GPU with " + std::to_string(bytes) +
+                               " bytes for a block, as this dtype and size of heads need, got one with " +
+                               std::to_string(most));
+    }
     ALITOK_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   }

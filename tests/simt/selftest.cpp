@@ -158,6 +158,9 @@ void run_case(simt::Case& test) {
     case 14:
       ALITOK_LAUNCH(write_past_shared, 1, 32, 64 * 1024, nullptr, test.output<float>("y", 1));
       break;
+    case 15:
+      alitok::allow_shared_bytes(write_past_shared, simt::kMaxSharedBytes + 1);
+      break;
     default:
       simt::fail("no such kernel");
   }

@@ -68,6 +68,7 @@ def test_sixteen_bit_rounding(simt):
         pytest.param(11, "address", "deadlock", id="barrier in a branch"),
         pytest.param(12, "address", "misaligned address", id="misaligned vector"),
         pytest.param(14, "address", "bytes of dynamic shared memory", id="too much shared memory"),
+        pytest.param(15, "address", "shared memory: expected a GPU with .* bytes for a block", id="too small a GPU"),
     ],
 )
 def test_catches(simt, kernel, sanitizer, message):
