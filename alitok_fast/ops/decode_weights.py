@@ -155,11 +155,11 @@ def _pack(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     padding = (0, _round_up(inputs, DEPTH_MULTIPLE) - inputs, 0, _round_up(outputs, PANEL_OUTPUTS) - outputs)
     panels = F.pad(matrix.detach().float(), padding).unflatten(0, (-1, PANEL_OUTPUTS))
     if dtype != torch.int8:
-        return _grouped_by_four_bytes(panels.to(dtype)).flatten()
+        return grouped_by_four_bytes(panels.to(dtype)).flatten()
     groups = panels.unflatten(-1, (-1, GROUP_INPUTS)).transpose(1, 2)  # (panels, groups, outputs, inputs)
     scale = rounded_up_to_bfloat16(groups.abs().amax(-1) / 127)
     whole = (groups / torch.where(scale > 0, scale, 1.0).float().unsqueeze(-1)).round()
-    data = _grouped_by_four_bytes(whole.to(torch.int8)), scale.view(torch.uint8)
+    data = grouped_by_four_bytes(whole.to(torch.int8)), scale.view(torch.uint8)
     offset = (OFFSET * (whole.sum(-1).double() * scale.double()).sum(1)).float()
     return torch.cat([torch.cat(data, -1).flatten(1), offset.view(torch.uint8)], 1).flatten()
 
@@ -168,26 +168,26 @@ def _unpack(arena: _Reader, outputs: int, inputs: int, dtype: torch.dtype) -> Te
     count, depth = _round_up(outputs, PANEL_OUTPUTS) // PANEL_OUTPUTS, _round_up(inputs, DEPTH_MULTIPLE)
     if dtype != torch.int8:
         (data,) = arena.take(count * PANEL_OUTPUTS * depth * dtype.itemsize)
-        panels = _one_output_a_row(data.view(count, -1), dtype).float()
+        panels = one_output_a_row(data.view(count, -1), dtype).float()
     else:
         weights, scales = PANEL_OUTPUTS * GROUP_INPUTS, 2 * PANEL_OUTPUTS
         sizes = [depth // GROUP_INPUTS * (weights + scales), 4 * PANEL_OUTPUTS]
         (data,) = arena.take(count * sum(sizes))
         groups = data.view(count, -1).split(sizes, 1)[0].unflatten(1, (-1, weights + scales))
         whole, scale = groups.split([weights, scales], -1)
-        scaled = _one_output_a_row(whole, dtype) * scale.contiguous().view(torch.bfloat16).float().unsqueeze(-1)
+        scaled = one_output_a_row(whole, dtype) * scale.contiguous().view(torch.bfloat16).float().unsqueeze(-1)
         panels = scaled.transpose(1, 2).flatten(2)
     return panels.flatten(0, 1)[:outputs, :inputs]
 
 
-def _grouped_by_four_bytes(weights: Tensor) -> Tensor:
+def grouped_by_four_bytes(weights: Tensor) -> Tensor:
     """(..., outputs, inputs) as bytes (..., -1), with four of each output together."""
     fours = weights.unflatten(-1, (-1, 4 // weights.element_size())).transpose(-3, -2)
     return fours.contiguous().view(torch.uint8).flatten(-3)
 
 
-def _one_output_a_row(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_grouped_by_four_bytes` for one panel or group of it."""
+def one_output_a_row(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `grouped_by_four_bytes` for one panel or group of it."""
     fours = data.contiguous().view(dtype).unflatten(-1, (-1, PANEL_OUTPUTS, 4 // dtype.itemsize))
     return fours.transpose(-3, -2).flatten(-2)
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alitok_fast._library import native_enabled, register_autograd, register_fake
+from alitok_fast.ops.decode_weights import PANEL_OUTPUTS, grouped_by_four_bytes, one_output_a_row
+from alitok_fast.ops.quantized_linear import GROUP_INPUTS
 
-PANEL_OUTPUTS = 32
-GROUP_INPUTS = 64
 LARGEST = 127
 OFFSET = 128  # stored weights are so much too large
 
@@ -29,16 +29,14 @@ def pack_int8(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape
     panels = F.pad(weight, (0, -inputs % GROUP_INPUTS, 0, -outputs % PANEL_OUTPUTS)).unflatten(0, (-1, PANEL_OUTPUTS))
     whole, scale = round_groups(panels)  # (panels, outputs, groups, inputs), (panels, outputs, groups)
-    fours = (whole + OFFSET).to(torch.uint8).unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4)
-    scale = scale.transpose(1, 2).contiguous()
-    return torch.cat([fours.flatten(2), scale.view(torch.uint8)], -1)
+    bytes_ = grouped_by_four_bytes((whole + OFFSET).to(torch.uint8).transpose(1, 2))
+    return torch.cat([bytes_, scale.transpose(1, 2).contiguous().view(torch.uint8)], -1)
 
 
 def unpack_int8(packed: Tensor, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
     """What `pack_int8` made: integers (outputs, groups, 64) and scales (outputs, groups), both float32."""
     bytes_, scale = packed.split([PANEL_OUTPUTS * GROUP_INPUTS, 4 * PANEL_OUTPUTS], -1)
-    fours = bytes_.unflatten(-1, (-1, PANEL_OUTPUTS, 4)).permute(0, 3, 1, 2, 4)
-    whole = fours.flatten(3).float() - OFFSET
+    whole = one_output_a_row(bytes_, torch.uint8).transpose(1, 2).float() - OFFSET
     scale = scale.contiguous().view(torch.float32).transpose(1, 2)
     return whole.flatten(0, 1)[:outputs], scale.flatten(0, 1)[:outputs]
 
