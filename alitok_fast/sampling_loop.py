@@ -18,7 +18,10 @@ from alitok_fast.ops.decode import Drawing, draw_next
 
 
 class StepModel(Protocol):
-    """What the loop needs of a model: `models.Generator` and `decoding.Decoder` have it."""
+    """What the loop needs of a model: `models.Generator`, `QuantizedGenerator` and `decoding.Decoder` have it.
+
+    On a CUDA device also `module`, an nn.Module that holds all that a step reads.
+    """
 
     config: GeneratorConfig
     device: torch.device

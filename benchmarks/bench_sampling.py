@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -101,20 +102,24 @@ def bench_sampling(size, batch, generator, tokenizer, measure, mode, device, cei
     decoders = {dtype: ImageDecoder(tokenizer, dtype) for _, _, dtype in own_precisions.values()}
     contenders = {}
     for name, (weights, kv_dtype, images) in own_precisions.items():
-        system = made(lambda: Ours(gen, decoders[images], batch, weights, kv_dtype), gen, tokenizer, labels)  # noqa: B023
-        contenders[name] = system if isinstance(system, Missing) else contender(
+        system = made(partial(Ours, gen, decoders[images], batch, weights, kv_dtype), gen, tokenizer, labels)
+        if isinstance(system, Missing):
+            contenders[name] = system
+            continue
+        contenders[name] = contender(
             system,
             labels,
-            warm=None if batch <= 8 or device.type == "cuda" else lambda system=system: system.draw_seconds(),
+            warm=None if batch <= 8 or device.type == "cuda" else system.draw_seconds,
             own=True,
             floor=floor(system, batch, weights, images, tokenizer, ceilings) if mode.timed else None,
             draw=system.draw_seconds(),
-        )  # fmt: skip
+        )
     for name, make in peers(size, batch, gen, tokenizer, mode, device, reference_repo).items():
         system = make if isinstance(make, Missing) else made(make, gen, tokenizer, labels)
-        contenders[name] = system if isinstance(system, Missing) else contender(
-            system, labels, warm=lambda system=system: warm(system, labels), own=False
-        )  # fmt: skip
+        if isinstance(system, Missing):
+            contenders[name] = system
+            continue
+        contenders[name] = contender(system, labels, warm=partial(warm, system, labels), own=False)
     layers = gen.config.layers
     measure(contenders, mode.pick(check=0, quick=1.0, full=BUDGET), kind="image", size=size, batch=batch, layers=layers)
 
