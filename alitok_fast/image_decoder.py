@@ -38,9 +38,9 @@ class ImageDecoder:
     Args:
         tokenizer: in evaluation mode.
         dtype: torch.float32, torch.bfloat16 or torch.float16 for the decoder's weights and activations; on the CPU also
-            torch.int8 for the products of its transformer (docs/precision.md), the fastest where there is VNNI and no
-            AMX. None takes bfloat16 for a float32 tokenizer where that is faster (`fast_dtype`), else the tokenizer's
-            own.
+            torch.int8 for the products of its transformer (docs/precision.md), the fastest measured with VNNI and
+            without AMX. None takes bfloat16 for a float32 tokenizer where that is faster (`fast_dtype`), else the
+            tokenizer's own.
 
     Raises:
         ValueError: for another dtype, or int8 on another device.
