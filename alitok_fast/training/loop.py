@@ -65,7 +65,7 @@ def train(
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()} if config.ema_decay else None
     meter = Meter()
     torch.manual_seed(config.seed)
-    start = _restore(run.load_state(), model, optimizer, ema, meter)
+    start = _restore(run.load_state(), model, optimizer, ema, meter, device)
 
     with ThreadPoolExecutor(1) as pool, Bar("train", config.steps, start, progress) as bar:
         ahead = pool.submit(task.batch, start * config.accumulate)
@@ -130,7 +130,12 @@ def _state(
 
 
 def _restore(
-    state: dict[str, Any] | None, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict | None, meter: Meter
+    state: dict[str, Any] | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: dict | None,
+    meter: Meter,
+    device: torch.device,
 ) -> int:
     """Put a checkpoint back, random number generators included; the step to go on with."""
     if state is None:
@@ -140,7 +145,7 @@ def _restore(
     if ema is not None:
         for name, value in state["ema"].items():
             ema[name].copy_(value)
-    meter.load(state["meter"])
+    meter.load(state["meter"], device)
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])

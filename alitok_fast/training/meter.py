@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
@@ -51,7 +52,9 @@ class Meter:
             "seconds": time.perf_counter() - self._began,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        self._sums, self._usage = state["sums"], state["usage"]
+    def load(self, state: dict[str, Any], device: torch.device | str) -> None:
+        """Go on from `state()`, whose tensors may lie anywhere, with values that come from `device`."""
+        self._sums = {key: value.to(device) for key, value in state["sums"].items()}
+        self._usage = None if state["usage"] is None else state["usage"].to(device)
         self._count, self._samples = state["count"], state["samples"]
         self._began = time.perf_counter() - state["seconds"]
