@@ -31,10 +31,10 @@ void check_cache(const Tensor& cache, const char* argument, const Tensor& qkv) {
   check_size(cache, argument, 3, qkv.size(3));
   check(cache.stride(3) == 1 && cache.stride(2) == cache.size(3), argument, "dense last two dimensions",
         "strides that are not");
-  // CUDA kernels move 8 elements at a time; a view may begin anywhere and stride anyhow.
-  const bool aligned = reinterpret_cast<uintptr_t>(cache.const_data_ptr()) % 16 == 0 && cache.stride(0) % 8 == 0 &&
-                       cache.stride(1) % 8 == 0;
-  check(!cache.is_cuda() || aligned, argument, "memory aligned to 16 bytes, strides that are multiples of 8",
+  const CachedAttentionDtype dtype = cached_attention_dtype(cache.scalar_type());
+  const std::string bytes = std::to_string(cached_attention_access(dtype));
+  check(!cache.is_cuda() || cached_attention_aligned(cache.const_data_ptr(), cache.stride(0), cache.stride(1), dtype),
+        argument, "memory aligned to " + bytes + " bytes, strides that are multiples of " + bytes + " bytes",
         "a view that is not");
   check(cache.size(2) <= kCachedAttentionMostPositions, argument,
         "at most " + std::to_string(kCachedAttentionMostPositions) + " positions", "shape " + shape_name(cache));

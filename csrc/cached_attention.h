@@ -19,7 +19,7 @@ struct CachedAttentionParams {
   int64_t rows, heads, head_dim, capacity;  // rows * heads below 2^31, one CUDA block or more each
 
   const void* qkv;  // (rows, 3, heads, head_dim) contiguous
-  // Element (r, h, j, d) at r * row_stride + h * head_stride + j * head_dim + d; 16-byte aligned rows.
+  // Element (r, h, j, d) at r * row_stride + h * head_stride + j * head_dim + d; for CUDA cached_attention_aligned().
   void *keys, *values;
   int64_t row_stride, head_stride;
   const int64_t* position;  // one element: the index of the new position, in [0, capacity)
@@ -40,6 +40,19 @@ struct CachedAttentionParams {
 
 // A position outside [0, capacity) touches nothing and gives NaN: it is known on the device alone.
 ALITOK_DECLARE_PER_ISA(void cached_attention_cpu(const CachedAttentionParams&, const Parallel&));
+
+// Bytes of a cache that CUDA moves at once: eight elements, in accesses of up to 16 bytes.
+inline int64_t cached_attention_access(CachedAttentionDtype cache_dtype) {
+  return cache_dtype == CachedAttentionDtype::e4m3 ? 8 : 16;
+}
+// Whether each of them may begin where it does. A view may begin anywhere and stride anyhow; head_dim is a multiple of 8.
+inline bool cached_attention_aligned(const void* data, int64_t row_stride, int64_t head_stride,
+                                     CachedAttentionDtype cache_dtype) {
+  const int64_t access = cached_attention_access(cache_dtype);
+  const int64_t element = cache_dtype == CachedAttentionDtype::float32 ? 4 : access / 8;
+  return reinterpret_cast<uintptr_t>(data) % access == 0 && row_stride * element % access == 0 &&
+         head_stride * element % access == 0;
+}
 
 // The longest cache: CUDA keeps its scores in shared memory, and with them a block stays below the 99 KiB that every
 // architecture from sm_80 on has.

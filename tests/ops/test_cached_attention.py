@@ -135,10 +135,27 @@ def test_messages(change, message):
         cached_attention(**arguments)
 
 
-def test_misaligned_cache_is_refused_on_cuda(cuda, view):
+@pytest.mark.parametrize(
+    ("cache_dtype", "access"), [(torch.float32, 16), (torch.float16, 16), (torch.float8_e4m3fn, 8)]
+)
+def test_misaligned_cache_is_refused_on_cuda(cuda, cache_dtype, access):
     """On the CPU it does no harm."""
-    flat = torch.zeros(4096, device=cuda)
-    keys = flat[4:].as_strided((2, 3, 20, 16), (964, 320, 16, 1))  # 964 is not a multiple of 8
-    qkv = torch.zeros(2, 3, 3, 16, device=cuda)
-    with pytest.raises(ValueError, match="keys: expected memory aligned to 16 bytes"):
-        cached_attention(qkv, keys, keys.clone(), torch.tensor(0, device=cuda))
+    qkv = torch.zeros(2, 3, 3, 16, device=cuda, dtype=cache_dtype if cache_dtype == torch.float16 else torch.float32)
+    flat, step = torch.zeros(4096, device=cuda).to(cache_dtype), access // 2 // cache_dtype.itemsize
+    good = flat.as_strided((2, 3, 20, 16), (960 + 2 * step, 320, 16, 1))
+    cached_attention(qkv, good, flat.clone().as_strided(good.shape, good.stride()), torch.tensor(0, device=cuda))
+    for keys in (
+        flat[step:].as_strided(good.shape, good.stride()),
+        flat.as_strided(good.shape, (960 + step, 320, 16, 1)),
+    ):
+        message = f"keys: expected memory aligned to {access} bytes, strides that are multiples of {access} bytes"
+        with pytest.raises(ValueError, match=message):
+            cached_attention(qkv, keys, keys.clone(), torch.tensor(0, device=cuda))
+
+
+def test_odd_layers_of_an_e4m3_cache_with_head_dim_24(device):
+    """An odd number of rows, heads and positions, 24 bytes each: every second layer begins at 8 bytes, not at 16."""
+    layers = torch.zeros(2, 2, 3, 1, 5, 24, device=device).to(torch.float8_e4m3fn)
+    qkv, _, options = make(3, 1, 24, 5, device=device)
+    first, second = (run(qkv, layers[:, layer], options) for layer in range(2))
+    assert torch.equal(first, second)

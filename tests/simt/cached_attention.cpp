@@ -21,6 +21,14 @@ void run_case(simt::Case& test) {
     p.keys = test.inout<void>("keys");
     p.values = test.inout<void>("values");
   }
+  if (test.has("offset")) {  // bytes before the first key and the first value
+    p.keys = static_cast<char*>(p.keys) + test.integer("offset");
+    p.values = static_cast<char*>(p.values) + test.integer("offset");
+  }
+  const bool aligned = alitok::cached_attention_aligned(p.keys, p.row_stride, p.head_stride, p.cache_dtype) &&
+                       alitok::cached_attention_aligned(p.values, p.row_stride, p.head_stride, p.cache_dtype);
+  *test.output<int>("aligned", 1) = aligned;
+  if (!aligned && !test.has("unchecked")) return;  // as the operator's check
   p.position = test.input<int64_t>("position");
   p.q_norm_weight = test.input<float>("q_norm_weight");
   p.k_norm_weight = test.input<float>("k_norm_weight");

@@ -174,3 +174,41 @@ def test_rows_beyond_two_to_the_31_elements(simt, split):
     arguments = inputs(2, 2, 16, 70, 66, torch.float32, torch.float32, True)
     near, far = run(simt, arguments, split=split), run(simt, arguments, split=split, row_stride=2**31 + 64)
     assert torch.equal(near["out"], far["out"])
+
+
+def error_at(simt, offset, dtype, cache_dtype, **options):
+    """Of caches of head dim 24 so many bytes behind an aligned address; None where the check refuses them."""
+    arguments = inputs(3, 1, 24, 5, 4, dtype, cache_dtype, True)
+    shape = arguments["keys"].shape
+    scalars = {"rows": shape[0], "heads": shape[1], "head_dim": shape[3], "capacity": shape[2], "offset": offset}
+    kinds = {"dtype": DTYPES.index(dtype), "cache_dtype": DTYPES.index(cache_dtype), **options}
+    given = {name: value for name, value in arguments.items() if name != "norm_eps"} | scalars | kinds
+    outputs = {"out": ((3, 1, 24), dtype)}
+    for name in ("keys", "values"):
+        data = arguments[name].flatten().view(torch.uint8)
+        given[name] = torch.cat([data.new_zeros(offset), data])
+        outputs[name] = ((offset + len(data),), torch.uint8)
+    program = simt.program("cached_attention")
+    if not program.run(given, {"aligned": ((1,), torch.int32)})["aligned"].item():
+        return None
+    result = program.run(given, outputs)
+    expected = cached_attention_reference(**arguments)
+    for name in ("keys", "values"):
+        stored = result[name][offset:].view(cache_dtype).view(shape).double()
+        torch.testing.assert_close(stored, arguments[name].double(), rtol=2.0**-4, atol=2.0**-4, equal_nan=True)
+    return (result["out"].double() - expected.double()).abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_an_e4m3_cache_may_begin_at_eight_bytes(simt, dtype):
+    """A layer behind an odd number of keys of 24 bytes begins there; the sanitizer sees every access."""
+    assert error_at(simt, 8, dtype, torch.float8_e4m3fn) < 30 * TOLERANCE[dtype]
+    assert error_at(simt, 4, dtype, torch.float8_e4m3fn) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_other_caches_begin_at_sixteen_bytes(simt, dtype):
+    assert error_at(simt, 16, dtype, dtype) < TOLERANCE[dtype]
+    assert error_at(simt, 8, dtype, dtype) is None
+    with pytest.raises(simt.Failure, match="misaligned address"):
+        error_at(simt, 8, dtype, dtype, unchecked=True)
