@@ -143,6 +143,7 @@ def _cuda(extension: dict[str, Any]) -> dict[str, Any]:
     elif torch.version.cuda is not None and not gpus:
         off.append(f"CUDA: torch sees no GPU, with driver {driver} (CUDA_VISIBLE_DEVICES? driver older than torch's?)")
     if extension["loaded"] and extension["cuda"]:
+        off += too_new(extension["cuda"], torch.version.cuda, driver)
         off += [
             f"CUDA kernels: built for {extension['cuda_archs']}, not for sm_{gpu['capability']} ({gpu['name']}); "
             f"reinstall with CMAKE_CUDA_ARCHITECTURES={gpu['capability']}"
@@ -150,6 +151,28 @@ def _cuda(extension: dict[str, Any]) -> dict[str, Any]:
             if not runs_on(extension["cuda_archs"], gpu["capability"])
         ]
     return {"torch": torch.version.cuda, "driver": driver, "gpus": gpus, "off": off}
+
+
+def too_new(toolkit: str, torch_cuda: str | None, driver: str | None) -> list[str]:
+    """Why kernels built with `toolkit` may not start beside this torch and this driver; all are CUDA versions.
+
+    The toolkit's runtime is part of the extension, and needs a driver of its own major release or a later one.
+    """
+    major = int(toolkit.partition(".")[0])
+    torch_major, driver_major = (
+        int(version.partition(".")[0]) if version else major for version in (torch_cuda, driver)
+    )
+    lowest = min(torch_major, driver_major)
+    mend = f"reinstall with CUDA_HOME set to a toolkit of CUDA {lowest}"
+    reasons = []
+    if driver_major < major:
+        reasons.append(f"CUDA kernels: built with CUDA {toolkit}, the driver runs up to {driver}; update it, or {mend}")
+    elif torch_major < major:
+        reasons.append(
+            f"CUDA kernels: built with CUDA {toolkit}, torch for {torch_cuda}: where the driver is just new enough "
+            f"for torch they do not start; {mend}"
+        )
+    return reasons
 
 
 def runs_on(archs: str, capability: str) -> bool:

@@ -162,6 +162,26 @@ def test_which_gpus_a_build_serves(archs: str, capability: str, runs: bool):
     assert info.runs_on(archs, capability) is runs
 
 
+@pytest.mark.parametrize(
+    ("toolkit", "torch_cuda", "driver", "message"),
+    [
+        ("13.0.48", "13.0", "13.0", None),
+        ("12.8.61", "13.0", "13.0", None),  # drivers run what older toolkits built
+        ("13.0.48", None, None, None),  # nothing that would start them
+        ("13.0.48", "12.8", "13.1", "built with CUDA 13.0.48, torch for 12.8: .* toolkit of CUDA 12"),
+        ("13.0.48", "12.8", None, "built with CUDA 13.0.48, torch for 12.8: .* toolkit of CUDA 12"),
+        ("13.0.48", "13.0", "12.4", "the driver runs up to 12.4; update it, or .* toolkit of CUDA 12"),
+        ("13.0.48", "12.8", "12.4", "the driver runs up to 12.4; update it, or .* toolkit of CUDA 12"),
+    ],
+)
+def test_a_toolkit_that_is_too_new_is_off(monkeypatch, toolkit, torch_cuda, driver, message):
+    monkeypatch.setattr(info.torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(info, "_driver_version", lambda: driver)
+    values = info._cuda({"loaded": True, "cuda": toolkit, "cuda_archs": "90-real"})
+    found = [reason for reason in values["off"] if "built with CUDA" in reason]
+    assert len(found) == (message is not None) and (message is None or re.search(message, found[0]))
+
+
 # ---- the build's choices ----
 
 
@@ -232,6 +252,40 @@ def test_asks_for_missing_tools(backend, monkeypatch, tmp_path: Path):
     for tool in ("cmake", "ninja"):
         (tmp_path / tool).chmod(0o755)
     assert backend.requirements() == ["cmake>=3.22"]
+
+
+def configure(torch: Path, build: Path, cuda: str = "AUTO") -> subprocess.CompletedProcess:
+    options = (f"-DALITOK_TORCH={torch}", f"-DPython_EXECUTABLE={sys.executable}", f"-DALITOK_CUDA={cuda}")
+    command = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("line", ["cuda: Optional[str] = {}", "cuda = {}"])
+def test_an_nvcc_newer_than_torch_is_refused(tmp_path: Path, line: str):
+    """Such kernels do not start where the driver is just new enough for torch; older ones do, with any torch."""
+    nvcc = re.search(r"release (\d+)\.", run("nvcc", "--version"))
+    for tool in ("cmake", "ninja"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} on this machine")
+    major, torch = int(nvcc.group(1)), fake_torch(tmp_path, "2.11.0")
+    for header in ("csrc/stable/library.h", "headeronly/version.h"):
+        file = torch / "include" / "torch" / header
+        file.parent.mkdir(parents=True)
+        file.write_text('#define TORCH_VERSION "2.11.0"\n')
+
+    def with_torch_for(version: str | None, cuda: str = "AUTO") -> subprocess.CompletedProcess:
+        (torch / "version.py").write_text(f"__version__ = '2.11.0'\n{line.format(repr(version))}\nhip = None\n")
+        return configure(torch, tmp_path / "build", cuda)
+
+    for version in (None, f"{major}.0", f"{major + 1}.2"):
+        done = with_torch_for(version)
+        assert done.returncode == 0 and f"CUDA {major}." in done.stdout, done.stderr
+    done = with_torch_for(f"{major - 1}.8")
+    message = " ".join(done.stderr.split())
+    assert done.returncode != 0
+    assert re.search(f"nvcc: expected CUDA {major - 1} or older, since torch .* CUDA {major - 1}.8, got CUDA", message)
+    assert f"CUDA_HOME to a toolkit of CUDA {major - 1}, or ALITOK_CUDA=0" in message
+    assert with_torch_for(f"{major - 1}.8", cuda="OFF").returncode == 0
 
 
 def test_jobs_and_cuda_switch(backend, monkeypatch):
