@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -93,23 +94,33 @@ class OthersMonitor:
 class GpuMonitor:
     """Samples a GPU inside a `with` block; `summary` is what it saw, None on the CPU.
 
-    Raises RuntimeError without nvidia-ml-py: a GPU's times say little without its clocks.
+    A container or a part of a GPU may refuse all readings or some, and nvidia-ml-py may be missing: timing goes on, and
+    `unread` in the summary says what could not be read and why.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.samples: list[dict[str, float]] = []
+        self.values: dict[str, list[float]] = {}
         self.reasons = 0
+        self.unread: dict[str, str] = {}
         self._nvml = self._handle = self._thread = None
+        self._watches = device.type == "cuda"
         self._stop = threading.Event()
-        if device.type == "cuda":
-            try:
-                import pynvml
-            except ImportError:
-                raise RuntimeError("nvidia-ml-py: expected it for timing on a GPU: pip install nvidia-ml-py") from None
+        if self._watches:
+            self._open(device)
+
+    def _open(self, device: torch.device) -> None:
+        try:
+            import pynvml
+        except ImportError:
+            self.unread["everything"] = "nvidia-ml-py is not installed: pip install nvidia-ml-py"
+            return
+        try:
             pynvml.nvmlInit()
             self._nvml = pynvml
             uuid = str(torch.cuda.get_device_properties(device).uuid)  # CUDA's numbering is not NVML's
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            self._handle = _device(pynvml, uuid)
+        except pynvml.NVMLError as error:
+            self.unread["everything"] = f"NVML: {error}"
 
     def __enter__(self) -> GpuMonitor:
         if self._handle is not None:
@@ -123,34 +134,63 @@ class GpuMonitor:
             self._stop.set()
             self._thread.join()
             self._sample()
-            self._nvml.nvmlShutdown()
+        if self._nvml is not None:
+            with contextlib.suppress(self._nvml.NVMLError):
+                self._nvml.nvmlShutdown()
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        if not self.samples:
+        """Plain values (JSON): for each reading its value before, median, least and most; `throttling` None: unread."""
+        if not self._watches:
             return None
-        columns = {name: [sample[name] for sample in self.samples] for name in self.samples[0]}
         watched = {
             name: {"before": values[0], "median": statistics.median(values), "least": min(values), "most": max(values)}
-            for name, values in columns.items()
+            for name, values in self.values.items()
         }
-        return {**watched, "samples": len(self.samples), "throttling": throttle_reasons(self.reasons)}
+        known = not {"everything", "throttling"} & self.unread.keys()
+        return {
+            **watched,
+            "samples": max(map(len, self.values.values()), default=0),
+            "throttling": throttle_reasons(self.reasons) if known else None,
+            "unread": dict(self.unread),
+        }
 
     def _watch(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
             self._sample()
 
     def _sample(self) -> None:
-        nvml, gpu = self._nvml, self._handle
-        self.samples.append(
-            {
-                "sm_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
-                "memory_mhz": nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
-                "watts": nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
-                "celsius": nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
-            }
-        )
-        self.reasons |= nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)
+        for name, read in READINGS.items():
+            if name in self.unread:
+                continue
+            try:
+                value = read(self._nvml, self._handle)
+            except self._nvml.NVMLError as error:
+                self.unread[name] = f"NVML: {error}"
+                continue
+            if name == "throttling":
+                self.reasons |= value
+            else:
+                self.values.setdefault(name, []).append(value)
+
+
+READINGS = {
+    "sm_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+    "memory_mhz": lambda nvml, gpu: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_MEM),
+    "watts": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+    "celsius": lambda nvml, gpu: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+    "throttling": lambda nvml, gpu: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu),
+}
+
+
+def _device(nvml, uuid: str):
+    """NVML's handle. CUDA may leave the kind out, and a part of a GPU (MIG) has an identity of its own."""
+    if uuid.startswith(("GPU-", "MIG-")):
+        return nvml.nvmlDeviceGetHandleByUUID(uuid)
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except nvml.NVMLError:
+        return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
 
 def throttle_reasons(bits: int) -> list[str]:

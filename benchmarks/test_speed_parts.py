@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +13,7 @@ from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.models import Generator
 from ceilings import Ceilings, at_rest
 from floor import Machine, decode_floor, step_weights, tokens_floor
-from machine import slug, throttle_reasons
+from machine import GpuMonitor, slug, throttle_reasons
 from timing import Contender, Turns
 
 H100 = Machine(flops=790e12, read_bytes=3.0e12)
@@ -138,3 +142,71 @@ def test_names_of_machines():
 def test_throttling_in_words():
     assert throttle_reasons(0x1) == []
     assert throttle_reasons(0x44) == ["power cap", "hardware thermal"]
+
+
+class Nvml:
+    """Stands for pynvml; `refused` names the functions that raise."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *refused: str) -> None:
+        self.refused, self.calls = refused, []
+
+    def __getattr__(self, name: str):
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            if name in self.refused:
+                raise self.NVMLError("Not Supported" if "Device" in name else "Insufficient Permissions")
+            if name == "nvmlDeviceGetHandleByUUID":
+                return "handle"
+            return {"nvmlDeviceGetClockInfo": 1000, "nvmlDeviceGetPowerUsage": 250_000}.get(name, 4)
+
+        return call
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """watched(nvml) -> the summary of a monitor that has watched a GPU through it."""
+
+    def run(nvml) -> dict:
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234-56"))
+        with GpuMonitor(torch.device("cuda", 0)) as monitor:
+            pass
+        assert json.loads(json.dumps(monitor.summary)) == monitor.summary
+        return monitor.summary
+
+    return run
+
+
+def test_a_gpu_is_watched(watched):
+    nvml = Nvml()
+    summary = watched(nvml)
+    assert summary["watts"] == {"before": 250, "median": 250, "least": 250, "most": 250}
+    assert summary["samples"] == 2 and summary["throttling"] == ["power cap"] and summary["unread"] == {}
+    assert nvml.calls[1] == ("nvmlDeviceGetHandleByUUID", "GPU-1234-56") and nvml.calls[-1] == ("nvmlShutdown",)
+    with GpuMonitor(torch.device("cpu")) as monitor:
+        assert monitor.summary is None
+
+
+def test_what_nvml_does_not_give_is_left_out(watched):
+    summary = watched(Nvml("nvmlDeviceGetPowerUsage", "nvmlDeviceGetCurrentClocksThrottleReasons", "nvmlShutdown"))
+    assert summary["unread"] == {"watts": "NVML: Not Supported", "throttling": "NVML: Not Supported"}
+    assert "watts" not in summary and summary["throttling"] is None and summary["sm_mhz"]["median"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("nvml", "reason"),
+    [
+        (None, "nvidia-ml-py is not installed: pip install nvidia-ml-py"),  # as importing it raises ImportError
+        (Nvml("nvmlInit"), "NVML: Insufficient Permissions"),
+        (Nvml("nvmlDeviceGetHandleByUUID"), "NVML: Not Supported"),
+    ],
+)
+def test_timing_goes_on_without_nvml(watched, nvml, reason):
+    assert watched(nvml) == {"samples": 0, "throttling": None, "unread": {"everything": reason}}
+    tried = [call[1] for call in getattr(nvml, "calls", []) if call[0] == "nvmlDeviceGetHandleByUUID"]
+    assert tried in ([], ["GPU-1234-56", "MIG-1234-56"])

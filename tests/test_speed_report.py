@@ -126,6 +126,23 @@ def test_warnings_are_at_the_top(reports, measured):
     assert "32x" not in rest, "a model cut short is not compared with diffusion"
 
 
+def test_pages_say_what_of_a_gpu_was_not_read(reports, measured):
+    source, seen = reports / "some-cpu-2-threads" / "report.json", {"before": 1, "median": 2, "least": 1, "most": 3}
+    some = {"sm_mhz": seen, "samples": 2, "throttling": [], "unread": {"watts": "NVML: Not Supported"}}
+    none = {"samples": 0, "throttling": None, "unread": {"everything": "NVML: Driver Not Loaded"}}
+    earlier = {key: seen for key in ("sm_mhz", "memory_mhz", "watts", "celsius")} | {"throttling": ["power cap"]}
+    for bench, gpu in zip(measured["benchmarks"], (some, none, earlier), strict=True):
+        bench["extra_info"]["gpu"] = gpu
+    source.write_text(json.dumps(measured))
+    done = command("benchmarks/report", source)
+    assert done.returncode == 0, done.stderr
+    text = source.with_name("report.md").read_text()
+    assert "| sampling[b-1] | 2 (1 to 3) | not read | not read | not read | none |" in text
+    assert "| diffusion[1] | not read | not read | not read | not read | not read |" in text
+    assert "| forward[256] | 2 (1 to 3) | 2 (1 to 3) | 2 (1 to 3) | 2 (1 to 3) | power cap |" in text
+    assert "**Not read:** power, W (NVML: Not Supported); everything (NVML: Driver Not Loaded)." in text
+
+
 def test_shares_above_the_floor_are_pointed_out(reports, measured):
     source = reports / "some-cpu-2-threads" / "report.json"
     measured["benchmarks"][0]["extra_info"]["contenders"]["alitok_fast int8"]["floor"]["tokens"] = 3.0

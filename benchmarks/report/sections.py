@@ -194,16 +194,30 @@ def _operator_row(one: Operator) -> tuple[str, ...]:
     return (one.name, spread(one.seconds), rate, share, others)
 
 
+GPU_COLUMNS = {
+    "sm_mhz": "SM clock, MHz", "memory_mhz": "memory clock, MHz", "watts": "power, W", "celsius": "temperature, C",
+}  # fmt: skip
+
+
 def _gpu(report: Report) -> Section | None:
     if not report.gpu:
         return None
-    header = ("benchmark", "SM clock, MHz", "memory clock, MHz", "power, W", "temperature, C", "throttling")
-    rows = [
-        (name, *(f"{number(gpu[key]['median'], 4)} ({number(gpu[key]['least'], 4)} to {number(gpu[key]['most'], 4)})"
-                 for key in ("sm_mhz", "memory_mhz", "watts", "celsius")), ", ".join(gpu["throttling"]) or "none")
-        for name, gpu in report.gpu.items()
-    ]  # fmt: skip
-    return Section("GPU while it ran", ["Median, least and most of samples every 0.25 s."], [Table(header, rows)])
+    rows = []
+    for name, gpu in report.gpu.items():
+        throttling = "not read" if gpu["throttling"] is None else ", ".join(gpu["throttling"]) or "none"
+        rows.append((name, *(_watched(gpu.get(key)) for key in GPU_COLUMNS), throttling))
+    text = ["Median, least and most of samples every 0.25 s."]
+    unread = dict.fromkeys(pair for gpu in report.gpu.values() for pair in gpu.get("unread", {}).items())
+    if unread:
+        reasons = "; ".join(f"{GPU_COLUMNS.get(name, name)} ({reason})" for name, reason in unread)
+        text.append(f"**Not read:** {reasons}. Without clocks and throttling the times of a GPU say little.")
+    return Section("GPU while it ran", text, [Table(("benchmark", *GPU_COLUMNS.values(), "throttling"), rows)])
+
+
+def _watched(values: dict[str, float] | None) -> str:
+    if values is None:
+        return "not read"
+    return f"{number(values['median'], 4)} ({number(values['least'], 4)} to {number(values['most'], 4)})"
 
 
 def _absent(report: Report) -> Section | None:
