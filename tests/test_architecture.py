@@ -176,6 +176,20 @@ def test_only_one_header_includes_the_cuda_toolkit():
         assert path.name == "cuda_kernel.h" or [name for name in toolkit if not (CSRC / name).is_file()] == [], path
 
 
+def test_the_python_module_is_apart_from_torch():
+    """torch's copy of pybind11 refuses the macro that its stable ABI needs, in some releases: no file may have both."""
+    module = CSRC / "module.cpp"
+    assert [name for name in sorted(reached(module)) if name.startswith("torch/")] == []
+    assert [path.name for path in sorted(CSRC.iterdir()) if any("pybind11" in name for name in reached(path))] == [
+        module.name
+    ]
+    lists = (ROOT / "CMakeLists.txt").read_text()
+    sources = re.findall(
+        r"set_source_files_properties\(([^)]*?) PROPERTIES COMPILE_DEFINITIONS TORCH_TARGET_VERSION", lists
+    )
+    assert sources == ["csrc/library.cpp ${glue}"] and lists.count("TORCH_TARGET_VERSION") == 1
+
+
 @pytest.mark.parametrize("path", sorted(CSRC.glob("*.cu")), ids=relative)
 def test_cuda_kernels_can_be_emulated(path: Path):
     assert "cuda_kernel.h" in reached(path)
