@@ -11,7 +11,6 @@ round (`timing.py`). pytest-benchmark keeps the function's times, and its `extra
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from alitok_fast.config import TOKENIZERS, generator_preset
 from alitok_fast.models import Generator, Tokenizer
 from ceilings import Ceilings, at_rest, measure_ceilings, read_bytes, synchronize
 from machine import GpuMonitor, OthersMonitor, describe, slug
+from random_models import random_generator, random_tokenizer
 from session import Session, full_report, terminal_lines
 from timing import Contender, Missing, Turns
 
@@ -145,12 +145,7 @@ def generator(mode: Mode, device: torch.device) -> Callable[[str], Generator]:
         config = generator_preset(preset)
         layers = mode.pick(check=2, quick=4, full=config.layers)
         grid = mode.pick(check=4, quick=config.grid, full=config.grid)
-        torch.manual_seed(0)
-        gen = Generator(dataclasses.replace(config, layers=layers, grid=grid)).eval().requires_grad_(False)
-        for parameter in gen.parameters():  # the output layer starts at zero
-            if parameter.ndim == 2:
-                parameter.uniform_(-1, 1).mul_((3 / parameter.shape[1]) ** 0.5)
-        return gen.to(device)
+        return random_generator(preset, device, layers=layers, grid=grid)
 
     return make
 
@@ -163,8 +158,7 @@ def tokenizer(mode: Mode, device: torch.device) -> Tokenizer:
     if mode.timed and not mode.quick:
         small = {}  # the reference takes the whole state
     size = mode.pick(check=4, quick=config.grid, full=config.grid) * config.patch_size
-    torch.manual_seed(0)
-    return Tokenizer(dataclasses.replace(config, image_size=size, **small)).eval().requires_grad_(False).to(device)
+    return random_tokenizer(device, image_size=size, **small)
 
 
 @pytest.fixture

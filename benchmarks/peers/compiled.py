@@ -43,15 +43,20 @@ def block_step(
     return x + F.linear(F.silu(F.linear(y, w1)) * F.linear(y, w3), w2)
 
 
+def logits_of(x: Tensor, norm: Tensor, output: Tensor, bias: Tensor) -> Tensor:
+    """What comes after the last block."""
+    return F.linear(rms_norm(x, norm), output, bias)
+
+
 class StaticStep:
     """The generator's step over preallocated caches, one pair of tensors for each block.
 
     One tensor for all blocks would be copied whole at each write: compiled code writes to slices of it out of place.
     """
 
-    def __init__(self, gen: Generator, rows: int, block: Callable = block_step) -> None:
+    def __init__(self, gen: Generator, rows: int, block: Callable, finish: Callable) -> None:
         config = gen.config
-        self.gen, self.block = gen, block
+        self.gen, self.block, self.finish = gen, block, finish
         shape = (rows, config.heads, config.tokens, config.head_dim)
         self.caches = [
             [torch.zeros(shape, dtype=gen.dtype, device=gen.device) for _ in range(2)] for _ in range(config.layers)
@@ -66,7 +71,7 @@ class StaticStep:
         visible = (self.positions <= position).unsqueeze(0)
         for weights, (keys, values) in zip(self.weights, self.caches, strict=True):
             x = self.block(weights, x, rope, visible, position, keys, values)
-        return self.gen.output(rms_norm(x, self.gen.norm.weight))
+        return self.finish(x, self.gen.norm.weight, self.gen.output.weight, self.gen.output.bias)
 
 
 def _weights(block) -> tuple[Tensor, ...]:
@@ -79,9 +84,10 @@ def _weights(block) -> tuple[Tensor, ...]:
 class Compiled:
     """Whole images of one batch size.
 
-    On the CPU the block is compiled, one program for all layers. On a GPU the whole step, the draw with it, is
-    compiled and recorded as one CUDA graph, which counts its own steps. Images are decoded by torch's operators in
-    bfloat16, on a GPU as a second graph.
+    The block is compiled, one program for all layers; on a GPU what comes after the blocks is, too, and the
+    whole step, the draw with it, is recorded as one CUDA graph, which counts its own steps. (Compiled as one program
+    instead, its 24 to 32 layers take minutes, most of it in the tuning of the same products again and again.) Images
+    are decoded by torch's operators in bfloat16, on a GPU as a second graph.
 
     Args:
         compiled: False runs the same operators uncompiled, which checks them without a compiler's minutes.
@@ -99,12 +105,15 @@ class Compiled:
         compile_ = (lambda f, **kw: torch.compile(f, dynamic=False, **kw)) if compiled else (lambda f, **_: f)
         # Triton tunes its matrix products on a GPU; on the CPU that costs minutes and gains nothing at these shapes.
         mode = {"mode": "max-autotune-no-cudagraphs"} if on_gpu else {}
-        self.static = StaticStep(self.gen, rows, block_step if on_gpu else compile_(block_step))
+        # On the CPU the head is one product of torch's library, which compiling does not change.
+        finish = compile_(logits_of, **mode) if on_gpu else logits_of
+        self._draw = compile_(draw) if on_gpu else draw
+        self.static = StaticStep(self.gen, rows, compile_(block_step, **mode), finish)
         self.schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power).to(self.device)
         self.ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.tokens = torch.zeros(batch, config.tokens, dtype=torch.int64, device=self.device)
-        self._step = compile_(self._advance, **mode) if on_gpu else self._advance
+        self._step = self._advance
         self._images = ImageDecoder(tokenizer, torch.bfloat16)
         if on_gpu and compiled:
             with torch.no_grad():
@@ -134,7 +143,7 @@ class Compiled:
             return self._images(tokens)
 
     def _advance(self) -> None:
-        drawn = draw(self.static(self.ids, self.position), self.schedule.index_select(0, self.position))
+        drawn = self._draw(self.static(self.ids, self.position), self.schedule.index_select(0, self.position))
         self.tokens.index_copy_(1, self.position, drawn.unsqueeze(1))
         self.ids.copy_(drawn.repeat(2))
         self.position += 1

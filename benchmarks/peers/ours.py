@@ -12,6 +12,7 @@ from alitok_fast.cuda_graph import capture
 from alitok_fast.decoding import Decoder
 from alitok_fast.image_decoder import ImageDecoder
 from alitok_fast.models import Generator
+from alitok_fast.models.quantize import QuantizedGenerator
 from alitok_fast.ops.decode import draw_next
 from alitok_fast.sampling import Sampler
 from ceilings import synchronize
@@ -19,6 +20,8 @@ from peers import conditions
 
 
 class Ours:
+    """`weights` float32, bfloat16, int8, or on a GPU float8_e4m3fn; there activations beside 8 bits are bfloat16."""
+
     def __init__(
         self,
         gen: Generator,
@@ -31,7 +34,7 @@ class Ours:
         if gen.device.type == "cpu":
             self.model = Decoder(gen, weights)
         else:
-            self.model = gen if weights == torch.float32 else copy.deepcopy(gen).to(weights)
+            self.model = _on_gpu(gen, weights)
         self.sampler = Sampler(self.model, kv_dtype)
         self.loop = self.sampler.loop(batch, guided=True)
         self.kv_dtype = kv_dtype
@@ -55,7 +58,8 @@ class Ours:
         if isinstance(self.model, Decoder):
             return self.model.packed.step_bytes
         unread = self.gen.embeddings.weight
-        return sum(p.nbytes for p in self.model.parameters() if p.shape != unread.shape)
+        tensors = self.model.state_dict().values()
+        return sum(tensor.nbytes for tensor in tensors if tensor.shape != unread.shape)
 
     def draw_seconds(self) -> float:
         """Of all draws of one batch, timed by themselves on normal logits: inside a step they are not told apart."""
@@ -76,3 +80,10 @@ class Ours:
             draw()
         synchronize(device)
         return time.perf_counter() - begin
+
+
+def _on_gpu(gen: Generator, weights: torch.dtype) -> Generator | QuantizedGenerator:
+    if weights == torch.float32:
+        return gen
+    rounded = copy.deepcopy(gen).to(torch.bfloat16)
+    return rounded if weights == torch.bfloat16 else QuantizedGenerator(rounded, weights)
