@@ -3,6 +3,8 @@
 #   make test                       environment, installation, all tests
 #   make bench                      speed report of this machine, in benchmarks/reports/
 #   make bench BENCH="--reference-repo PATH"    beside a checkout of the reference implementation
+#   make gpu                        proves the library on a GPU in eight minutes; a rehearsal where there is none
+#   make gpu-wheel                  a binary and the golden files for a GPU machine elsewhere, in build/gpu-wheel
 #   make test PYTHON=python3.12 VENV=/tmp/env TORCH="torch --index-url URL"
 
 PYTHON ?= python3
@@ -12,12 +14,14 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= out
 BENCH ?=
+GPU ?=
+WHEEL ?=
 PHOTO ?= $(OUT)/photo.png
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test bench gpu gpu-wheel lint build clean
 
 demo: $(VENV)/installed-demo $(PHOTO)
 	$(BIN)/alitok-fast info
@@ -35,6 +39,17 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m pytest benchmarks --benchmark $(BENCH)
+
+# With a Python that has what this needs, as machines with a GPU often do, nothing is installed and nothing downloaded.
+gpu:
+	@if $(PYTHON) -c "import numpy, PIL, pytest, rich, safetensors, torch, typer" 2>/dev/null; then \
+	  $(PYTHON) benchmarks/gpu_check.py $(GPU); \
+	else \
+	  $(MAKE) --no-print-directory $(VENV)/installed-test && $(BIN)/python benchmarks/gpu_check.py $(GPU); \
+	fi
+
+gpu-wheel:
+	$(PYTHON) benchmarks/gpu/wheel.py $(WHEEL)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

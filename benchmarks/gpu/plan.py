@@ -1,0 +1,72 @@
+"""The steps of the GPU check, in the order in which they tell most, each with its own limit."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+PARTS = ("build", "ops", "models", "sampling", "operators", "attention", "training", "sanitizer", "ncu")
+CUDA_TESTS = ("tests/ops", "tests/models/test_quantize.py", "tests/test_image_decoder.py", "tests/test_pipeline.py",
+              "tests/test_sampling.py", "tests/training")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process (and, after a crash, another for the items that are left).
+
+    `module` is a module of items in this package; `tests` are files for pytest instead. A `required` step decides
+    about the exit status: it must have passed, now or before on the same sources.
+    """
+
+    name: str
+    part: str
+    limit: float
+    """Seconds for all of it."""
+    item_limit: float = 60.0
+    """Seconds for one item."""
+    module: str = ""
+    tests: tuple[str, ...] = ()
+    items: tuple[str, ...] = ()
+    """Of the module; all where there are none."""
+    required: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+STEPS = (
+    Step("build", "build", 180, 170, "gpu.build", required=True),
+    Step("ceilings", "build", 40, 35, "gpu.ceilings_step"),
+    Step("torch alone", "build", 45, 25, "gpu.torch_alone"),
+    Step("operators against definitions", "ops", 70, 20, "gpu.check_operators", required=True,
+         environment={"CUDA_LAUNCH_BLOCKING": "1"}),
+    Step("whole models", "models", 80, 45, "gpu.check_models", required=True),
+    Step("steps and decode", "sampling", 110, 30, "gpu.time_sampling"),
+    Step("tests on CUDA", "ops", 110, 110, tests=CUDA_TESTS, required=True),
+    Step("attention", "attention", 45, 20, "gpu.time_attention"),
+    Step("a step of training", "training", 60, 40, "gpu.time_training"),
+    Step("operators", "operators", 45, 20, "gpu.time_operators"),
+    Step("torch.compile beside ours", "sampling", 120, 70, "gpu.time_baseline"),
+    Step("compute-sanitizer", "sanitizer", 150, 90, "gpu.tools", items=("memcheck", "racecheck")),
+    Step("Nsight Compute", "ncu", 90, 45, "gpu.tools",
+         items=("ncu cached_attention_kernel", "ncu forward_kernel", "ncu grad_kv_kernel")),
+)  # fmt: skip
+
+
+def chosen(parts: Iterable[str]) -> list[Step]:
+    """The steps of these parts. Raises ValueError for a part that there is not."""
+    parts = list(parts)
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise ValueError(f"only: expected parts out of {', '.join(PARTS)}, got {', '.join(unknown)}")
+    return [step for step in STEPS if step.part in parts]
+
+
+def pytest_arguments(step: Step, cuda: bool, junit: str) -> list[str]:
+    """On a GPU the tests that meet it, with their names; in a rehearsal a quick file of them."""
+    arguments = ["-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+    if not cuda:
+        return [*arguments, "tests/models/test_quantize.py"]
+    if importlib.util.find_spec("xdist") is not None:
+        arguments += ["-n", "6"]
+    large = "tests/ops/test_large_sizes.py"  # 30 to 40 GiB and minutes, for a GPU without a clock beside it
+    return [*arguments, "-k", "cuda or graph or stream", f"--ignore={large}", *step.tests]

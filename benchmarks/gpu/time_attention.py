@@ -1,0 +1,89 @@
+"""prefix_attention forward, and with backward, beside torch's attentions on inputs laid out as each likes them best."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from alitok_fast.config import GENERATORS, TOKENIZERS
+from alitok_fast.ops.prefix_attention import prefix_attention
+from gpu.items import Context, Items, Number
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+items = Items()
+
+
+def shapes(context: Context) -> dict[str, tuple[int, int, int, int, int]]:
+    """Batch, length, heads, head dim, prefix."""
+    config = TOKENIZERS["256"]
+    length = config.tokens + config.decoder_start_tokens
+    batch = context.pick(quick=1, full=32)
+    own = {size: GENERATORS[size] for size in context.pick(quick=("b",), full=("b", "l", "xl"))}
+    generators = {f"{size.upper()}, causal": (batch, 1 + g.tokens, g.heads, g.head_dim, 0) for size, g in own.items()}
+    decoder = config.decoder_heads, config.decoder_width // config.decoder_heads
+    return {**generators, "tokenizer's decoder": (batch, length, *decoder, length)}
+
+
+def attention(context: Context, dtype: torch.dtype, backward: bool) -> list[Number]:
+    """Attention alone: what norms, rotary table and dropout cost on top is in the step of training."""
+    numbers = []
+    for name, (batch, length, heads, dim, prefix) in shapes(context).items():
+        qkv = torch.randn(batch, length, 3, heads, dim, device=context.device).to(dtype)
+        pairs = length * length if prefix else length * (length + 1) // 2
+        work = dict(
+            flops=2.0 * (2 + 5 * backward) * pairs * dim * batch * heads,
+            rate="fp32_flops" if dtype == torch.float32 else "bf16_flops",
+            read=qkv.nbytes * 4 / 3 * (1 + 2 * backward),
+        )
+        key = name.split(",")[0] if dtype == torch.bfloat16 and not backward else ""
+        ours = with_backward(lambda x, prefix=prefix: prefix_attention(x, prefix), [qkv], backward)
+        numbers.append(context.timed(f"{name}: alitok_fast", context.seconds(ours), unit="us", key=key, **work))
+        for label, backend in BACKENDS.items():
+            try:
+                run = with_backward(sdpa(backend, causal=not prefix), qkv_apart(qkv), backward)
+                run()
+            except RuntimeError as reason:
+                print(f"{name}, {label}: {str(reason).splitlines()[0]}")
+                continue
+            numbers.append(context.timed(f"{name}: SDPA, {label}", context.seconds(run), unit="us", **work))
+    return numbers
+
+
+def qkv_apart(qkv: torch.Tensor) -> list[torch.Tensor]:
+    return [part.transpose(1, 2).contiguous() for part in qkv.unbind(2)]
+
+
+def sdpa(backend: SDPBackend, causal: bool):
+    def run(q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return run
+
+
+def with_backward(function, inputs: list[torch.Tensor], backward: bool):
+    """A function of nothing that runs `function`, with `backward` its gradients too."""
+    leaves = [x.detach().requires_grad_(backward) for x in inputs]
+    direction = torch.ones_like(function(*leaves)) if backward else None
+
+    def run() -> None:
+        out = function(*leaves)
+        if backward:
+            torch.autograd.grad(out, leaves, direction)
+
+    return run
+
+
+for _backward in (False, True):
+    for _dtype in (torch.bfloat16, torch.float32):
+        _name = f"{'forward and backward' if _backward else 'forward'}, {str(_dtype).removeprefix('torch.')}"
+        items(_name)(lambda context, dtype=_dtype, backward=_backward: attention(context, dtype, backward))
+
+
+if __name__ == "__main__":
+    items.main()

@@ -1,0 +1,127 @@
+"""Each operator at the shapes of B, beside the least time for its bytes and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from alitok_fast.config import GENERATORS, TOKENIZERS
+from alitok_fast.ops.add_rms_norm import add_rms_norm
+from alitok_fast.ops.cached_attention import cached_attention
+from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
+from alitok_fast.ops.sample_tokens import sample_tokens
+from alitok_fast.ops.swiglu import swiglu
+from alitok_fast.ops.vq_lookup import vq_lookup
+from gpu.items import Context, Items, Number
+from gpu.torch_alone import graphed
+
+CONFIG = GENERATORS["b"]
+items = Items()
+
+
+def randn(context: Context, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=context.device, dtype=torch.float32).to(dtype)
+
+
+def timed(context: Context, name: str, calls: Sequence[Callable[[], object]], **work) -> Number:
+    """One of `calls`, which work on different memory, so that no cache holds what they read, one after the other."""
+    with torch.no_grad():
+        run = graphed(lambda: [call() for call in calls], context)
+        return context.timed(name, context.seconds(run), len(calls), unit="us", **work)
+
+
+@items("cached_attention")
+def time_cached_attention(context: Context) -> list[Number]:
+    """All layers' caches in turn, half-way through an image."""
+    numbers = []
+    layers, position = context.pick(quick=2, full=CONFIG.layers), CONFIG.tokens // 2
+    at = torch.tensor(position, device=context.device)
+    for batch in context.pick(quick=(1,), full=(1, 8, 64, 256)):
+        rows, heads, dim = 2 * batch, CONFIG.heads, CONFIG.head_dim
+        qkv = randn(context, rows, 3, heads, dim)
+        arrivals = torch.zeros(rows * heads, dtype=torch.int32, device=context.device)
+        for stored in (torch.bfloat16, torch.float8_e4m3fn):
+            caches = [randn(context, 2, rows, heads, CONFIG.tokens, dim).to(stored) for _ in range(layers)]
+            calls = [partial(cached_attention, qkv, *cache, at, arrivals=arrivals) for cache in caches]
+            read = 2 * rows * heads * (position + 1) * dim * stored.itemsize
+            name = f"batch {batch}, cache {str(stored).removeprefix('torch.')}"
+            key = f"attend {batch}" if stored == torch.bfloat16 and batch != 8 else ""
+            numbers.append(timed(context, name, calls, read=read, key=key))
+            del caches, calls
+    return numbers
+
+
+@items("quantized_linear")
+def time_quantized_linear(context: Context) -> list[Number]:
+    """qkv of every layer in turn; from 33 rows on the weights are written out for torch's product."""
+    numbers = []
+    layers = context.pick(quick=2, full=CONFIG.layers)
+    weights = [torch.randn(3 * CONFIG.width, CONFIG.width) for _ in range(layers)]
+    for stored in (torch.int8, torch.float8_e4m3fn):
+        packed = [[t.to(context.device) for t in quantize_weight(weight, stored)] for weight in weights]
+        read = sum(t.nbytes for t in packed[0])
+        for rows in context.pick(quick=(2,), full=(2, 16, 32, 128)):
+            x = randn(context, rows, CONFIG.width)
+            calls = [partial(quantized_linear, x, *pair) for pair in packed]
+            work = dict(read=read, flops=2.0 * rows * weights[0].numel())
+            numbers.append(timed(context, f"{str(stored).removeprefix('torch.')}, {rows} rows", calls, **work))
+    return numbers
+
+
+@items("add_rms_norm, swiglu")
+def time_elementwise(context: Context) -> list[Number]:
+    """A step's rows, then those of a training batch, forward and backward."""
+    numbers = []
+    width, hidden = CONFIG.width, CONFIG.hidden
+    for rows in context.pick(quick=(2, 274), full=(2, 128, 64 * 274)):
+        x, weight = randn(context, rows, width, dtype=torch.float32), randn(context, width)
+        delta, gate, up = (randn(context, rows, columns) for columns in (width, hidden, hidden))
+        norm, gated = partial(add_rms_norm, x, delta, weight), partial(swiglu, gate, up)
+        bytes_ = 2 * x.nbytes + 2 * delta.nbytes
+        numbers.append(timed(context, f"add_rms_norm, {rows} rows", [norm], read=bytes_))
+        numbers.append(timed(context, f"swiglu, {rows} rows", [gated], read=3 * gate.nbytes))
+    leaves = [t.requires_grad_() for t in (x, delta, weight)]
+    directions = [torch.randn_like(x), torch.randn_like(delta)]
+
+    def forward_backward() -> None:
+        torch.autograd.grad(add_rms_norm(*leaves, dropout=0.1, seed=1), leaves, directions)
+
+    read = 4 * x.nbytes + 4 * delta.nbytes
+    seconds = context.seconds(forward_backward)
+    numbers.append(context.timed(f"add_rms_norm, {rows} rows, with backward", seconds, read=read, unit="us"))
+    return numbers
+
+
+@items("sample_tokens")
+def time_sample_tokens(context: Context) -> list[Number]:
+    numbers = []
+    seed, step, scale = (torch.tensor(v, device=context.device) for v in (1, 7, 3.0))
+    for batch in context.pick(quick=(1,), full=(1, 64, 256)):
+        logits = randn(context, 2 * batch, CONFIG.codebook_size, dtype=torch.float32)
+        ids = torch.arange(batch, device=context.device)
+        for name, rule in (("plain", {}), ("top-k 50, top-p 0.9", dict(top_k=50, top_p=0.9))):
+            keys = dict(guidance_scale=scale, seed=seed, image_ids=ids, step=step)
+            call = partial(sample_tokens, logits, **keys, **rule)
+            numbers.append(timed(context, f"batch {batch}, {name}", [call], read=logits.nbytes))
+    return numbers
+
+
+@items("vq_lookup")
+def time_vq_lookup(context: Context) -> list[Number]:
+    config = TOKENIZERS["256"]
+    features = context.pick(quick=1, full=64) * config.tokens
+    z = randn(context, features, config.code_dim, dtype=torch.float32)
+    codebook = randn(context, config.codebook_size, config.code_dim, dtype=torch.float32)
+    work = dict(read=z.nbytes + codebook.nbytes, flops=2.0 * z.numel() * len(codebook), rate="fp32_flops")
+    training, encoding = partial(vq_lookup, z, codebook), partial(vq_lookup, z, codebook, with_closest=False)
+    return [
+        timed(context, f"{features} features, forward", [training], **work),
+        timed(context, f"{features} features, encoding", [encoding], **work),
+    ]
+
+
+if __name__ == "__main__":
+    items.main()

@@ -1,0 +1,100 @@
+"""Where the time of an image goes: steps of B by batch and precision, the kernels of one step, the decode to pixels."""
+
+from __future__ import annotations
+
+import torch
+
+from alitok_fast.config import GENERATORS, TOKENIZERS
+from alitok_fast.image_decoder import ImageDecoder
+from alitok_fast.models import Generator
+from floor import Machine, decode_floor, tokens_floor
+from gpu.items import Context, Items, Number, Skipped
+from peers.ours import Ours
+from random_models import random_generator, random_tokenizer
+
+BF16, INT8, E4M3 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
+PRECISIONS = {"bf16": (BF16, None), "e4m3 cache": (BF16, E4M3), "int8 weights": (INT8, None)}
+BATCHES = (1, 8, 64, 256)
+items = Items()
+_generators: dict[str, Generator] = {}  # this process is one step: what is made once serves all its items
+
+
+def generator(context: Context) -> Generator:
+    if "b" not in _generators:
+        layers = context.pick(quick=2, full=GENERATORS["b"].layers)
+        _generators["b"] = random_generator("b", context.device, layers=layers)
+    return _generators["b"]
+
+
+def machine(context: Context, dtype: torch.dtype) -> Machine:
+    """The ceilings for products in `dtype`; on a GPU 8-bit weights are multiplied in bfloat16."""
+    most = context.ceilings
+    eight_bits = dtype == INT8 and context.device.type == "cpu"
+    return Machine(most.int8_flops if eight_bits else most.bf16_flops, most.read_bytes)
+
+
+def least(context: Context, ours: Ours, weights: torch.dtype) -> float | None:
+    """Seconds for a step, the mean over an image, by what it reads and multiplies."""
+    if context.ceilings is None:
+        return None
+    config, batch = ours.gen.config, ours.loop.batch
+    whole = tokens_floor(config, batch, ours.weight_bytes, ours.kv_bytes, machine(context, weights))
+    return whole / config.tokens
+
+
+def steps(context: Context, batch: int, name: str) -> list[Number]:
+    weights, kv_dtype = PRECISIONS[name]
+    if context.device.type == "cpu" and (kv_dtype is not None or batch > 8):
+        raise Skipped("needs a GPU")
+    gen, images = generator(context), context.pick(quick=min(batch, 2), full=batch)
+    ours = Ours(gen, None, images, weights, kv_dtype)
+    labels, count = torch.arange(images, device=context.device), gen.config.tokens
+    seconds = context.seconds(lambda: ours.generate(labels), rounds=context.pick(quick=1, full=3))
+    key = f"batch {batch}" if name == "bf16" else ""
+    name = f"B x {gen.config.layers} layers, batch {images}, {name}: a step"
+    return [context.timed(name, seconds, count, least=least(context, ours, weights), key=key)]
+
+
+for _batch in BATCHES:
+    for _name in PRECISIONS:
+        items(f"steps, batch {_batch}, {_name}")(lambda context, b=_batch, n=_name: steps(context, b, n))
+
+
+@items("kernels of a step", gpu=True)
+def kernels(context: Context) -> list[Number]:
+    """One replay of the graph under torch's profiler, at batch 1 and 64; the log has each kernel."""
+    numbers = []
+    for batch in (1, 64):
+        ours = Ours(generator(context), None, batch, BF16)
+        ours.generate(torch.arange(batch, device=context.device))  # captures
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            ours.loop.cache.position.zero_()
+            ours.loop._graph.replay()
+            torch.cuda.synchronize()
+        table = profile.key_averages()
+        print(f"batch {batch}\n{table.table(sort_by='self_cuda_time_total', row_limit=25, max_name_column_width=90)}")
+        busy = sum(entry.self_device_time_total for entry in table)
+        numbers += [
+            Number(f"batch {batch}: nodes", sum(entry.count for entry in table), "count"),
+            context.timed(f"batch {batch}: kernels, without the gaps", [busy / 1e6], least=least(context, ours, BF16)),
+        ]
+    return numbers
+
+
+@items("stage-2 decode")
+def decode(context: Context) -> list[Number]:
+    small = {"encoder_layers": 1, **context.pick(quick={"decoder_layers": 2}, full={})}  # the encoder takes no part
+    tokenizer = random_tokenizer(context.device, **small)
+    config, numbers = tokenizer.config, []
+    images = ImageDecoder(tokenizer, BF16)
+    for batch in context.pick(quick=(1,), full=(1, 8, 64)):
+        tokens = torch.zeros(batch, TOKENIZERS["256"].tokens, dtype=torch.int64, device=context.device)
+        floor = None if context.ceilings is None else decode_floor(config, batch, 2, machine(context, BF16))
+        seconds = context.seconds(lambda tokens=tokens: images(tokens), rounds=context.pick(quick=2, full=10))
+        numbers.append(context.timed(f"{config.decoder_layers} layers, batch {batch}, bf16", seconds, least=floor))
+    return numbers
+
+
+if __name__ == "__main__":
+    items.main()

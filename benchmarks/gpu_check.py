@@ -1,0 +1,244 @@
+"""Proves the library on a GPU, in minutes: builds, compares with definitions, golden outputs and the CPU, and times it.
+
+    make gpu                                                         eight minutes at most
+    python benchmarks/gpu_check.py --minutes 8 --out DIR             the same, results elsewhere
+    python benchmarks/gpu_check.py --only sampling,attention         some parts
+    python benchmarks/gpu_check.py --device cpu --quick              a rehearsal without a GPU, of the same steps
+
+Each step is a process under a limit of its own: what fails, hangs or crashes costs that and nothing else. Results are
+written after every step: gpu_check.json (all numbers), gpu_check.md (a page) and gpu_check.log.gz. A second run skips
+what has passed on the same sources and the same GPU. The exit status is 0 only if every correctness step has passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alitok_fast.checkpoint import write_atomically
+from ceilings import Ceilings
+from gpu import pages
+from gpu.plan import PARTS, STEPS, Step, chosen
+from gpu.runner import Result, Runner
+from gpu.sources import CARRIED, ROOT
+from machine import GpuMonitor, describe, slug
+
+STEM = "gpu_check"
+WRITING_SECONDS = 3.0
+SOURCES = ("alitok_fast", "benchmarks", "csrc", "tests", "CMakeLists.txt", "setup.py", "build_backend.py")
+CEILINGS_STEP = "ceilings"
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0, help="the most that all of it takes (default 8)")
+    parser.add_argument("--out", type=Path, help="folder of the results; by default benchmarks/reports/<the GPU>, "
+                                                 "of a rehearsal build/gpu_check")  # fmt: skip
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, comma-separated, out of {', '.join(PARTS)}")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
+                        help="auto (default): the GPU; where there is none, a rehearsal")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds; always so on the CPU")
+    parser.add_argument("--again", action="store_true", help="also what has passed before on the same sources")
+    given = parser.parse_args(arguments)
+    if not given.minutes > 0:
+        parser.error(f"--minutes: expected a positive number, got {given.minutes:g}")
+    try:
+        given.steps = chosen(given.only.split(","))
+    except ValueError as error:
+        parser.error(f"--{error}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected cuda to be there, but torch finds no GPU; --device cpu rehearses without one")
+    if given.device == "auto":
+        given.device = "cuda" if torch.cuda.is_available() else "cpu"
+    given.quick = given.quick or given.device == "cpu"
+    return given
+
+
+def fingerprint() -> str:
+    """Of all sources that could change a result; reports and documentation are none."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        path = ROOT / name
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if _is_source(file)]
+        for file in sorted(files):
+            digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_source(file: Path) -> bool:
+    kinds = (".py", ".h", ".cpp", ".cu", ".json", ".safetensors")
+    return file.suffix in kinds and "reports" not in file.parts and file.is_file()
+
+
+def commit() -> str:
+    """Where the checkout is a git repository, its commit."""
+    run = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Check:
+    """One run, and the files that it writes."""
+
+    def __init__(self, given: argparse.Namespace, scratch: Path) -> None:
+        self.given, self.device = given, torch.device(given.device)
+        self.machine = describe(self.device)
+        self.began = time.monotonic()
+        self.about = {
+            "device": self.machine["name"],
+            "rehearsal": given.device == "cpu",
+            "quick": given.quick,
+            "sources": fingerprint(),
+            "commit": commit(),
+        }
+        reports = ROOT / "benchmarks" / "reports" / slug(self.machine)
+        self.out: Path = given.out or (ROOT / "build" / STEM if given.device == "cpu" else reports)
+        deadline = self.began + 60 * given.minutes - WRITING_SECONDS
+        self.runner = Runner(given.device, given.quick, scratch, deadline, _environment(given.device))
+        self.results: dict[str, Result] = {}
+        self.before = {} if given.again else self._passed_before()
+
+    def run(self) -> int:
+        self.out.mkdir(parents=True, exist_ok=True)
+        steps = self._with_ceilings(self.given.steps)
+        with ThreadPoolExecutor(1) as pool:
+            building = [pool.submit(self._take, step) for step in steps if step.name == "build"]
+            for step in steps:
+                if step.part != "build" or self.device.type == "cpu":  # compilers leave a GPU alone, but not a CPU
+                    wait(building)
+                if step.name != "build":
+                    self._take(step)
+        for built in building:
+            built.result()
+        self._write()
+        print(pages.screen(self._title(), self._ordered(), self._verdict()))
+        return 0 if self._proven() else 1
+
+    def _take(self, step: Step) -> None:
+        build = self.results.get("build")
+        if step.name in self.before:
+            result = self.before[step.name]
+        elif build is not None and build.state == "failed" and step.part != "build":
+            result = Result(step.name, step.part, step.required, "not run", reason="the extension was not built")
+        else:
+            print(f"{step.name} ...", flush=True)
+            with GpuMonitor(self.device) as watched:
+                result = self.runner.run(step)
+            result.gpu = watched.summary
+        self.results[step.name] = result
+        if step.name == CEILINGS_STEP:
+            self._keep_ceilings(result)
+        self._write()
+
+    # ---- earlier runs ----
+
+    def _passed_before(self) -> dict[str, Result]:
+        """Of this file's last run on the same sources and GPU, what passed. (A build is cheap to look at again.)"""
+        path = self.out / f"{STEM}.json"
+        try:
+            last = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError):
+            return {}
+        if any(last.get(key) != self.about[key] for key in ("device", "quick", "sources")):
+            return {}
+        results = [Result(**{**values, "before": True}) for values in last["steps"]]
+        return {one.name: one for one in results if one.state == "passed" and one.name != "build"}
+
+    def _with_ceilings(self, steps: list[Step]) -> list[Step]:
+        """Floors need the ceilings: where the parts that were asked for do not measure them, that step goes first."""
+        if any(step.name == CEILINGS_STEP for step in steps):
+            return steps
+        return [next(step for step in STEPS if step.name == CEILINGS_STEP), *steps]
+
+    def _keep_ceilings(self, result: Result) -> None:
+        names = {field.name for field in dataclasses.fields(Ceilings)}
+        found = {number["name"]: number["value"] for number in pages.numbers(result) if number["name"] in names}
+        if set(found) == names:
+            self.runner.ceilings.write_text(json.dumps(found))
+
+    # ---- results ----
+
+    def _ordered(self) -> list[Result]:
+        return [self.results[step.name] for step in STEPS if step.name in self.results]
+
+    def _proven(self) -> bool:
+        """Nothing failed, and what decides about correctness has passed, as far as it was asked for."""
+        return all(self._stands(result) for result in self._ordered())
+
+    @staticmethod
+    def _stands(result: Result) -> bool:
+        return result.state in ("passed", "skipped") or (result.state == "not run" and not result.required)
+
+    def _verdict(self) -> str:
+        took = f"{time.monotonic() - self.began:.0f} s. Results: {self._shown(self.out)}"
+        if not self._proven():
+            wrong = [one.name for one in self._ordered() if not self._stands(one)]
+            return f"NOT PROVEN: {', '.join(wrong)}. {took}"
+        asked = "" if set(self.given.only.split(",")) == set(PARTS) else f" ({self.given.only} alone)"
+        if self.about["rehearsal"]:
+            return f"The rehearsal passed{asked}. {pages.REHEARSAL} {took}"
+        return f"Every correctness step passed{asked}. {took}"
+
+    def _title(self) -> str:
+        kind = "Rehearsal of the GPU check" if self.about["rehearsal"] else "GPU check"
+        torch_version = self.machine["packages"]["torch"]
+        return f"{kind}: {self.about['device']}, torch {torch_version}, commit {self.about['commit']}"
+
+    def _facts(self) -> dict[str, str]:
+        cuda = self.machine.get("cuda", {})
+        return {
+            "device": self.about["device"],
+            "CUDA": f"driver for {cuda.get('driver')}, torch for {cuda.get('torch')}" if cuda else pages.REHEARSAL,
+            "versions": ", ".join(f"{name} {version}" for name, version in self.machine["packages"].items()),
+            "commit": f"{self.about['commit']}, sources {self.about['sources']}",
+            "date": time.strftime("%Y-%m-%d"),
+            "sizes": "quick" if self.about["quick"] else "full",
+        }
+
+    def _write(self) -> None:
+        results = self._ordered()
+        data: dict[str, Any] = {"format": 1, **self.about, "machine": self.machine, "date": time.strftime("%Y-%m-%d")}
+        data["steps"] = [dataclasses.asdict(result) for result in results]
+        page = pages.markdown(self._title(), self._facts(), results, self._verdict())
+        for suffix, text in (("json", json.dumps(data, indent=1) + "\n"), ("md", page)):
+            file = self.out / f"{STEM}.{suffix}"
+            write_atomically(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        pages.packed_log(self.out / f"{STEM}.log.gz", [self.runner.log(step) for step in STEPS])
+
+    @staticmethod
+    def _shown(path: Path) -> str:
+        path = path.resolve()
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def _environment(device: str) -> dict[str, str]:
+    """What the steps find in their environment, where it does not say otherwise: the golden outputs that were carried
+    here, and for a rehearsal one thread, because it is of the steps and not of their speed, and other processes may be
+    busy beside it."""
+    wanted = {"ALITOK_GOLDEN": str(CARRIED / "golden")} if (CARRIED / "golden").is_dir() else {}
+    wanted |= {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = options(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        return Check(given, Path(scratch)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
