@@ -35,7 +35,7 @@ from gpu.runner import Result, Runner
 from gpu.sources import CARRIED, ROOT
 from machine import GpuMonitor, describe, slug
 
-STEM = "gpu_check"
+STEM, FORMAT = "gpu_check", 1
 WRITING_SECONDS = 3.0
 SOURCES = ("alitok_fast", "benchmarks", "csrc", "tests", "CMakeLists.txt", "setup.py", "build_backend.py")
 CEILINGS_STEP = "ceilings"
@@ -99,6 +99,7 @@ class Check:
         self.machine = describe(self.device)
         self.began = time.monotonic()
         self.about = {
+            "format": FORMAT,
             "device": self.machine["name"],
             "rehearsal": given.device == "cpu",
             "quick": given.quick,
@@ -153,7 +154,7 @@ class Check:
             last = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError):
             return {}
-        if any(last.get(key) != self.about[key] for key in ("device", "quick", "sources")):
+        if any(last.get(key) != self.about[key] for key in ("format", "device", "quick", "sources")):
             return {}
         results = [Result(**{**values, "before": True}) for values in last["steps"]]
         return {one.name: one for one in results if one.state == "passed" and one.name != "build"}
@@ -211,7 +212,7 @@ class Check:
 
     def _write(self) -> None:
         results = self._ordered()
-        data: dict[str, Any] = {"format": 1, **self.about, "machine": self.machine, "date": time.strftime("%Y-%m-%d")}
+        data: dict[str, Any] = {**self.about, "machine": self.machine, "date": time.strftime("%Y-%m-%d")}
         data["steps"] = [dataclasses.asdict(result) for result in results]
         page = pages.markdown(self._title(), self._facts(), results, self._verdict())
         for suffix, text in (("json", json.dumps(data, indent=1) + "\n"), ("md", page)):

@@ -360,5 +360,20 @@ def test_quantities(value, unit, text):
     assert pages.quantity(value, unit) == text
 
 
+@pytest.mark.parametrize(
+    ("seen", "text"),
+    [
+        (None, ""),
+        ({"sm_mhz": {"median": 1980.0}, "watts": {"median": 421.6}, "throttling": ["power cap"], "unread": {}},
+         "1980 MHz, 422 W, power cap"),
+        ({"throttling": None, "unread": {"everything": "NVML: refused"}}, "everything not read (NVML: refused)"),
+    ],
+)  # fmt: skip
+def test_what_the_gpu_did_meanwhile(seen, text):
+    result = runner.Result("a", "ops", True, "passed", gpu=seen)
+    assert pages._busy(result) == text
+    assert text in pages.markdown("title", {}, [result], "verdict")
+
+
 def test_numbers_as_plain_values():
     assert Number("x", 0.0, "count").to_dict() == {"name": "x", "value": 0.0, "unit": "count"}

@@ -101,7 +101,8 @@ def _busy(result: Result) -> str:
     """Clocks and power, where they could be read."""
     watched, units = result.gpu or {}, {"sm_mhz": "MHz", "watts": "W"}
     parts = [f"{watched[name]['median']:.0f} {unit}" for name, unit in units.items() if watched.get(name)]
-    return ", ".join([*parts, *watched.get("throttling", [])])
+    unread = [f"{name} not read ({reason})" for name, reason in watched.get("unread", {}).items()]
+    return ", ".join([*parts, *(watched.get("throttling") or []), *unread])
 
 
 def packed_log(path: Path, logs: Iterable[Path]) -> None:
