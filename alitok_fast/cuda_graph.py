@@ -1,15 +1,75 @@
-"""Recording GPU work once, to launch it again as a whole."""
+"""Recording GPU work once, to launch it again as a whole; and whose turn it is to use what such work needs."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 _capturing = threading.Lock()  # torch allows one capture at a time in a process
+
+
+class Turn:
+    """Of calls that use the same memory, as a `with` block: one after the other, on the host and on the device.
+
+    A lock alone orders what threads ask of a GPU, not what it does: threads may use streams of their own. So on a CUDA
+    device a turn ends with an event on its stream, however it ends, and the stream of the next turn waits for it before
+    it gets any work. The host waits for nothing. The first turn waits for what the current stream had been given when
+    this object was made, such as weights that were still being copied: make it after them.
+
+    Raises RuntimeError where a thread begins a turn inside its own, which would wait for itself.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+        self._done: torch.cuda.Event | None = None
+        self._mark()
+
+    def __enter__(self) -> None:
+        if self._holder == threading.get_ident():
+            raise RuntimeError("turn: expected calls of one object one after the other, got one from inside another")
+        self._lock.acquire()
+        try:
+            if self._done is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._done)
+            self._holder = threading.get_ident()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *_) -> None:
+        try:
+            self._mark()
+        finally:
+            self._holder = None
+            self._lock.release()
+
+    def wait(self) -> None:
+        """Until the device has done what turns asked for so far, this thread's own included."""
+        if self._holder == threading.get_ident():
+            self._mark()
+        if self._done is not None:
+            self._done.synchronize()
+
+    def outlives(self, owner: object) -> None:
+        """Let `owner`, whose memory turns use, be freed only when the device has done what they asked for.
+
+        Freed memory goes to the stream that it was allocated for, which knows nothing of a turn on another one.
+        """
+        if self._done is not None:
+            weakref.finalize(owner, self.wait).atexit = False
+
+    def _mark(self) -> None:
+        if self._device.type == "cuda":
+            self._done = torch.cuda.current_stream(self._device).record_event(self._done)
 
 
 def capture(
@@ -22,13 +82,15 @@ def capture(
     GPU meanwhile.
     """
     graph = torch.cuda.CUDAGraph()
-    with _capturing, torch.cuda.device(device):
+    with _capturing, torch.cuda.device(device), _nothing_collected():
         stream = _capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        try:
+            with torch.cuda.stream(stream):
+                work()
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+        with _own_workspace(), torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             work()
     return graph
 
@@ -38,6 +100,32 @@ def _capture_stream(device: int) -> torch.cuda.Stream:
     """One for each device: torch's own default is of the device that captures first, and libraries keep some memory
     for every stream that they have seen."""
     return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Python's collector may drop another graph, or wait for the device (`Turn.outlives`): not while recording."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Graphs recorded inside take the workspace of cuBLAS out of their own pool, and nobody else gets it."""
+    # torch keeps one for each handle, which a thread has, and stream, so that graphs recorded on one stream would share
+    # it; a stream for each owner would not do, because torch has 32 to hand out again and again, and a release may drop
+    # the workspaces of a stream with the first of its graphs (CUDAGraph::reset). Forgotten before and after, as
+    # torch/_inductor/cudagraph_trees.py does, it is allocated inside the recording, and lives as long as the pool.
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def storage(module: nn.Module) -> list[Tensor]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections import OrderedDict
 
 import torch
 from torch import Tensor
 
 from alitok_fast import _library
-from alitok_fast.cuda_graph import capture, storage
+from alitok_fast.cuda_graph import Turn, capture, storage
 from alitok_fast.models.checks import check_range, check_tensor
 from alitok_fast.models.int8 import int8_decoder
 from alitok_fast.models.tokenizer import Tokenizer
@@ -33,7 +32,7 @@ class ImageDecoder:
     """`Tokenizer.decode` in a dtype of its own; on a CUDA device under a graph for each batch size.
 
     Where the dtype is another than the tokenizer's, it holds a copy of the decoder, and later changes of the
-    tokenizer do not reach it.
+    tokenizer do not reach it. Calls from several threads take turns, whatever streams they use.
 
     Args:
         tokenizer: in evaluation mode.
@@ -62,7 +61,8 @@ class ImageDecoder:
         self._graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
         self._pool: tuple[int, int] | None = None  # graphs take turns, and share their memory
         self._read_by_graphs: list[Tensor] = []
-        self._turn = threading.Lock()  # of threads: a graph has one place for its tokens
+        self._turn = Turn(self.device)  # a graph has one place for its tokens
+        self._turn.outlives(self)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -89,9 +89,10 @@ class ImageDecoder:
         """The graph for this batch size, the tokens that it reads and the images that it writes."""
         if batch not in self._graphs:
             while len(self._graphs) >= GRAPHS:
+                self._turn.wait()  # another stream may not be done with it
                 self._graphs.popitem(last=False)
-            tokens = torch.zeros(batch, self.config.tokens, dtype=torch.int64, device=self.device)
             size = self.config.image_size
+            tokens = torch.zeros(batch, self.config.tokens, dtype=torch.int64, device=self.device)
             images = torch.empty(batch, 3, size, size, device=self.device)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()

@@ -74,6 +74,8 @@ class Pipeline:
         self.weights = generator.weights if isinstance(generator, QuantizedGenerator) else weights
         self.image_decoder = ImageDecoder(tokenizer, decode_dtype)
         packed = _packed(generator, weights)
+        if packed is None and generator.device.type != "cpu":
+            packed = generator  # nothing is packed, and the sampler waits for what this stream does to the weights
         self._sampler = None if packed is None else Sampler(packed)
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alitok_fast.config import GeneratorConfig
+from alitok_fast.cuda_graph import Turn
 from alitok_fast.memory import plan
 from alitok_fast.sampling_loop import SamplingLoop, StepModel, for_steps
 
@@ -71,7 +71,8 @@ def check_settings(
 class Sampler:
     """`sample`, again and again: the packed weights, the caches and the CUDA graphs stay for the next call.
 
-    Calls from several threads take turns; an `on_step` must not call the sampler that it is called by.
+    Calls from several threads take turns, whatever streams they use; an `on_step` that calls the sampler it is called
+    by gets a RuntimeError.
 
     Args:
         gen: the generator, in evaluation mode, or a `Decoder` or `QuantizedGenerator` made from one. On the CPU a
@@ -85,7 +86,7 @@ class Sampler:
         self._loops: OrderedDict[tuple, SamplingLoop] = OrderedDict()
         # On a GPU a loop holds its graph, on a CPU nothing that is slow to make again.
         self._kept = 4 if self.model.device.type == "cuda" else 1
-        self._turn = threading.Lock()
+        self._turn = Turn(self.model.device)  # of all loops
 
     @torch.no_grad()
     def __call__(
@@ -118,8 +119,8 @@ class Sampler:
             for begin in range(0, count, size):
                 part = slice(begin, begin + size)
                 prompt = None if prompt_tokens is None else prompt_tokens[part]
-                loop = self.loop(len(labels[part]), *rule)
-                drawn.append(loop.run(labels[part], schedule, chosen.seed, image_ids[part], prompt, on_step))
+                loop = self._loop(len(labels[part]), *rule)
+                drawn.append(loop.draw(labels[part], schedule, chosen.seed, image_ids[part], prompt, on_step))
         tokens = torch.cat(drawn)
         _check_drawn(tokens)
         return tokens
@@ -133,12 +134,15 @@ class Sampler:
         top_p: float | None = None,
     ) -> SamplingLoop:
         """The loop that draws such batches: one kept from before, or a new one. Raises MemoryError."""
-        key = batch, guided, temperature, top_k, top_p
+        with self._turn:
+            return self._loop(batch, guided, temperature, top_k, top_p)
+
+    def _loop(self, *key: Any) -> SamplingLoop:
         if key not in self._loops:
-            self._make_room(batch, guided)
+            self._make_room(*key[:2])
             while len(self._loops) >= self._kept:
                 self._loops.popitem(last=False)
-            self._loops[key] = SamplingLoop(self.model, *key, self.kv_dtype)
+            self._loops[key] = SamplingLoop(self.model, *key, self.kv_dtype, self._turn)
         self._loops.move_to_end(key)
         return self._loops[key]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alitok_fast._library import native_enabled
 from alitok_fast.config import GeneratorConfig
-from alitok_fast.cuda_graph import capture, storage
+from alitok_fast.cuda_graph import Turn, capture, storage
 from alitok_fast.decoding import Decoder
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.kv_cache import KVCache
@@ -47,6 +47,9 @@ class SamplingLoop:
 
     A generator on the CPU is packed into a `Decoder` of its own dtype, which draws many tokens in one native call;
     inside `use_reference` it runs as it is.
+
+    Runs from several threads take turns, whatever streams they use. `turn` is given by an owner of several loops: it
+    makes them inside a turn, and calls `draw` inside one.
     """
 
     STEPS_PER_CALL = 16  # Ctrl-C waits for the end of a native call; starting one costs far less than a step
@@ -60,6 +63,7 @@ class SamplingLoop:
         top_k: int | None = None,
         top_p: float | None = None,
         kv_dtype: torch.dtype | None = None,
+        turn: Turn | None = None,
     ) -> None:
         self.model, self.batch, self.guided = for_steps(model), batch, guided
         rows, steps, device = batch * (2 if guided else 1), model.config.tokens, model.device
@@ -88,6 +92,8 @@ class SamplingLoop:
         )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._read_by_graph: list[Tensor] = []
+        self.turn = Turn(device) if turn is None else turn
+        self.turn.outlives(self)
 
     def run(
         self,
@@ -99,6 +105,19 @@ class SamplingLoop:
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """tokens (B, N); arguments as in `sampling.sample`, checked there. Rows without a distribution hold -1."""
+        with self.turn:
+            return self.draw(labels, schedule, seed, image_ids, prompt_tokens, on_step)
+
+    def draw(
+        self,
+        labels: Tensor,
+        schedule: Tensor | None,
+        seed: int,
+        image_ids: Tensor,
+        prompt_tokens: Tensor | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """As `run`, for whoever has the turn."""
         if self.model.device.type == "cuda" and self._graph is None:
             self._start(labels, schedule, seed, image_ids, prompt_tokens)
             self._graph = capture(self.model.device, self.step)
