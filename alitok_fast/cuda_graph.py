@@ -79,10 +79,10 @@ def capture(
 
     `work` runs once before, so that libraries set themselves up outside the graph. Graphs of one `pool`
     (`torch.cuda.graph_pool_handle`) share their memory: they may not run at the same time. Other threads may use the
-    GPU meanwhile.
+    GPU meanwhile. What cuBLAS splits into partial sums it adds up in float32 (`_exact_sums`).
     """
     graph = torch.cuda.CUDAGraph()
-    with _capturing, torch.cuda.device(device), _nothing_collected():
+    with _capturing, torch.cuda.device(device), _exact_sums(), _nothing_collected():
         stream = _capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -126,6 +126,27 @@ def _own_workspace() -> Iterator[None]:
         yield
     finally:
         torch._C._cuda_clearCublasWorkspaces()
+
+
+@contextlib.contextmanager
+def _exact_sums() -> Iterator[None]:
+    """Partial sums of one product (split-K) are added up in float32, also where its operands have 16 bits.
+
+    By default torch lets cuBLAS do that in bfloat16 or float16; guidance multiplies the error, up to 16 times. The
+    setting counts when a product is recorded, so replays need none. Nor do single steps: on a CUDA device the sampling
+    loop replays graphs only. The switch is the process's: what other threads launch meanwhile is as exact.
+    """
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    # A newer torch has a second part, whether sums may be split at all; to set the first alone would reset it.
+    before = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)) for name in names}
+    try:
+        for name, (_, split) in before.items():
+            setattr(matmul, name, False if split is None else (False, split))
+        yield
+    finally:
+        for name, (allowed, split) in before.items():
+            setattr(matmul, name, allowed if split is None else (allowed, split))
 
 
 def storage(module: nn.Module) -> list[Tensor]:

@@ -293,6 +293,37 @@ def test_a_call_from_inside_its_own_turn_is_refused(tiny_generator):
 
 # ---- how a graph is recorded ----
 
+FLAGS = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+
+
+@pytest.mark.parametrize("allowed", [True, False, (False, False)])
+def test_products_are_recorded_with_exact_sums(fake, monkeypatch, allowed):
+    matmul = torch.backends.cuda.matmul
+
+    def flags() -> list:
+        return [getattr(matmul, name + part) for name in FLAGS for part in ("", "_split_k")]
+
+    before, seen = flags(), []
+    try:
+        for name in FLAGS:
+            setattr(matmul, name, allowed)
+        given = flags()
+        with fake.thread("a"):
+            cuda_graph.capture(torch.device("cuda", 0), lambda: seen.append(flags()))
+            assert flags() == given
+            assert seen == [[False, given[1], False, given[3]]] * 2, "the first is not recorded"
+
+            def fail() -> None:
+                raise ValueError
+
+            with pytest.raises(ValueError):
+                cuda_graph.capture(torch.device("cuda", 0), fail)
+        assert flags() == given
+    finally:
+        for name, *values in zip(FLAGS, before[::2], before[1::2], strict=True):
+            setattr(matmul, name, tuple(values))
+
+
 def test_nothing_is_collected_meanwhile(fake):
     seen = []
     with fake.thread("a"):
