@@ -32,16 +32,17 @@ class Decoder:
         self.config = gen.config
         self.device = gen.device
         self.training = gen.training
-        self.packed = pack_weights(
-            [_layer_weights(block) for block in gen.blocks],
-            norm=gen.norm.weight,
-            head=gen.output.weight,
-            head_bias=gen.output.bias,
-            embeddings=gen.embeddings.weight,
-            rope=gen.rope,
-            dtype=gen.dtype if weights is None else weights,
-            norm_eps=NORM_EPS,
-        )
+        with torch.inference_mode(False), torch.no_grad():  # they may be kept longer than such a mode
+            self.packed = pack_weights(
+                [_layer_weights(block) for block in gen.blocks],
+                norm=gen.norm.weight,
+                head=gen.output.weight,
+                head_bias=gen.output.bias,
+                embeddings=gen.embeddings.weight,
+                rope=gen.rope,
+                dtype=gen.dtype if weights is None else weights,
+                norm_eps=NORM_EPS,
+            )
 
     @property
     def cache_dtype(self) -> torch.dtype:

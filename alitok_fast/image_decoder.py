@@ -57,7 +57,8 @@ class ImageDecoder:
         self._embedding, self._decoder = tokenizer.quantize.embedding, tokenizer.decoder
         if dtype != tokenizer.dtype:
             copied = int8_decoder if dtype == torch.int8 else lambda decoder: copy.deepcopy(decoder).to(dtype)
-            self._embedding, self._decoder = copy.deepcopy(self._embedding), copied(self._decoder)
+            with torch.inference_mode(False), torch.no_grad():
+                self._embedding, self._decoder = copy.deepcopy(self._embedding), copied(self._decoder)
         self._graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
         self._pool: tuple[int, int] | None = None  # graphs take turns, and share their memory
         self._read_by_graphs: list[Tensor] = []
@@ -92,8 +93,9 @@ class ImageDecoder:
                 self._turn.wait()  # another stream may not be done with it
                 self._graphs.popitem(last=False)
             size = self.config.image_size
-            tokens = torch.zeros(batch, self.config.tokens, dtype=torch.int64, device=self.device)
-            images = torch.empty(batch, 3, size, size, device=self.device)
+            with torch.inference_mode(False):  # else they could be written in such a mode only
+                tokens = torch.zeros(batch, self.config.tokens, dtype=torch.int64, device=self.device)
+                images = torch.empty(batch, 3, size, size, device=self.device)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
                 self._read_by_graphs = [*storage(self._embedding), *storage(self._decoder)]

@@ -76,6 +76,7 @@ class SamplingLoop:
                 "alitok_fast.plan(gen) says how many fit"
             ) from error
 
+        @torch.inference_mode(False)  # else they could be written in such a mode only
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
