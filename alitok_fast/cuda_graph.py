@@ -79,7 +79,7 @@ def capture(
 
     `work` runs once before, so that libraries set themselves up outside the graph. Graphs of one `pool`
     (`torch.cuda.graph_pool_handle`) share their memory: they may not run at the same time. Other threads may use the
-    GPU meanwhile. What cuBLAS splits into partial sums it adds up in float32 (`_exact_sums`).
+    GPU meanwhile; the cuBLAS workspaces that torch keeps for their streams are allocated anew (`_own_workspace`). What cuBLAS splits into partial sums it adds up in float32 (`_exact_sums`).
     """
     graph = torch.cuda.CUDAGraph()
     with _capturing, torch.cuda.device(device), _exact_sums(), _nothing_collected():
