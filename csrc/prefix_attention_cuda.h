@@ -34,6 +34,8 @@ template <class T>
 struct Fragments {  // bf16 and fp16: one mma.sync of depth 16
   static constexpr int kStep = 16;
   static constexpr int kUnroll = 8;  // all of a tile's steps
+  static constexpr int kRowSteps = 1, kColumnSteps = 1;  // of a part that add_products takes
+  static constexpr bool kSumsFromZero = false;
   struct A {
     uint32_t r[4];
   };
@@ -81,7 +83,9 @@ struct Fragments {  // bf16 and fp16: one mma.sync of depth 16
 template <>
 struct Fragments<float> {
   static constexpr int kStep = 8;
-  static constexpr int kUnroll = 2;  // of the 8 to 16 steps of a tile: more is mostly compile time
+  static constexpr int kUnroll = 1;  // more is mostly compile time
+  static constexpr int kRowSteps = 2, kColumnSteps = 4;
+  static constexpr bool kSumsFromZero = true;
   struct A {
     uint32_t high[4], low[4];
   };
@@ -136,25 +140,56 @@ struct Fragments<float> {
   }
 };
 
+// d[m][n] and d[m][n + 1] (16 x 8 each) += the products of a[k][m] and what load_b(b, k) loads, for all k.
+//
+// A matrix unit cuts its sums off instead of rounding them, always towards zero, so that the errors of a long running sum
+// do not cancel and become larger than those of float additions. For float each call therefore sums from zero and adds
+// the result by an ordinary addition, which rounds. In 16 bits the difference is lost in the rounding of the operands.
+template <class F, int kSteps, int kRowTiles, int kTiles, class Load>
+__device__ __forceinline__ void add_products(float (&d)[kRowTiles][kTiles][4], int n,
+                                             const typename F::A (&a)[kSteps][kRowTiles], const Load& load_b) {
+  float sum[kRowTiles][2][4] = {};
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    typename F::B b[2];
+    load_b(b, k);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      F::multiply(F::kSumsFromZero ? sum[m][0] : d[m][n], a[k][m], b[0]);
+      F::multiply(F::kSumsFromZero ? sum[m][1] : d[m][n + 1], a[k][m], b[1]);
+    }
+  }
+  if constexpr (F::kSumsFromZero) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) d[m][n + i / 4][i % 4] += sum[m][i / 4][i % 4];
+    }
+  }
+}
+
 // d[m] (16 x 8 kTiles) += left (rows 16 m .. of 16 kRowTiles, kDim) right (8 kTiles x kDim)^T, in shared memory. Each
 // fragment of `right` is loaded once for all row tiles.
 template <class T, int kDim, int kRowTiles, int kTiles>
 __device__ __forceinline__ void multiply_rows(float (&d)[kRowTiles][kTiles][4], const T* left, const T* right) {
   using F = Fragments<T>;
+  constexpr int kSteps = F::kRowSteps;
+  static_assert(kDim % (kSteps * F::kStep) == 0);
 #pragma unroll F::kUnroll
-  for (int k = 0; k < kDim; k += F::kStep) {
-    typename F::A a[kRowTiles];
+  for (int first = 0; first < kDim; first += kSteps * F::kStep) {
+    typename F::A a[kSteps][kRowTiles];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) a[m] = F::load_a(left + 16 * m * kStride<T, kDim> + k, kStride<T, kDim>);
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      typename F::B b[2];
-      F::load_b_rows(b, right + 8 * n * kStride<T, kDim> + k, kStride<T, kDim>);
+    for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        F::multiply(d[m][n], a[m], b[0]);
-        F::multiply(d[m][n + 1], a[m], b[1]);
+        a[k][m] = F::load_a(left + 16 * m * kStride<T, kDim> + first + k * F::kStep, kStride<T, kDim>);
       }
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      add_products<F>(d, n, a, [&](typename F::B(&b)[2], int k) {
+        F::load_b_rows(b, right + 8 * n * kStride<T, kDim> + first + k * F::kStep, kStride<T, kDim>);
+      });
     }
   }
 }
@@ -164,20 +199,21 @@ template <class T, int kDim, int kRowTiles, int kTiles>
 __device__ __forceinline__ void multiply_columns(float (&d)[kRowTiles][kDim / 8][4],
                                                  const float (&left)[kRowTiles][kTiles][4], const T* right) {
   using F = Fragments<T>;
+  constexpr int kSteps = F::kColumnSteps;
+  static_assert(8 * kTiles % (kSteps * F::kStep) == 0);
 #pragma unroll
-  for (int k = 0; k < 8 * kTiles / F::kStep; ++k) {
-    typename F::A a[kRowTiles];
+  for (int first = 0; first < 8 * kTiles / F::kStep; first += kSteps) {
+    typename F::A a[kSteps][kRowTiles];
 #pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) a[m] = F::from_result(left[m], k);
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) a[k][m] = F::from_result(left[m], first + k);
+    }
 #pragma unroll
     for (int n = 0; n < kDim / 8; n += 2) {
-      typename F::B b[2];
-      F::load_b_columns(b, right + k * F::kStep * kStride<T, kDim> + 8 * n, kStride<T, kDim>);
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        F::multiply(d[m][n], a[m], b[0]);
-        F::multiply(d[m][n + 1], a[m], b[1]);
-      }
+      add_products<F>(d, n, a, [&](typename F::B(&b)[2], int k) {
+        F::load_b_columns(b, right + (first + k) * F::kStep * kStride<T, kDim> + 8 * n, kStride<T, kDim>);
+      });
     }
   }
 }
@@ -214,12 +250,13 @@ __device__ __forceinline__ void copy_chunk(T* to, const Rows<T>& rows, int row, 
   }
 }
 
-// Rows first .. first + kCount, by the whole block, neighbouring threads on neighbouring chunks.
+// Rows first .. first + kCount, by the whole block, neighbouring threads on neighbouring chunks. Unrolled, the loop would
+// hold the address of every chunk in registers for as long as the block walks.
 template <class T, int kDim, int kThreads, int kCount>
 __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& rows, int first) {
   constexpr int kChunks = kDim / kVector<T>;
   static_assert(kCount * kChunks % kThreads == 0, "every thread copies equally many chunks");
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kCount * kChunks / kThreads; ++i) {
     const int chunk = static_cast<int>(threadIdx.x) + i * kThreads;
     const int row = chunk / kChunks, column = chunk % kChunks * kVector<T>;

@@ -28,9 +28,9 @@ __global__ void block_sum_without_barrier(const float* x, float* y) {
   }
 }
 
-// C (16, 8) = A (16, 16) B (16, 8): cp.async, ldmatrix plain and transposed, mma.
+// C (16, 8) = A (16, 16) B (16, 8) + start: cp.async, ldmatrix plain and transposed, mma.
 template <class T, bool Wait>
-__global__ void small_matmul(const T* a, const T* b, float* c) {
+__global__ void small_matmul(const T* a, const T* b, float start, float* c) {
   ALITOK_DYNAMIC_SHARED(T, smem);
   T* shared_a = smem;
   T* shared_b = smem + 16 * 16;
@@ -43,19 +43,19 @@ __global__ void small_matmul(const T* a, const T* b, float* c) {
   uint32_t fa[4], fb[2];
   ldmatrix_x4(fa, shared_a + lane % 16 * 16 + lane / 16 * 8);
   ldmatrix_x2_trans(fb, shared_b + lane % 16 * 8);
-  const float zero = static_cast<float>(shared_b[128 + 4 * lane]);
-  float d[4] = {zero, zero, zero, zero};
+  const float first = static_cast<float>(shared_b[128 + 4 * lane]) + start;  // zero and start
+  float d[4] = {first, first, first, first};
   mma_m16n8k16<T>(d, fa, fb);
   for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
   if constexpr (!Wait) cp_async_wait<0>();
 }
 
-__global__ void small_matmul_tf32(const float* a, const float* b, float* c) {  // A (16, 8), B (8, 8)
+__global__ void small_matmul_tf32(const float* a, const float* b, float start, float* c) {  // A (16, 8), B (8, 8)
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
   const uint32_t fa[4] = {to_tf32(a[g * 8 + t]), to_tf32(a[(g + 8) * 8 + t]), to_tf32(a[g * 8 + t + 4]),
                           to_tf32(a[(g + 8) * 8 + t + 4])};
   const uint32_t fb[2] = {to_tf32(b[t * 8 + g]), to_tf32(b[(t + 4) * 8 + g])};
-  float d[4] = {};
+  float d[4] = {start, start, start, start};
   mma_m16n8k8_tf32(d, fa, fb);
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = d[i];
 }
@@ -107,6 +107,7 @@ __global__ void last_writer(float* y) { y[0] = static_cast<float>(threadIdx.x); 
 void run_case(simt::Case& test) {
   const int64_t n = test.integer("n");
   const auto* x = test.input<float>("x");
+  const auto start = static_cast<float>(test.has("start") ? test.number("start") : 0.0);
   switch (test.integer("kernel")) {
     case 0:
       ALITOK_LAUNCH(block_sum, (n + 63) / 64, 64, 0, nullptr, x, test.output<float>("y", (n + 63) / 64), n);
@@ -116,18 +117,18 @@ void run_case(simt::Case& test) {
       break;
     case 2:
       ALITOK_LAUNCH((small_matmul<__nv_bfloat16, true>), 1, 32, 1024, nullptr, test.input<__nv_bfloat16>("a"),
-                    test.input<__nv_bfloat16>("b"), test.output<float>("y", 128));
+                    test.input<__nv_bfloat16>("b"), start, test.output<float>("y", 128));
       break;
     case 3:
       ALITOK_LAUNCH((small_matmul<__half, true>), 1, 32, 1024, nullptr, test.input<__half>("a"),
-                    test.input<__half>("b"), test.output<float>("y", 128));
+                    test.input<__half>("b"), start, test.output<float>("y", 128));
       break;
     case 4:
       ALITOK_LAUNCH((small_matmul<__half, false>), 1, 32, 1024, nullptr, test.input<__half>("a"),
-                    test.input<__half>("b"), test.output<float>("y", 128));
+                    test.input<__half>("b"), start, test.output<float>("y", 128));
       break;
     case 5:
-      ALITOK_LAUNCH(small_matmul_tf32, 1, 32, 0, nullptr, test.input<float>("a"), test.input<float>("b"),
+      ALITOK_LAUNCH(small_matmul_tf32, 1, 32, 0, nullptr, test.input<float>("a"), test.input<float>("b"), start,
                     test.output<float>("y", 128));
       break;
     case 6:

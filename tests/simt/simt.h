@@ -376,45 +376,76 @@ struct MmaOperands {
   uint32_t a[4], b[2];
 };
 
-// The lane layouts are those that cuda_kernel.h documents. The device sums in an order and with a rounding of its own;
-// here in double, so that a test's tolerance covers the device's rounding and not the emulation's.
-template <class T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// One step of a matrix unit: sum + x[0] y[0] + ..., rounded as the units of sm_80 do (Fasi, Higham, Mikaitis and Pranesh
+// 2021, "Numerical behavior of NVIDIA tensor cores"): products are exact, every term is cut off one bit below the 24 bits
+// that a float would have at the largest exponent of all, the exact sum of these is cut off to a float. The exponent of
+// a product is the sum of its factors' exponents. Later units keep more bits and take more products at a time.
+template <int kProducts>
+float multiply_step(float sum, const float* x, const float* y) {
+  const auto exponent = [](float v) {  // of the leading bit, that of subnormal numbers too being -126
+    return std::max<int>(simt::bits_as<uint32_t>(v) >> 23 & 255, 1) - 127;
+  };
+  double terms[kProducts + 1];
+  int largest = sum == 0 ? -400 : exponent(sum);
+  terms[kProducts] = sum;
+  for (int k = 0; k < kProducts; ++k) {
+    terms[k] = static_cast<double>(x[k]) * y[k];
+    if (terms[k] != 0) largest = std::max(largest, exponent(x[k]) + exponent(y[k]));
+  }
+  double total = 0;
+  for (const double term : terms) total += term;
+  if (!std::isfinite(total)) return static_cast<float>(total);
+
+  const auto power_of_two = [](int e) { return simt::bits_as<double>(uint64_t(1023 + e) << 52); };
+  const double unit = power_of_two(std::max(largest - 24, -149)), inverse = 1 / unit;
+  int64_t units = 0;
+  for (const double term : terms) units += static_cast<int64_t>(term * inverse);
+  const double exact = static_cast<double>(units) * unit;
+  const float nearest = static_cast<float>(exact);
+  const bool beyond = std::abs(static_cast<double>(nearest)) > std::abs(exact);
+  return beyond && std::isfinite(nearest) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// D (16 x 8) += A B with kDepth columns of A, kStep of them at a time. element(registers, index) is number `index` of
+// a lane's elements in a row of A or column of B; a lane holds kLaneElements neighbouring ones, then those kDepth / 2
+// further on.
+template <int kDepth, int kStep, int kLaneElements, class Element>
+void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Element element) {
   const auto* slots = simt::exchange(simt::kMma, 0xffffffffu, MmaOperands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
   const int g = simt::lane() / 4, t = simt::lane() % 4;
-  const auto element = [](uint32_t pair, int odd) {
-    T x;
-    x.bits = static_cast<uint16_t>(pair >> (16 * odd));
-    return static_cast<double>(static_cast<float>(x));
-  };
-  for (int i = 0; i < 4; ++i) {
-    const int row_half = i / 2, column = 2 * t + i % 2;
-    double sum = d[i];
-    for (int k = 0; k < 16; ++k) {
-      const MmaOperands left = simt::value_of<MmaOperands>(slots, 4 * g + k % 8 / 2);
-      const MmaOperands right = simt::value_of<MmaOperands>(slots, 4 * column + k % 8 / 2);
-      sum += element(left.a[2 * (k / 8) + row_half], k % 2) * element(right.b[k / 8], k % 2);
+  float rows[2][kDepth], columns[2][kDepth];
+  for (int lane = 0; lane < 4; ++lane) {
+    const MmaOperands left = simt::value_of<MmaOperands>(slots, 4 * g + lane);
+    for (int half = 0; half < 2; ++half) {
+      const MmaOperands right = simt::value_of<MmaOperands>(slots, 4 * (2 * t + half) + lane);
+      for (int i = 0; i < 2 * kLaneElements; ++i) {
+        const int k = i / kLaneElements * (kDepth / 2) + lane * kLaneElements + i % kLaneElements;
+        rows[half][k] = element(left.a[2 * (i / kLaneElements) + half], i % kLaneElements);
+        columns[half][k] = element(right.b[i / kLaneElements], i % kLaneElements);
+      }
     }
-    d[i] = static_cast<float>(sum);
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < kDepth; k += kStep) {
+      d[i] = multiply_step<kStep>(d[i], rows[i / 2] + k, columns[i % 2] + k);
+    }
   }
 }
 
+// The lane layouts are those that cuda_kernel.h documents.
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_fragments<16, 8, 2>(d, a, b, [](uint32_t pair, int odd) {
+    T x;
+    x.bits = static_cast<uint16_t>(pair >> (16 * odd));
+    return static_cast<float>(x);
+  });
+}
+
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto* slots = simt::exchange(simt::kMma, 0xffffffffu, MmaOperands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
-  const int g = simt::lane() / 4, t = simt::lane() % 4;
-  const auto element = [](uint32_t bits) {  // the device ignores the low 13 bits
-    return static_cast<double>(simt::bits_as<float>(bits & 0xffffe000u));
-  };
-  for (int i = 0; i < 4; ++i) {
-    const int row_half = i / 2, column = 2 * t + i % 2;
-    double sum = d[i];
-    for (int k = 0; k < 8; ++k) {
-      const MmaOperands left = simt::value_of<MmaOperands>(slots, 4 * g + k % 4);
-      const MmaOperands right = simt::value_of<MmaOperands>(slots, 4 * column + k % 4);
-      sum += element(left.a[2 * (k / 4) + row_half]) * element(right.b[k / 4]);
-    }
-    d[i] = static_cast<float>(sum);
-  }
+  multiply_fragments<8, 4, 1>(d, a, b, [](uint32_t bits, int) {  // the device ignores the low 13 bits
+    return simt::bits_as<float>(bits & 0xffffe000u);
+  });
 }
 
 inline uint32_t to_tf32(float x) { return (simt::bits_as<uint32_t>(x) + 0x1000u) & 0xffffe000u; }

@@ -109,6 +109,20 @@ def test_forward(simt, case):
     assert result.bank_conflicts == 0
 
 
+# Long sums in float: the matrix units cut sums off, and those errors do not cancel. One order of threads will do.
+LONG = [
+    (torch.float32, 1, 274, 1, 48, 274, False, False, 0.0),
+    (torch.float32, 1, 274, 1, 64, 274, False, True, 0.0),
+    (torch.float32, 1, 137, 1, 128, 137, False, False, 0.0),
+    (torch.float32, 1, 529, 1, 48, 529, False, False, 0.0),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c))
+def test_forward_of_long_sums(simt, case):
+    check(simt, make_case(*case), schedules=1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_and_strided_qkv(simt, dtype):
     case = make_case(dtype, 2, 19, 2, 24, 3, True, True, 0.0)
@@ -152,6 +166,19 @@ def test_backward(simt, case):
     assert result.bank_conflicts == 0
 
 
+# Causal, where the first keys receive something from every query.
+LONG_BACKWARD = [
+    (torch.float32, 1, 137, 1, 128, 137, False, False, 0.0),
+    (torch.float32, 1, 274, 1, 48, 0, True, True, 0.0),
+    (torch.float32, 1, 529, 1, 48, 0, True, True, 0.0),
+]
+
+
+@pytest.mark.parametrize("case", LONG_BACKWARD, ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c))
+def test_backward_of_long_sums(simt, case):
+    check_backward(simt, make_case(*case), schedules=1)
+
+
 FAR = {"row_stride": 2**31 + 8, "far": 1}
 
 
@@ -170,6 +197,12 @@ ONLY_BF16_48 = [
     (HEADER, "return launcher.template run<T, 80>()", "return"),
     (HEADER, "return launcher.template run<T, 64>()", "return"),
     (HEADER, "launcher.template run<T, 128>()", "return"),
+]
+
+
+ONLY_FLOAT = [
+    (HEADER, "return for_head_dim<__nv_bfloat16>(p.head_dim, launcher)", "return"),
+    (HEADER, "return for_head_dim<__half>(p.head_dim, launcher)", "return"),
 ]
 
 
@@ -210,3 +243,10 @@ def test_seeded_bugs_are_caught(simt, file, old, new, sanitizer, message):
     with pytest.raises(AssertionError, match=message):
         run = check_backward if file == BACKWARD else check
         run(only_bf16_48(simt, (file, old, new)), case, sanitizer, schedules=1, **layout)
+
+
+def test_truncated_sums_are_caught(simt):
+    patches = [*ONLY_FLOAT, (HEADER, "kSumsFromZero = true", "kSumsFromZero = false")]
+    program = simt.program("prefix_attention", patches=patches)
+    with pytest.raises(AssertionError, match="out: error"):
+        check(SimpleNamespace(program=lambda op, sanitizer: program), make_case(*LONG[0]), schedules=1)

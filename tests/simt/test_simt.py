@@ -27,6 +27,40 @@ def test_matrix_instructions(simt, kernel, dtype):
     assert torch.equal(result["y"], a.float() @ b.float())
 
 
+# The sum that is there before, the first products (the others are zero), and what a matrix unit of sm_80 makes of them.
+# Everything is exact in float64, and most of it would be another float if sums were rounded to nearest or term by term.
+TINY = 2.0**-12  # its square is one bit below a float's last at 1
+TRUNCATED = [
+    (1.0, [(TINY, TINY / 2)] * 4, 1.0),  # each term is cut off at 2^-24, before they are added
+    (1.0, [(TINY, TINY)] * 2, 1 + 2.0**-23),  # kept below 2^-24, and added before the sum is cut off
+    (1.0, [(TINY, 1.5 * TINY)] * 4, 1 + 2.0**-22),
+    (1.0, [(TINY, TINY)] * 3, 1 + 2.0**-23),  # the sum is cut off, where nearest would be the next float
+    (-1.0, [(-TINY, TINY)] * 3, -1 - 2.0**-23),  # towards zero
+    (-1.0, [(TINY, TINY / 2)], -1.0),  # terms are cut off towards zero too
+    (-1.0, [(TINY, TINY)], -1 + 2.0**-24),
+    (0.0, [(1.0, 1.0), (TINY, TINY / 2), (-1.0, 1.0)], 0.0),  # nothing is kept beyond what the largest term allows
+    (2.0**-24, [(1.5, 1.5)] + [(TINY, TINY)] * 3, 2.25 + 2.0**-22),  # 1.5 * 1.5 counts as 1 to 2
+    (1.0, [(TINY, TINY), *[(0.0, 0.0)] * 7, (TINY, TINY)], 1.0),  # 16 products are two steps, each of them cut off
+    (1.0, [(2.0**80, 2.0**80)], float("inf")),
+    (2.0**-149, [(2.0**-60, 2.0**-60), (-(2.0**-60), 2.0**-60)], 0.0),
+]
+
+
+@pytest.mark.parametrize(("start", "products", "expected"), TRUNCATED)
+@pytest.mark.parametrize(("kernel", "dtype"), [(2, torch.bfloat16), (5, torch.float32)])
+def test_matrix_instructions_truncate(simt, kernel, dtype, start, products, expected):
+    depth = 8 if dtype == torch.float32 else 16
+    if dtype == torch.float32:  # steps of 4 products
+        products = [pair for i, pair in enumerate(products) if not 3 < i < 8]
+    a, b = torch.zeros(16, depth, dtype=dtype), torch.zeros(depth, 8, dtype=dtype)
+    for k, (x, y) in enumerate(products):
+        a[3, k], b[k, 5] = x, y
+    case = {"kernel": kernel, "a": a, "b": b, "n": 0, "start": start}
+    got = simt.program("selftest").run(case, {"y": ((16, 8), torch.float32)}, schedules=1)["y"]
+    assert got[3, 5].item() == expected
+    assert got[3, 4].item() == got[15, 5].item() == start
+
+
 def test_warp_functions(simt):
     x = torch.randint(-5, 6, (64,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     y = torch.zeros(64 * 8 + 1, dtype=torch.int32)
