@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_rows(T (*tile)[kStride<T, kDim>], const Row
   using Row = typename Shape::Row;
 #pragma unroll
   for (int r = 0; r < kCount; r += Shape::kKeys) {
-#pragma unroll
+#pragma unroll 1  // as in load_tile
     for (int i = 0; i < Row::kChunks; ++i) {
       copy_chunk(&tile[r + Row::row()][Row::column(i)], rows, first + r + Row::row(), Row::column(i));
     }
@@ -60,18 +60,14 @@ struct SoftmaxState {
 
 // Logits to probabilities relative to the running maximum; rescales what was summed before.
 template <int kOutTiles, int kTiles>
-__device__ __forceinline__ void softmax_step(SoftmaxState& state, float (&out)[kOutTiles][4], float (&s)[kTiles][4],
-                                             float scale_log2) {
+__device__ __forceinline__ void softmax_step(SoftmaxState& state, float (&out)[kOutTiles][4], float (&s)[kTiles][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float maximum = state.maximum[half];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        s[n][e] *= scale_log2;
-        maximum = fmaxf(maximum, s[n][e]);
-      }
+      for (int e = 2 * half; e < 2 * half + 2; ++e) maximum = fmaxf(maximum, s[n][e]);
     }
     maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 1));
     maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 2));
@@ -95,7 +91,18 @@ __device__ __forceinline__ void softmax_step(SoftmaxState& state, float (&out)[k
   }
 }
 
-// Logits of rows `row` and row + 8 beyond what they see, in a lane's columns 8 n + first and the next, become -inf.
+// Products to logits, in base 2.
+template <int kTiles>
+__device__ __forceinline__ void scale_logits(float (&s)[kTiles][4], float scale_log2) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] *= scale_log2;
+  }
+}
+
+// Logits of rows `row` and row + 8 beyond what they see, in a lane's columns 8 n + first and the next, become -inf. Not
+// before they are scaled: a scale below zero would turn -inf into inf, zero into NaN.
 template <int kTiles>
 __device__ __forceinline__ void hide(const PrefixAttentionParams& p, float (&s)[kTiles][4], int row, int first) {
 #pragma unroll
@@ -188,8 +195,9 @@ __global__ __launch_bounds__(ForwardShape<T, kDim>::kThreads) void forward_kerne
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         const int row = warp_row + 16 * m + g;
+        scale_logits<kTiles>(s[m], scale_log2);
         if (!whole) hide<kTiles>(p, s[m], q_first + row, first + 2 * t);
-        softmax_step(state[m], out[m], s[m], scale_log2);
+        softmax_step(state[m], out[m], s[m]);
         if (p.dropout.threshold != 0) drop<kTiles>(s[m], shared->keep[row] + 2 * t, first % 128 / 16);
       }
       multiply_columns<T, kDim>(out, s, shared->v[stage][0]);

@@ -167,6 +167,15 @@ def test_large_logits_do_not_overflow(device):
     assert_as_exact_as_reference(qkv, 0, {"scale": 40.0}, multiple=5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_are_not_positive(target, dtype, scale):
+    """Masked logits must not come back as 0 * -inf or as -0.3 * -inf."""
+    qkv, options = make(length=70, dtype=dtype, device=target)
+    for prefix_len in (0, 17):
+        assert_as_exact_as_reference(qkv, prefix_len, options | {"scale": scale})
+
+
 def test_nan_is_not_hidden(target):
     qkv, options = make(batch=1, length=40, heads=2, device=target)
     qkv[0, 20, 1, 0, 3] = torch.nan  # one key of head 0

@@ -123,6 +123,22 @@ def test_forward_of_long_sums(simt, case):
     check(simt, make_case(*case), schedules=1)
 
 
+# By prefix_len, 0 is causal. Base-2 logits of zero and of the other sign: what is masked stays masked.
+SCALES = [(0, 0.0), (0, -0.3), (5, -0.3), (40, 0.0)]
+
+
+def scaled_case(dtype, prefix_len, scale):
+    return make_case(dtype, 1, 70, 1, 48, prefix_len, True, False, 0.0) | {"scale": scale}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("prefix_len", "scale"), SCALES)
+def test_scales_that_are_not_positive(simt, dtype, prefix_len, scale):
+    case = scaled_case(dtype, prefix_len, scale)
+    check(simt, case, schedules=1)
+    check_backward(simt, case, schedules=1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_and_strided_qkv(simt, dtype):
     case = make_case(dtype, 2, 19, 2, 24, 3, True, True, 0.0)
