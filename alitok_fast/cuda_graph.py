@@ -79,7 +79,8 @@ def capture(
 
     `work` runs once before, so that libraries set themselves up outside the graph. Graphs of one `pool`
     (`torch.cuda.graph_pool_handle`) share their memory: they may not run at the same time. Other threads may use the
-    GPU meanwhile; the cuBLAS workspaces that torch keeps for their streams are allocated anew (`_own_workspace`). What cuBLAS splits into partial sums it adds up in float32 (`_exact_sums`).
+    GPU meanwhile; the cuBLAS workspaces that torch keeps for their streams are allocated anew (`_own_workspace`). What
+    cuBLAS splits into partial sums it adds up in float32 (`_exact_sums`).
     """
     graph = torch.cuda.CUDAGraph()
     with _capturing, torch.cuda.device(device), _exact_sums(), _nothing_collected():
@@ -117,10 +118,10 @@ def _nothing_collected() -> Iterator[None]:
 @contextlib.contextmanager
 def _own_workspace() -> Iterator[None]:
     """Graphs recorded inside take the workspace of cuBLAS out of their own pool, and nobody else gets it."""
-    # torch keeps one for each handle, which a thread has, and stream, so that graphs recorded on one stream would share
-    # it; a stream for each owner would not do, because torch has 32 to hand out again and again, and a release may drop
-    # the workspaces of a stream with the first of its graphs (CUDAGraph::reset). Forgotten before and after, as
-    # torch/_inductor/cudagraph_trees.py does, it is allocated inside the recording, and lives as long as the pool.
+    # torch keeps one for each handle (a thread's) and stream, so graphs recorded on one stream would share it, and a
+    # stream for each owner is no way out: torch hands out 32 again and again, and newer releases free the workspaces of
+    # a stream with the first of its graphs. Forgotten before and after, as torch/_inductor/cudagraph_trees.py does, it
+    # is allocated while recording, out of the graph's own pool, and nothing else finds it.
     torch._C._cuda_clearCublasWorkspaces()
     try:
         yield
