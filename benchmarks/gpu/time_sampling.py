@@ -61,7 +61,7 @@ for _batch in BATCHES:
 
 
 @items("kernels of a step", gpu=True)
-def kernels(context: Context) -> list[Number]:
+def kernels_of_a_step(context: Context) -> list[Number]:
     """One replay of the graph under torch's profiler, at batch 1 and 64; the log has each kernel."""
     numbers = []
     for batch in (1, 64):
@@ -73,10 +73,11 @@ def kernels(context: Context) -> list[Number]:
             ours.loop._graph.replay()
             torch.cuda.synchronize()
         table = profile.key_averages()
-        print(f"batch {batch}\n{table.table(sort_by='self_cuda_time_total', row_limit=25, max_name_column_width=90)}")
-        busy = sum(entry.self_device_time_total for entry in table)
+        print(f"batch {batch}\n{table.table(sort_by='self_device_time_total', row_limit=25, max_name_column_width=90)}")
+        kernels = [entry for entry in table if entry.self_device_time_total > 0]  # calls of the driver stand there too
+        busy = sum(entry.self_device_time_total for entry in kernels)
         numbers += [
-            Number(f"batch {batch}: nodes", sum(entry.count for entry in table), "count"),
+            Number(f"batch {batch}: nodes", sum(entry.count for entry in kernels), "count"),
             context.timed(f"batch {batch}: kernels, without the gaps", [busy / 1e6], least=least(context, ours, BF16)),
         ]
     return numbers

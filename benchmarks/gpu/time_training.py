@@ -69,7 +69,7 @@ def kernels(context: Context) -> list[Number]:
         train()
         torch.cuda.synchronize()
     table = profile.key_averages()
-    print(table.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
+    print(table.table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=90))
     busy = sum(entry.self_device_time_total for entry in table)
     own = sum(entry.self_device_time_total for entry in table if "alitok" in entry.key)
     return [
