@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 PARTS = ("build", "ops", "models", "sampling", "operators", "attention", "training", "sanitizer", "ncu")
 CUDA_TESTS = ("tests/ops", "tests/models/test_quantize.py", "tests/test_image_decoder.py", "tests/test_pipeline.py",
-              "tests/test_sampling.py", "tests/training")  # fmt: skip
+              "tests/test_streams.py", "tests/test_inference_mode.py", "tests/training")  # fmt: skip
+MEET_A_GPU = "cuda or test_graphs or test_two_threads"  # in a test's name, its file's or its parameters
 
 
 @dataclass(frozen=True)
@@ -69,4 +70,4 @@ def pytest_arguments(step: Step, cuda: bool, junit: str) -> list[str]:
     if importlib.util.find_spec("xdist") is not None:
         arguments += ["-n", "6"]
     large = "tests/ops/test_large_sizes.py"  # 30 to 40 GiB and minutes, for a GPU without a clock beside it
-    return [*arguments, "-k", "cuda or graph or stream", f"--ignore={large}", *step.tests]
+    return [*arguments, "-k", MEET_A_GPU, f"--ignore={large}", *step.tests]
