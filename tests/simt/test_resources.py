@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles, and uses the registers, stack and shared memory that resources.json says."""
+"""Every CUDA kernel compiles for every architecture, and uses the registers, stack and shared memory of resources.json."""
 
 import json
 import re
