@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for every architecture, and uses the registers, stack and shared memory of resources.json."""
+"""Every CUDA kernel compiles for every architecture, and uses the registers and memory that resources.json says."""
 
 import json
 import re
