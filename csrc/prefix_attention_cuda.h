@@ -142,9 +142,9 @@ struct Fragments<float> {
 
 // d[m][n] and d[m][n + 1] (16 x 8 each) += the products of a[k][m] and what load_b(b, k) loads, for all k.
 //
-// A matrix unit cuts its sums off instead of rounding them, always towards zero, so that the errors of a long running sum
-// do not cancel and become larger than those of float additions. For float each call therefore sums from zero and adds
-// the result by an ordinary addition, which rounds. In 16 bits the difference is lost in the rounding of the operands.
+// A matrix unit cuts its sums off instead of rounding them, always towards zero, so that the errors of a long running
+// sum do not cancel and become larger than those of float additions. For float each call therefore sums from zero and
+// adds the result by an ordinary addition, which rounds. In 16 bits the rounding of the operands is far larger.
 template <class F, int kSteps, int kRowTiles, int kTiles, class Load>
 __device__ __forceinline__ void add_products(float (&d)[kRowTiles][kTiles][4], int n,
                                              const typename F::A (&a)[kSteps][kRowTiles], const Load& load_b) {
@@ -250,8 +250,8 @@ __device__ __forceinline__ void copy_chunk(T* to, const Rows<T>& rows, int row, 
   }
 }
 
-// Rows first .. first + kCount, by the whole block, neighbouring threads on neighbouring chunks. Unrolled, the loop would
-// hold the address of every chunk in registers for as long as the block walks.
+// Rows first .. first + kCount, by the whole block, neighbouring threads on neighbouring chunks. Unrolled, the loop
+// would hold the address of every chunk in registers for as long as the block walks.
 template <class T, int kDim, int kThreads, int kCount>
 __device__ __forceinline__ void load_tile(T* tile, const Rows<T>& rows, int first) {
   constexpr int kChunks = kDim / kVector<T>;

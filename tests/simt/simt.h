@@ -376,10 +376,10 @@ struct MmaOperands {
   uint32_t a[4], b[2];
 };
 
-// One step of a matrix unit: sum + x[0] y[0] + ..., rounded as the units of sm_80 do (Fasi, Higham, Mikaitis and Pranesh
-// 2021, "Numerical behavior of NVIDIA tensor cores"): products are exact, every term is cut off one bit below the 24 bits
-// that a float would have at the largest exponent of all, the exact sum of these is cut off to a float. The exponent of
-// a product is the sum of its factors' exponents. Later units keep more bits and take more products at a time.
+// One step of a matrix unit: sum + x[0] y[0] + ..., rounded as the units of sm_80 do (Fasi, Higham, Mikaitis and
+// Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"): products are exact, every term is cut off one bit below
+// the 24 bits that a float would have at the largest exponent of all, the exact sum of these is cut off to a float. The
+// exponent of a product is the sum of its factors' exponents. Later units keep more bits and take more products a step.
 template <int kProducts>
 float multiply_step(float sum, const float* x, const float* y) {
   const auto exponent = [](float v) {  // of the leading bit, that of subnormal numbers too being -126
