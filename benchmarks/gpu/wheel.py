@@ -43,6 +43,8 @@ def environment(python: str, torch: str) -> Path:
     folder = ROOT / "build" / f"gpu-wheel-env-{name}"
     interpreter = folder / "bin" / "python"
     if not (folder / "complete").is_file():
+        if subprocess.run([python, "--version"], capture_output=True).returncode != 0:
+            raise SystemExit(f"--python: expected an interpreter that runs, got {python!r}, which does not")
         subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
         install = [str(interpreter), "-m", "pip", "install", "--quiet"]
         subprocess.run([*install, "setuptools>=77", "cmake", "ninja"], check=True)
@@ -53,6 +55,8 @@ def environment(python: str, torch: str) -> Path:
 
 def main() -> None:
     given, begin = options(), time.monotonic()
+    if shutil.which(given.python) is None:
+        raise SystemExit(f"--python: expected an interpreter on PATH or its file, got {given.python!r}")
     interpreter = environment(given.python, given.torch)
     ready = time.monotonic()
     settings = {
