@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from gpu.items import Items, Number, Skipped, within
 
 items = Items()
 
-@items("good")
+@items("good, for one")
 def good(context):
     return [context.timed("a second", [1.0], read=1e9, key="good")]
 
@@ -83,9 +85,9 @@ def states(result) -> dict[str, str]:
 
 
 def test_items_are_recorded_with_their_floors(planted):
-    result = planted("good", "for a GPU", "last")
+    result = planted("good, for one", "for a GPU", "last")
     assert (result.state, result.reason) == ("passed", "")
-    assert states(result) == {"good": "passed", "for a GPU": "skipped", "last": "passed"}
+    assert states(result) == {"good, for one": "passed", "for a GPU": "skipped", "last": "passed"}
     (number,) = result.items[0]["numbers"]
     assert number == {
         "name": "a second", "value": 1000.0, "unit": "ms", "floor": 500.0, "floor_is": "bytes / bandwidth",
@@ -95,17 +97,17 @@ def test_items_are_recorded_with_their_floors(planted):
 
 
 def test_a_wrong_item_fails_alone(planted):
-    result = planted("wrong", "good")
+    result = planted("wrong", "good, for one")
     assert result.state == "failed"
     assert result.reason == "wrong: AssertionError: error: expected at most 1 (relative), got nan"
-    assert states(result) == {"wrong": "failed", "good": "passed"}
+    assert states(result) == {"wrong": "failed", "good, for one": "passed"}
 
 
 def test_a_crash_costs_its_item(planted):
-    result = planted("good", "crashes", "leaves", "last")
+    result = planted("good, for one", "crashes", "leaves", "last")
     assert result.state == "failed"
     assert result.reason == "crashes: it was ended by signal 11 (SIGSEGV)"
-    assert states(result) == {"good": "passed", "crashes": "failed", "leaves": "failed", "last": "passed"}
+    assert states(result) == {"good, for one": "passed", "crashes": "failed", "leaves": "failed", "last": "passed"}
     assert result.items[2]["reason"] == "it ended with status 3"
 
 
@@ -130,7 +132,7 @@ def test_a_steps_own_limit_leaves_its_rest(planted):
 
 
 def test_without_time_nothing_fails(planted):
-    assert planted("good", minutes=0).state == "not run"
+    assert planted("good, for one", minutes=0).state == "not run"
     result = planted("hangs", "last", minutes=0.1)
     assert (result.state, result.reason) == ("not run", "2 of 2 items: no time was left")
 
@@ -139,6 +141,16 @@ def test_a_step_that_does_not_begin_says_why(planted):
     result = planted(module="broken")
     assert result.state == "failed"
     assert result.reason == "it ended with status 1; its log ends: ImportError: no such thing"
+
+
+def test_pytest_may_write_what_it_has_when_its_limit_comes(planted, tmp_path, monkeypatch):
+    file = tmp_path / "test_planted.py"
+    file.write_text("import time\n\ndef test_wrong():\n    assert 1 == 2\n\ndef test_hangs():\n    time.sleep(600)\n")
+    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)]
+    monkeypatch.setattr(runner, "pytest_arguments", lambda step, cuda, junit: [*options, f"--junitxml={junit}"])
+    result = planted(tests=(str(file),), limit=8.0)
+    assert result.state == "failed"
+    assert result.reason == "1 failed; test_planted.test_wrong: assert 1 == 2"
 
 
 def test_failing_tests_are_named(planted, tmp_path, monkeypatch):
@@ -209,7 +221,7 @@ def test_a_second_run_skips_what_passed(rehearsal, capsys, monkeypatch):
     monkeypatch.setattr(gpu_check, "fingerprint", lambda: "other sources")
     with pytest.raises(AttributeError):  # the stand-in for a run has no result
         gpu_check.main(arguments)
-    assert ran == ["ceilings"]
+    assert ran == ["torch alone"]
 
 
 def a_check(monkeypatch, tmp_path, **results: str):
@@ -262,6 +274,27 @@ def test_a_gpu_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--device", "cuda"])
     assert "--device cpu rehearses without one" in capsys.readouterr().err
+
+
+def test_a_required_step_that_is_skipped_proves_nothing_on_a_gpu(tmp_path):
+    given = gpu_check.options(["--device", "cpu", "--out", str(tmp_path)])
+    check = gpu_check.Check(given, tmp_path)
+    skipped = runner.Result("tests", "ops", True, "skipped")
+    assert check._stands(skipped)
+    check.about["rehearsal"] = False
+    assert not check._stands(skipped)
+
+
+def test_the_checkout_alone_is_enough(tmp_path):
+    """Without .pth files (-S) an editable installation is not found, but what lies in site-packages is."""
+    packages = sysconfig.get_paths()["purelib"]
+    done = subprocess.run([sys.executable, "-S", gpu_check.__file__, "--help"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": packages})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one = Runner("cpu", True, tmp_path, time.monotonic() + 60, {"PYTHONPATH": packages})
+    code = "import alitok_fast, gpu.items; print(alitok_fast.__file__)"
+    assert one._process(STEPS[0], [sys.executable, "-S", "-c", code], time.monotonic() + 60, lambda: False) == ""
+    assert str(gpu_check.ROOT / "alitok_fast") in one.log(STEPS[0]).read_text()
 
 
 def test_parts_are_the_steps():

@@ -16,6 +16,18 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU_ISAS = ("scalar", "avx2", "avx512", "amx")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """After an illegal access on a GPU every later test of the process would fail too: pytest-xdist starts another."""
+    report = yield
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(70)
+    return report
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of reference outputs: $ALITOK_GOLDEN, else shared/golden beside the checkout; none skips the test."""

@@ -24,6 +24,7 @@ import torch
 
 from ceilings import Ceilings, synchronize
 
+CEILINGS = {field.name for field in dataclasses.fields(Ceilings)}
 BROKEN = 70  # exit status: the device takes no more work from this process, another one may go on
 
 
@@ -149,11 +150,11 @@ class Items:
         says so. BROKEN when the device no longer works."""
         options = _options()
         context = Context(options.device, options.quick, _read_ceilings(options.ceilings))
-        names = options.items.split(",") if options.items else list(self._items)
+        names = options.items or list(self._items)
         with open(options.record, "a", encoding="utf-8") as record:
             _write(record, {"items": names})
             for name in names:
-                if name in options.skip.split(","):
+                if name in options.skip:
                     continue
                 _write(record, {"item": name, "state": "began", "at": time.time()})
                 print(f"--- {name}", flush=True)
@@ -161,6 +162,9 @@ class Items:
                 outcome = _outcome(*self._items[name], context)
                 print(outcome.get("reason", ""), flush=True)
                 _write(record, {"item": name, "seconds": round(time.monotonic() - begin, 2), **outcome})
+                measured = {number["name"]: number["value"] for number in outcome.get("numbers", [])}
+                if set(measured) == CEILINGS:  # floors of the items after it
+                    context = dataclasses.replace(context, ceilings=Ceilings(**measured))
                 if not _works(options.device):
                     sys.exit(BROKEN)
 
@@ -171,8 +175,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--record", type=Path, required=True, help="JSON lines are added to it")
     parser.add_argument("--ceilings", type=Path, help="JSON of ceilings.Ceilings")
-    parser.add_argument("--items", default="", help="names, comma-separated; all where there are none")
-    parser.add_argument("--skip", default="", help="names, comma-separated")
+    parser.add_argument("--items", nargs="*", default=[], help="names; all where there are none")
+    parser.add_argument("--skip", nargs="*", default=[], help="names")
     return parser.parse_args()
 
 

@@ -53,12 +53,16 @@ def summary(result: Result) -> str:
     return ", ".join(parts)
 
 
+def row(result: Result) -> str:
+    state = "passed *" if result.before else result.state
+    return f"{result.name:<30} {state:<9} {result.seconds:>7.1f}  {summary(result)}"[:WIDTH]
+
+
 def screen(title: str, results: Iterable[Result], verdict: str) -> str:
     """At most a line for each step, cut to the width of a screen."""
     lines = [title, "", f"{'step':<30} {'result':<9} {'seconds':>7}  numbers"]
-    for result in results:
-        state = "passed *" if result.before else result.state
-        lines.append(f"{result.name:<30} {state:<9} {result.seconds:>7.1f}  {summary(result)}"[:WIDTH])
+    results = list(results)
+    lines += [row(result) for result in results]
     if any(result.before for result in results):
         lines.append("* in an earlier run, on the same sources")
     return "\n".join([*lines, "", verdict])

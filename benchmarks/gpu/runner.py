@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,9 @@ from gpu.plan import Step, pytest_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.05
+GRACE_SECONDS = 8.0  # for pytest to write down what it has, when interrupted
+# In the session of this process, so that whoever ends all of that ends the steps too; Python 3.10 cannot say so.
+GROUP_OF_ITS_OWN = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 NO_TIME = "no time was left"
 
 
@@ -81,8 +85,8 @@ class Runner:
             command = [sys.executable, "-m", step.module, "--device", self.device, "--record", str(record.file)]
             command += ["--quick"] if self.quick else []
             command += ["--ceilings", str(self.ceilings)] if self.ceilings.is_file() else []
-            command += ["--items", ",".join(step.items)] if step.items else []
-            command += ["--skip", ",".join(record.done)] if record.done else []
+            command += ["--items", *step.items] if step.items else []
+            command += ["--skip", *record.done] if record.done else []
             before = len(record.done)
             ended = self._process(step, command, until, lambda: record.under_way_since(step.item_limit))
             if record.under_way is not None:
@@ -140,12 +144,14 @@ class Runner:
         """Run a command to its end, or kill it with all that it has started. Empty when it ended well, else what
         happened, in words."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment, **step.environment}
+        # The checkout, installed or not.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         with open(self.log(step), "ab") as log:
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 command, cwd=folder or ROOT / "benchmarks", env=environment, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                **GROUP_OF_ITS_OWN,
             )  # fmt: skip
             begin = time.monotonic()
             try:
@@ -156,7 +162,7 @@ class Runner:
                         return f"its step did not end within {until - begin:.0f} s"
                     time.sleep(POLL_SECONDS)
             finally:
-                _kill(process)
+                _stop(process, GRACE_SECONDS if step.tests else 0.0)
         return _ended(process.returncode)
 
 
@@ -230,12 +236,14 @@ def _ended(status: int) -> str:
     return f"it ended with status {status}"
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """The process and all that it has started."""
-    try:
+def _stop(process: subprocess.Popen, grace: float) -> None:
+    """End the process and all that it has started; interrupt it first and wait so many seconds."""
+    if grace and process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

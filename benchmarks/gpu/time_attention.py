@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.ops.prefix_attention import prefix_attention
 from gpu.items import Context, Items, Number
+from gpu.torch_alone import graphed
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -22,7 +25,7 @@ def shapes(context: Context) -> dict[str, tuple[int, int, int, int, int]]:
     """Batch, length, heads, head dim, prefix."""
     config = TOKENIZERS["256"]
     length = config.tokens + config.decoder_start_tokens
-    batch = context.pick(quick=1, full=32)
+    batch = context.pick(quick=1, full=128)
     own = {size: GENERATORS[size] for size in context.pick(quick=("b",), full=("b", "l", "xl"))}
     generators = {f"{size.upper()}, causal": (batch, 1 + g.tokens, g.heads, g.head_dim, 0) for size, g in own.items()}
     decoder = config.decoder_heads, config.decoder_width // config.decoder_heads
@@ -35,14 +38,15 @@ def attention(context: Context, dtype: torch.dtype, backward: bool) -> list[Numb
     for name, (batch, length, heads, dim, prefix) in shapes(context).items():
         qkv = torch.randn(batch, length, 3, heads, dim, device=context.device).to(dtype)
         pairs = length * length if prefix else length * (length + 1) // 2
-        work = dict(
-            flops=2.0 * (2 + 5 * backward) * pairs * dim * batch * heads,
-            rate="fp32_flops" if dtype == torch.float32 else "bf16_flops",
-            read=qkv.nbytes * 4 / 3 * (1 + 2 * backward),
-        )
+        work = dict(flops=2.0 * (2 + 5 * backward) * pairs * dim * batch * heads)
+        work |= dict(read=qkv.nbytes * 4 / 3 * (1 + 2 * backward))
+        if dtype == torch.float32 and context.device.type == "cuda":
+            work["flops"] *= 6  # three products of tf32 parts, at half the rate of bfloat16
+        elif dtype == torch.float32:
+            work["rate"] = "fp32_flops"
         key = name.split(",")[0] if dtype == torch.bfloat16 and not backward else ""
         ours = with_backward(lambda x, prefix=prefix: prefix_attention(x, prefix), [qkv], backward)
-        numbers.append(context.timed(f"{name}: alitok_fast", context.seconds(ours), unit="us", key=key, **work))
+        numbers.append(timed(context, f"{name}: alitok_fast", ours, key=key, **work))
         for label, backend in BACKENDS.items():
             try:
                 run = with_backward(sdpa(backend, causal=not prefix), qkv_apart(qkv), backward)
@@ -50,8 +54,15 @@ def attention(context: Context, dtype: torch.dtype, backward: bool) -> list[Numb
             except RuntimeError as reason:
                 print(f"{name}, {label}: {str(reason).splitlines()[0]}")
                 continue
-            numbers.append(context.timed(f"{name}: SDPA, {label}", context.seconds(run), unit="us", **work))
+            numbers.append(timed(context, f"{name}: SDPA, {label}", run, **work))
     return numbers
+
+
+def timed(context: Context, name: str, run: Callable[[], None], **work) -> Number:
+    """Several calls in one graph, so that the time is not the host's."""
+    calls = context.pick(quick=1, full=4)
+    seconds = context.seconds(graphed(lambda: [run() for _ in range(calls)], context))
+    return context.timed(name, seconds, calls, unit="us", **work)
 
 
 def qkv_apart(qkv: torch.Tensor) -> list[torch.Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 
 import torch
 
 from alitok_fast.config import GENERATORS
+from alitok_fast.models import Generator, Tokenizer
 from gpu.items import Context, Items, Number
 from peers.compiled import Compiled
 from peers.ours import Ours
@@ -15,13 +17,19 @@ from random_models import random_generator, random_tokenizer
 items = Items()
 
 
-def beside(context: Context, batch: int) -> list[Number]:
+@functools.cache
+def models(context: Context) -> tuple[Generator, Tokenizer]:
     layers = context.pick(quick=2, full=GENERATORS["b"].layers)
     gen = random_generator("b", context.device, layers=layers)
-    tokenizer = random_tokenizer(context.device, encoder_layers=1, decoder_layers=1)
+    return gen, random_tokenizer(context.device, encoder_layers=1, decoder_layers=1)
+
+
+def beside(context: Context, batch: int) -> list[Number]:
+    gen, tokenizer = models(context)
     labels = torch.arange(batch, device=context.device)
     compiled = context.device.type == "cuda"  # on the CPU a compiler's minutes; the speed report has it
-    ours, baseline = Ours(gen, None, batch, torch.bfloat16), Compiled(gen, tokenizer, batch, compiled)
+    ours = Ours(gen, None, batch, torch.bfloat16)
+    baseline = Compiled(gen, tokenizer, batch, compiled, tuned=False)  # tuning takes minutes; the speed report has it
     count = context.pick(quick=4, full=gen.config.tokens)
     taken: dict[str, list[float]] = {"alitok_fast": [], "torch.compile" if compiled else "the same, uncompiled": []}
     for _ in range(context.pick(quick=1, full=3)):

@@ -19,6 +19,8 @@ from gpu.items import Context, Items, Number
 from gpu.torch_alone import graphed
 
 CONFIG = GENERATORS["b"]
+COLD_BYTES = 2**27  # more than twice the last cache of an H100
+REPEATS = 20  # of a call whose data a step leaves in the cache anyway
 items = Items()
 
 
@@ -27,26 +29,31 @@ def randn(context: Context, *shape: int, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def timed(context: Context, name: str, calls: Sequence[Callable[[], object]], **work) -> Number:
-    """One of `calls`, which work on different memory, so that no cache holds what they read, one after the other."""
-    with torch.no_grad():
-        run = graphed(lambda: [call() for call in calls], context)
-        return context.timed(name, context.seconds(run), len(calls), unit="us", **work)
+    """One of `calls`, one after the other in one graph: the launch of a graph costs as much as a small kernel."""
+    run = graphed(lambda: [call() for call in calls], context)
+    return context.timed(name, context.seconds(run), len(calls), unit="us", **work)
+
+
+def copies(context: Context, bytes_each: int) -> int:
+    """How many buffers are worked on in turn so that no cache holds them, as a step finds weights and keys."""
+    return context.pick(quick=2, full=max(CONFIG.layers, -(-COLD_BYTES // bytes_each)))
 
 
 @items("cached_attention")
 def time_cached_attention(context: Context) -> list[Number]:
-    """All layers' caches in turn, half-way through an image."""
+    """Half-way through an image."""
     numbers = []
-    layers, position = context.pick(quick=2, full=CONFIG.layers), CONFIG.tokens // 2
+    position = CONFIG.tokens // 2
     at = torch.tensor(position, device=context.device)
     for batch in context.pick(quick=(1,), full=(1, 8, 64, 256)):
         rows, heads, dim = 2 * batch, CONFIG.heads, CONFIG.head_dim
         qkv = randn(context, rows, 3, heads, dim)
         arrivals = torch.zeros(rows * heads, dtype=torch.int32, device=context.device)
         for stored in (torch.bfloat16, torch.float8_e4m3fn):
-            caches = [randn(context, 2, rows, heads, CONFIG.tokens, dim).to(stored) for _ in range(layers)]
-            calls = [partial(cached_attention, qkv, *cache, at, arrivals=arrivals) for cache in caches]
             read = 2 * rows * heads * (position + 1) * dim * stored.itemsize
+            shape = 2, rows, heads, CONFIG.tokens, dim
+            caches = [randn(context, *shape).to(stored) for _ in range(copies(context, read))]
+            calls = [partial(cached_attention, qkv, *cache, at, arrivals=arrivals) for cache in caches]
             name = f"batch {batch}, cache {str(stored).removeprefix('torch.')}"
             key = f"attend {batch}" if stored == torch.bfloat16 and batch != 8 else ""
             numbers.append(timed(context, name, calls, read=read, key=key))
@@ -56,17 +63,17 @@ def time_cached_attention(context: Context) -> list[Number]:
 
 @items("quantized_linear")
 def time_quantized_linear(context: Context) -> list[Number]:
-    """qkv of every layer in turn; from 33 rows on the weights are written out for torch's product."""
+    """qkv; from 33 rows on the weights are written out for torch's product."""
     numbers = []
-    layers = context.pick(quick=2, full=CONFIG.layers)
-    weights = [torch.randn(3 * CONFIG.width, CONFIG.width) for _ in range(layers)]
+    weight = torch.randn(3 * CONFIG.width, CONFIG.width, device=context.device)
     for stored in (torch.int8, torch.float8_e4m3fn):
-        packed = [[t.to(context.device) for t in quantize_weight(weight, stored)] for weight in weights]
-        read = sum(t.nbytes for t in packed[0])
+        first = quantize_weight(weight, stored)
+        read = sum(t.nbytes for t in first)
+        packed = [[t.clone() for t in first] for _ in range(copies(context, read))]
         for rows in context.pick(quick=(2,), full=(2, 16, 32, 128)):
             x = randn(context, rows, CONFIG.width)
             calls = [partial(quantized_linear, x, *pair) for pair in packed]
-            work = dict(read=read, flops=2.0 * rows * weights[0].numel())
+            work = dict(read=read, flops=2.0 * rows * weight.numel())
             numbers.append(timed(context, f"{str(stored).removeprefix('torch.')}, {rows} rows", calls, **work))
     return numbers
 
@@ -81,17 +88,18 @@ def time_elementwise(context: Context) -> list[Number]:
         delta, gate, up = (randn(context, rows, columns) for columns in (width, hidden, hidden))
         norm, gated = partial(add_rms_norm, x, delta, weight), partial(swiglu, gate, up)
         bytes_ = 2 * x.nbytes + 2 * delta.nbytes
-        numbers.append(timed(context, f"add_rms_norm, {rows} rows", [norm], read=bytes_))
-        numbers.append(timed(context, f"swiglu, {rows} rows", [gated], read=3 * gate.nbytes))
+        numbers.append(timed(context, f"add_rms_norm, {rows} rows", [norm] * REPEATS, read=bytes_))
+        numbers.append(timed(context, f"swiglu, {rows} rows", [gated] * REPEATS, read=3 * gate.nbytes))
     leaves = [t.requires_grad_() for t in (x, delta, weight)]
     directions = [torch.randn_like(x), torch.randn_like(delta)]
 
+    seed = torch.tensor([1], device=context.device)
+
     def forward_backward() -> None:
-        torch.autograd.grad(add_rms_norm(*leaves, dropout=0.1, seed=1), leaves, directions)
+        torch.autograd.grad(add_rms_norm(*leaves, dropout=0.1, seed=seed), leaves, directions)
 
     read = 4 * x.nbytes + 4 * delta.nbytes
-    seconds = context.seconds(forward_backward)
-    numbers.append(context.timed(f"add_rms_norm, {rows} rows, with backward", seconds, read=read, unit="us"))
+    numbers.append(timed(context, f"add_rms_norm, {rows} rows, with backward", [forward_backward] * 4, read=read))
     return numbers
 
 
@@ -105,7 +113,7 @@ def time_sample_tokens(context: Context) -> list[Number]:
         for name, rule in (("plain", {}), ("top-k 50, top-p 0.9", dict(top_k=50, top_p=0.9))):
             keys = dict(guidance_scale=scale, seed=seed, image_ids=ids, step=step)
             call = partial(sample_tokens, logits, **keys, **rule)
-            numbers.append(timed(context, f"batch {batch}, {name}", [call], read=logits.nbytes))
+            numbers.append(timed(context, f"batch {batch}, {name}", [call] * REPEATS, read=logits.nbytes))
     return numbers
 
 
@@ -118,8 +126,8 @@ def time_vq_lookup(context: Context) -> list[Number]:
     work = dict(read=z.nbytes + codebook.nbytes, flops=2.0 * z.numel() * len(codebook), rate="fp32_flops")
     training, encoding = partial(vq_lookup, z, codebook), partial(vq_lookup, z, codebook, with_closest=False)
     return [
-        timed(context, f"{features} features, forward", [training], **work),
-        timed(context, f"{features} features, encoding", [encoding], **work),
+        timed(context, f"{features} features, forward", [training] * 4, **work),
+        timed(context, f"{features} features, encoding", [encoding] * 4, **work),
     ]
 
 

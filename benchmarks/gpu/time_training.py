@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -46,9 +48,14 @@ class Training:
         return 6.0 * step_weights(config) * length * self.batch + attention
 
 
+@functools.cache
+def training(context: Context) -> Training:
+    return Training(context)
+
+
 @items("a step of B")
 def step(context: Context) -> list[Number]:
-    train = Training(context)
+    train = training(context)
     first = train().item()
     seconds = context.seconds(train, rounds=context.pick(quick=1, full=10))
     last = train().item()
@@ -62,7 +69,7 @@ def step(context: Context) -> list[Number]:
 @items("kernels of a step", gpu=True)
 def kernels(context: Context) -> list[Number]:
     """The log has each kernel."""
-    train = Training(context)
+    train = training(context)
     train()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -20,10 +20,10 @@ from gpu.items import Context, Items, Number, Skipped, within
 BENCHMARKS = Path(__file__).resolve().parents[1]
 SANITIZED = ("cached_attention", "prefix_attention bfloat16", "prefix_attention float32", "quantized_linear",
              "sample_tokens", "vq_lookup", "add_rms_norm")  # fmt: skip
-PROFILED = {  # kernels by the item that launches them, at real sizes
+PROFILED = {  # kernels by the item of gpu.profiled that launches them
     "cached_attention_kernel": "cached_attention",
-    "forward_kernel": "prefix_attention bfloat16",
-    "grad_kv_kernel": "prefix_attention bfloat16",
+    "forward_kernel": "prefix_attention",
+    "grad_kv_kernel": "prefix_attention",
 }
 METRICS = {
     "gpu__time_duration.sum": "time",
@@ -32,27 +32,38 @@ METRICS = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy",
     "launch__registers_per_thread": "registers",
 }
+PROBES = ("--report-api-errors", "no")  # libraries ask drivers for functions that are not there, and go on
 OURS = ("--kernel-regex", "kns=alitok")  # mangled names hold the namespace; torch's own kernels are not the question
 items = Items()
 
 
-def under(tool: Sequence[str], checks: Sequence[str], quick: bool) -> str:
-    """The tool's output over some of check_operators' items, all of which must have passed."""
+def printed(command: Sequence[str]) -> str:
+    """What a command prints, which goes into the log line by line: it may be ended before it ends."""
+    lines = []
+    with subprocess.Popen(
+        command, cwd=BENCHMARKS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return "".join(lines)
+
+
+def under(tool: Sequence[str], module: str, names: Sequence[str], quick: bool = False) -> str:
+    """The tool's output over some items of a step, all of which must have passed."""
     if shutil.which(tool[0]) is None:
         raise Skipped(f"{tool[0]} is not installed")
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.jsonl"
-        command = [*tool, sys.executable, "-m", "gpu.check_operators", "--device", "cuda", "--record", str(record)]
-        command += ["--items", ",".join(checks), *(["--quick"] if quick else [])]
-        done = subprocess.run(command, cwd=BENCHMARKS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(done.stdout)
+        command = [*tool, sys.executable, "-m", module, "--device", "cuda", "--record", str(record)]
+        output = printed([*command, *(["--quick"] if quick else []), "--items", *names])
         lines = [json.loads(line) for line in record.read_text().splitlines()] if record.is_file() else []
     failed = [line for line in lines if line.get("state") == "failed"]
     passed = [line for line in lines if line.get("state") == "passed"]
-    if failed or len(passed) != len(checks):
-        reason = failed[0]["reason"] if failed else f"{len(passed)} of {len(checks)} items ended"
+    if failed or len(passed) != len(names):
+        reason = failed[0]["reason"] if failed else f"{len(passed)} of {len(names)} items ended"
         raise RuntimeError(f"{' '.join(tool[:3])}: {reason}")
-    return done.stdout
+    return output
 
 
 def faults(output: str, pattern: str) -> int:
@@ -63,14 +74,14 @@ def faults(output: str, pattern: str) -> int:
     return int(found[-1])
 
 
-def sanitize(tool: str, summary: str, key: str) -> list[Number]:
-    output = under(["compute-sanitizer", "--tool", tool, *OURS], SANITIZED, quick=True)
+def sanitize(tool: str, summary: str, key: str, options: Sequence[str] = ()) -> list[Number]:
+    output = under(["compute-sanitizer", "--tool", tool, *OURS, *options], "gpu.check_operators", SANITIZED, quick=True)
     return [within(key, faults(output, summary), 0, "count", key=key)]
 
 
 @items("memcheck", gpu=True)
 def memcheck(context: Context) -> list[Number]:
-    return sanitize("memcheck", r"ERROR SUMMARY: (\d+) error", key="memory faults")
+    return sanitize("memcheck", r"ERROR SUMMARY: (\d+) error", "memory faults", PROBES)
 
 
 @items("racecheck", gpu=True)
@@ -87,11 +98,11 @@ def profiled(output: str) -> list[dict[str, str]]:
     return list(csv.DictReader(line for line in lines[begin:] if line.startswith('"')))
 
 
-def profile(kernel: str, check: str) -> list[Number]:
+def profile(kernel: str, item: str) -> list[Number]:
     tool = ["ncu", "--csv", "--clock-control", "none", "--kernel-name", kernel, "--launch-count", "3",
             "--metrics", ",".join(METRICS)]  # fmt: skip
     numbers = []
-    for row in profiled(under(tool, [check], quick=False)):
+    for row in profiled(under(tool, "gpu.profiled", [item])):
         name = METRICS.get(row["Metric Name"])
         if name is not None:
             value = float(row["Metric Value"].replace(",", ""))
@@ -101,8 +112,8 @@ def profile(kernel: str, check: str) -> list[Number]:
     return numbers
 
 
-for _kernel, _check in PROFILED.items():
-    items(f"ncu {_kernel}", gpu=True)(lambda context, kernel=_kernel, check=_check: profile(kernel, check))
+for _kernel, _item in PROFILED.items():
+    items(f"ncu {_kernel}", gpu=True)(lambda context, kernel=_kernel, item=_item: profile(kernel, item))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What the GPU and torch do without this library: the price of a node of a CUDA graph, and torch's matrix products at
-the rows of a sampling step."""
+"""What the GPU and torch do without this library: the ceilings that every later number is held against, the price of a
+node of a CUDA graph, and torch's matrix products at the rows of a sampling step."""
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,10 +12,23 @@ import torch
 import torch.nn.functional as F
 
 from alitok_fast.config import GENERATORS
+from ceilings import at_rest, measure_ceilings
 from gpu.items import Context, Items, Number
 
 NODES = 200
+UNITS = {"read_bytes": "B/s"}  # all others are operations a second
+KEYS = {"read_bytes": "memory", "bf16_flops": "bf16"}
 items = Items()
+
+
+@items("ceilings")
+def ceilings(context: Context) -> list[Number]:
+    """Named as the fields of `Ceilings`."""
+    measured = at_rest(lambda: measure_ceilings(context.device), tries=1)
+    return [
+        Number(name, value, UNITS.get(name, "FLOP/s"), key=KEYS.get(name, ""))
+        for name, value in dataclasses.asdict(measured).items()
+    ]
 
 
 @items("graph nodes", gpu=True)
@@ -25,16 +40,16 @@ def graph_nodes(context: Context) -> list[Number]:
         for _ in range(NODES):
             x.add_(1)
 
-    seconds = context.seconds(graphed(chain, context))
-    return [context.timed("a node of a graph", seconds, NODES, read=x.nbytes, unit="us", key="node")]
+    seconds = statistics.median(context.seconds(graphed(chain, context))) / NODES
+    return [Number("a node of a graph", seconds * 1e6, "us", key="node")]  # a floor itself
 
 
 @items("products of few rows")
 def products(context: Context) -> list[Number]:
-    """B's w1, a matrix for each layer in turn, as a step multiplies them; on a GPU with cuBLAS's reduced-precision
-    reductions allowed, as torch has it, and not."""
+    """B's w1, more of them in turn than a cache holds; on a GPU with cuBLAS's reduced-precision reductions allowed, as
+    torch has it, and not."""
     config = GENERATORS["b"]
-    layers = context.pick(quick=4, full=config.layers)
+    layers = context.pick(quick=4, full=2 * config.layers)
     weights = [torch.randn(config.hidden, config.width, device=context.device).bfloat16() for _ in range(layers)]
     settings = (True, False) if context.device.type == "cuda" else (None,)
     numbers = []
@@ -44,8 +59,9 @@ def products(context: Context) -> list[Number]:
             with reductions(reduced):
                 run = graphed(lambda x=x: [F.linear(x, weight) for weight in weights], context)
                 label = f"{rows} rows" + {True: ", reduced", False: ", exact", None: ""}[reduced]
-                work = dict(read=weights[0].nbytes + 2 * x.nbytes, flops=2.0 * rows * weights[0].numel())
-                key = f"product of {rows} rows" if rows <= 16 and not reduced else ""
+                moved = weights[0].nbytes + x.nbytes + x.itemsize * rows * config.hidden
+                work = dict(read=moved, flops=2.0 * rows * weights[0].numel())
+                key = f"{rows} rows" if rows == 2 and not reduced else ""
                 numbers.append(context.timed(label, context.seconds(run), layers, unit="us", key=key, **work))
     return numbers
 

@@ -91,11 +91,14 @@ class Compiled:
 
     Args:
         compiled: False runs the same operators uncompiled, which checks them without a compiler's minutes.
+        tuned: on a GPU let the compiler choose among its matrix products by timing them (max-autotune).
     """
 
     error = 5e-2
 
-    def __init__(self, gen: Generator, tokenizer: Tokenizer, batch: int, compiled: bool = True) -> None:
+    def __init__(
+        self, gen: Generator, tokenizer: Tokenizer, batch: int, compiled: bool = True, tuned: bool = True
+    ) -> None:
         self.gen, self.batch, self.device = copy.deepcopy(gen).to(torch.bfloat16), batch, gen.device
         config, rows = gen.config, 2 * batch
         if compiled:
@@ -104,7 +107,7 @@ class Compiled:
         on_gpu = self.device.type == "cuda"
         compile_ = (lambda f, **kw: torch.compile(f, dynamic=False, **kw)) if compiled else (lambda f, **_: f)
         # Triton tunes its matrix products on a GPU; on the CPU that costs minutes and gains nothing at these shapes.
-        mode = {"mode": "max-autotune-no-cudagraphs"} if on_gpu else {}
+        mode = {"mode": "max-autotune-no-cudagraphs"} if on_gpu and tuned else {}
         # On the CPU the head is one product of torch's library, which compiling does not change.
         finish = compile_(logits_of, **mode) if on_gpu else logits_of
         self._draw = compile_(draw) if on_gpu else draw
@@ -117,8 +120,7 @@ class Compiled:
         self._images = ImageDecoder(tokenizer, torch.bfloat16)
         if on_gpu and compiled:
             with torch.no_grad():
-                self._step()  # compiles
-                self._step = capture(self.device, self._step).replay
+                self._step = capture(self.device, self._step).replay  # what runs before the recording compiles
 
     def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
         result = []
