@@ -143,25 +143,34 @@ def test_a_step_that_does_not_begin_says_why(planted):
     assert result.reason == "it ended with status 1; its log ends: ImportError: no such thing"
 
 
-def test_pytest_may_write_what_it_has_when_its_limit_comes(planted, tmp_path, monkeypatch):
-    file = tmp_path / "test_planted.py"
-    file.write_text("import time\n\ndef test_wrong():\n    assert 1 == 2\n\ndef test_hangs():\n    time.sleep(600)\n")
-    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)]
-    monkeypatch.setattr(runner, "pytest_arguments", lambda step, cuda, junit: [*options, f"--junitxml={junit}"])
-    result = planted(tests=(str(file),), limit=8.0)
-    assert result.state == "failed"
-    assert result.reason == "1 failed; test_planted.test_wrong: assert 1 == 2"
+@pytest.fixture
+def planted_tests(planted, tmp_path, monkeypatch):
+    """run(text, **settings) -> the result of a step that is pytest over a file with this text."""
+
+    def run(text: str, **settings):
+        file = tmp_path / "test_planted.py"
+        file.write_text(text)
+        options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)]
+        monkeypatch.setattr(runner, "pytest_arguments", lambda step, cuda, junit: [*options, f"--junitxml={junit}"])
+        return planted(tests=(str(file),), **settings)
+
+    return run
 
 
-def test_failing_tests_are_named(planted, tmp_path, monkeypatch):
-    file = tmp_path / "test_planted.py"
-    file.write_text("def test_good():\n    pass\n\ndef test_wrong():\n    assert 1 == 2\n")
-    options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)]
-    monkeypatch.setattr(runner, "pytest_arguments", lambda step, cuda, junit: [*options, f"--junitxml={junit}"])
-    result = planted(tests=(str(file),))
+WRONG_TEST = "import time\n\ndef test_wrong():\n    assert 1 == 2\n\n"
+
+
+def test_failing_tests_are_named(planted_tests):
+    result = planted_tests(WRONG_TEST + "def test_good():\n    pass\n")
     assert result.state == "failed"
     assert result.reason == "1 failed; test_planted.test_wrong: assert 1 == 2"
-    assert [n["value"] for n in result.items[0]["numbers"]] == [1, 1, 0]
+    assert [number["value"] for number in result.items[0]["numbers"]] == [1, 1, 0]
+
+
+def test_pytest_may_write_what_it_has_when_its_limit_comes(planted_tests):
+    result = planted_tests(WRONG_TEST + "def test_hangs():\n    time.sleep(600)\n", limit=8.0)
+    assert result.state == "failed"
+    assert result.reason == "1 failed; test_planted.test_wrong: assert 1 == 2"
 
 
 @pytest.fixture(scope="module")
