@@ -114,7 +114,7 @@ class Check:
         deadline = self.began + 60 * given.minutes - WRITING_SECONDS
         self.runner = Runner(given.device, given.quick, scratch, deadline, _environment(given.device))
         self.results: dict[str, Result] = {}
-        self.before = {} if given.again else self._passed_before()
+        self.earlier = self._earlier()
 
     def run(self) -> int:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -133,9 +133,9 @@ class Check:
         return 0 if self._proven() else 1
 
     def _take(self, step: Step) -> None:
-        build = self.results.get("build")
-        if step.name in self.before:
-            result = self.before[step.name]
+        build, earlier = self.results.get("build"), self.earlier.get(step.name)
+        if earlier is not None and earlier.state == "passed" and step.name != "build" and not self.given.again:
+            result = earlier  # but the build is looked at again: it is cheap, and files may be gone
         elif build is not None and build.state == "failed" and step.part != "build":
             result = Result(step.name, step.part, step.required, "not run", reason="the extension was not built")
         else:
@@ -151,8 +151,8 @@ class Check:
 
     # ---- earlier runs ----
 
-    def _passed_before(self) -> dict[str, Result]:
-        """Of this file's last run on the same sources and GPU, what passed. (A build is cheap to look at again.)"""
+    def _earlier(self) -> dict[str, Result]:
+        """What the file holds of runs on the same sources and GPU; what this run does not ask for stays in it."""
         path = self.out / f"{STEM}.json"
         try:
             last = json.loads(path.read_text())
@@ -160,8 +160,7 @@ class Check:
             return {}
         if any(last.get(key) != self.about[key] for key in ("format", "device", "quick", "sources")):
             return {}
-        results = [Result(**{**values, "before": True}) for values in last["steps"]]
-        return {one.name: one for one in results if one.state == "passed" and one.name != "build"}
+        return {values["name"]: Result(**{**values, "before": True}) for values in last["steps"]}
 
     def _with_ceilings(self, steps: list[Step]) -> list[Step]:
         """Floors need the ceilings: where the parts that were asked for do not measure them, that step goes first."""
@@ -178,11 +177,13 @@ class Check:
     # ---- results ----
 
     def _ordered(self) -> list[Result]:
-        return [self.results[step.name] for step in STEPS if step.name in self.results]
+        """Of this run, and before it of those that it did not ask for."""
+        known = {**self.earlier, **self.results}
+        return [known[step.name] for step in STEPS if step.name in known]
 
     def _proven(self) -> bool:
         """Nothing failed, and what decides about correctness has passed, as far as it was asked for."""
-        return all(self._stands(result) for result in self._ordered())
+        return all(self._stands(result) for result in self.results.values())
 
     def _stands(self, result: Result) -> bool:
         if result.required:
@@ -192,7 +193,7 @@ class Check:
     def _verdict(self) -> str:
         took = f"{time.monotonic() - self.began:.0f} s. Results: {self._shown(self.out)}"
         if not self._proven():
-            wrong = [one.name for one in self._ordered() if not self._stands(one)]
+            wrong = [one.name for one in self.results.values() if not self._stands(one)]
             return f"NOT PROVEN: {', '.join(wrong)}. {took}"
         asked = "" if set(self.given.only.split(",")) == set(PARTS) else f" ({self.given.only} alone)"
         if self.about["rehearsal"]:

@@ -226,7 +226,10 @@ def test_a_second_run_skips_what_passed(rehearsal, capsys, monkeypatch):
     monkeypatch.setattr(Runner, "run", lambda self, step: ran.append(step.name))
     assert gpu_check.main(arguments) == 0
     assert ran == []
-    assert "operators against definitions  passed *" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "operators against definitions  passed *" in shown
+    kept = [step["name"] for step in json.loads((folder / "gpu_check.json").read_text())["steps"]]
+    assert kept == [step.name for step in STEPS], "what was not asked for now is still there"
     monkeypatch.setattr(gpu_check, "fingerprint", lambda: "other sources")
     with pytest.raises(AttributeError):  # the stand-in for a run has no result
         gpu_check.main(arguments)

@@ -54,13 +54,13 @@ def summary(result: Result) -> str:
 
 
 def row(result: Result) -> str:
-    state = "passed *" if result.before else result.state
-    return f"{result.name:<30} {state:<9} {result.seconds:>7.1f}  {summary(result)}"[:WIDTH]
+    state = f"{result.state} *" if result.before else result.state
+    return f"{result.name:<30} {state:<10} {result.seconds:>7.1f}  {summary(result)}"[:WIDTH]
 
 
 def screen(title: str, results: Iterable[Result], verdict: str) -> str:
     """At most a line for each step, cut to the width of a screen."""
-    lines = [title, "", f"{'step':<30} {'result':<9} {'seconds':>7}  numbers"]
+    lines = [title, "", f"{'step':<30} {'result':<10} {'seconds':>7}  numbers"]
     results = list(results)
     lines += [row(result) for result in results]
     if any(result.before for result in results):
