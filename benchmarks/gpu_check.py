@@ -113,15 +113,15 @@ class Check:
         self.out: Path = given.out or (ROOT / "build" / STEM if given.device == "cpu" else reports)
         deadline = self.began + 60 * given.minutes - WRITING_SECONDS
         self.runner = Runner(given.device, given.quick, scratch, deadline, _environment(given.device))
+        self.steps = self._with_ceilings(given.steps)
         self.results: dict[str, Result] = {}
         self.earlier = self._earlier()
 
     def run(self) -> int:
         self.out.mkdir(parents=True, exist_ok=True)
-        steps = self._with_ceilings(self.given.steps)
         with ThreadPoolExecutor(1) as pool:
-            building = [pool.submit(self._take, step) for step in steps if step.name == "build"]
-            for step in steps:
+            building = [pool.submit(self._take, step) for step in self.steps if step.name == "build"]
+            for step in self.steps:
                 if step.part != "build" or self.device.type == "cpu":  # compilers leave a GPU alone, but not a CPU
                     wait(building)
                 if step.name != "build":
@@ -160,6 +160,7 @@ class Check:
             return {}
         if any(last.get(key) != self.about[key] for key in ("format", "device", "quick", "sources")):
             return {}
+        pages.unpack_log(self.out / f"{STEM}.log.gz", self.runner.scratch)
         return {values["name"]: Result(**{**values, "before": True}) for values in last["steps"]}
 
     def _with_ceilings(self, steps: list[Step]) -> list[Step]:
@@ -192,6 +193,8 @@ class Check:
 
     def _verdict(self) -> str:
         took = f"{time.monotonic() - self.began:.0f} s. Results: {self._shown(self.out)}"
+        if len(self.results) < len(self.steps):  # the page of a run that was ended from outside must not say more
+            return f"NOT ENDED: {len(self.results)} of {len(self.steps)} steps so far. {took}"
         if not self._proven():
             wrong = [one.name for one in self.results.values() if not self._stands(one)]
             return f"NOT PROVEN: {', '.join(wrong)}. {took}"

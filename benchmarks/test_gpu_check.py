@@ -230,6 +230,8 @@ def test_a_second_run_skips_what_passed(rehearsal, capsys, monkeypatch):
     assert "operators against definitions  passed *" in shown
     kept = [step["name"] for step in json.loads((folder / "gpu_check.json").read_text())["steps"]]
     assert kept == [step.name for step in STEPS], "what was not asked for now is still there"
+    log = gzip.decompress((folder / "gpu_check.log.gz").read_bytes()).decode()
+    assert all(f"======== {runner._slug(step.name)} ========\n$ " in log for step in STEPS)
     monkeypatch.setattr(gpu_check, "fingerprint", lambda: "other sources")
     with pytest.raises(AttributeError):  # the stand-in for a run has no result
         gpu_check.main(arguments)
@@ -265,6 +267,36 @@ def test_a_failed_build_is_the_end_of_what_needs_it(monkeypatch, tmp_path, capsy
     assert a_check(monkeypatch, tmp_path, build="failed", first="passed") == 1
     shown = capsys.readouterr().out
     assert "NOT PROVEN: build" in shown
+
+
+def test_a_run_that_is_ended_early_has_proven_nothing(monkeypatch, tmp_path):
+    def ended(self, step):
+        if step.name == "second":
+            raise KeyboardInterrupt
+        return runner.Result(step.name, step.part, True, "passed")
+
+    steps = tuple(Step(name, "ops", 1, required=True) for name in ("first", "second"))
+    monkeypatch.setattr(gpu_check, "STEPS", (STEPS[1], *steps))
+    monkeypatch.setattr(gpu_check, "chosen", lambda parts: list(steps))
+    monkeypatch.setattr(Runner, "run", ended)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--device", "cpu", "--out", str(tmp_path)])
+    assert "NOT ENDED: 2 of 3 steps so far" in (tmp_path / "gpu_check.md").read_text()
+
+
+def test_logs_are_unpacked_as_they_were(tmp_path):
+    logs = {"one": b"a\nb\n", "two": b"", "three": b"======== no rule\n"}
+    for name, text in logs.items():
+        (tmp_path / f"{name}.log").write_bytes(text)
+    pages.packed_log(tmp_path / "log.gz", [tmp_path / f"{name}.log" for name in logs])
+    (tmp_path / "again").mkdir()
+    pages.unpack_log(tmp_path / "log.gz", tmp_path / "again")
+    assert {file.stem: file.read_bytes().strip() for file in (tmp_path / "again").iterdir()} == {
+        name: text.strip() for name, text in logs.items()
+    }
+    pages.unpack_log(tmp_path / "missing.gz", tmp_path)
+    (tmp_path / "broken.gz").write_bytes(b"not gzip")
+    pages.unpack_log(tmp_path / "broken.gz", tmp_path)
 
 
 @pytest.mark.parametrize(

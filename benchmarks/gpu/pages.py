@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from report.sections import Table
 KEYS_SHOWN = 3
 LOG_BYTES = 2**20  # of one step: the beginning and the end of a longer one
 WIDTH = 112
+RULE = "=" * 8
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 REHEARSAL = "A rehearsal on the CPU. No GPU has run this."
 
@@ -118,5 +120,16 @@ def packed_log(path: Path, logs: Iterable[Path]) -> None:
             if len(text) > LOG_BYTES:
                 cut = f"\n... {len(text) - LOG_BYTES} bytes left out ...\n".encode()
                 text = text[: LOG_BYTES // 2] + cut + text[-LOG_BYTES // 2 :]
-            parts.append(f"======== {log.stem} ========\n".encode() + text + b"\n")
+            parts.append(f"{RULE} {log.stem} {RULE}\n".encode() + text.removesuffix(b"\n") + b"\n")
     write_atomically(path, lambda temporary: temporary.write_bytes(gzip.compress(b"".join(parts), mtime=0)))
+
+
+def unpack_log(path: Path, folder: Path) -> None:
+    """The logs that `packed_log` packed, as files of their own again; none where there is no whole file."""
+    try:
+        text = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError):
+        return
+    _, *parts = re.split(f"^{RULE} (.+) {RULE}\n".encode(), text, flags=re.MULTILINE)
+    for stem, log in zip(parts[::2], parts[1::2], strict=True):
+        (folder / f"{stem.decode()}.log").write_bytes(log)

@@ -58,6 +58,7 @@ class Runner:
 
     def run(self, step: Step) -> Result:
         begin = time.monotonic()
+        self.log(step).unlink(missing_ok=True)
         if self._left() <= 0:
             return Result(step.name, step.part, step.required, "not run", reason=NO_TIME)
         work = self._tests if step.tests else self._items
