@@ -112,13 +112,13 @@ class Check:
         reports = ROOT / "benchmarks" / "reports" / slug(self.machine)
         self.out: Path = given.out or (ROOT / "build" / STEM if given.device == "cpu" else reports)
         deadline = self.began + 60 * given.minutes - WRITING_SECONDS
+        self.out.mkdir(parents=True, exist_ok=True)
         self.runner = Runner(given.device, given.quick, scratch, deadline, _environment(given.device))
         self.steps = self._with_ceilings(given.steps)
         self.results: dict[str, Result] = {}
         self.earlier = self._earlier()
 
     def run(self) -> int:
-        self.out.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(1) as pool:
             building = [pool.submit(self._take, step) for step in self.steps if step.name == "build"]
             for step in self.steps:
@@ -153,15 +153,15 @@ class Check:
 
     def _earlier(self) -> dict[str, Result]:
         """What the file holds of runs on the same sources and GPU; what this run does not ask for stays in it."""
-        path = self.out / f"{STEM}.json"
         try:
-            last = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError):
-            return {}
-        if any(last.get(key) != self.about[key] for key in ("format", "device", "quick", "sources")):
+            last = json.loads((self.out / f"{STEM}.json").read_text())
+            if any(last[key] != self.about[key] for key in ("format", "device", "quick", "sources")):
+                return {}
+            results = {values["name"]: Result(**{**values, "before": True}) for values in last["steps"]}
+        except (OSError, ValueError, KeyError, TypeError):  # none, or not whole: everything runs again
             return {}
         pages.unpack_log(self.out / f"{STEM}.log.gz", self.runner.scratch)
-        return {values["name"]: Result(**{**values, "before": True}) for values in last["steps"]}
+        return results
 
     def _with_ceilings(self, steps: list[Step]) -> list[Step]:
         """Floors need the ceilings: where the parts that were asked for do not measure them, that step goes first."""
@@ -246,6 +246,11 @@ def _environment(device: str) -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     given = options(arguments)
+    if given.out is not None:
+        try:
+            given.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"--out: expected a folder that can be written, got {given.out} ({error.strerror})")
     with tempfile.TemporaryDirectory() as scratch:
         return Check(given, Path(scratch)).run()
 

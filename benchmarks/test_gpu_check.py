@@ -269,6 +269,21 @@ def test_a_failed_build_is_the_end_of_what_needs_it(monkeypatch, tmp_path, capsy
     assert "NOT PROVEN: build" in shown
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', "not json"])
+def test_a_damaged_result_is_as_none(monkeypatch, tmp_path, text):
+    (tmp_path / "gpu_check.json").write_text(text)
+    (tmp_path / "gpu_check.log.gz").write_text("not gzip")
+    assert a_check(monkeypatch, tmp_path, first="passed") == 0
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["steps"][1]["name"] == "first"
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match="--out: expected a folder that can be written"):
+        gpu_check.main(["--device", "cpu", "--out", str(tmp_path / "file")])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_run_that_is_ended_early_has_proven_nothing(monkeypatch, tmp_path):
     def ended(self, step):
         if step.name == "second":
