@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -161,7 +162,7 @@ def planted_tests(planted, tmp_path, monkeypatch):
     def run(text: str, **settings):
         file = tmp_path / "test_planted.py"
         file.write_text(text)
-        options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)]
+        options = ["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(file)]
         monkeypatch.setattr(runner, "pytest_arguments", lambda step, cuda, junit: [*options, f"--junitxml={junit}"])
         return planted(tests=(str(file),), **settings)
 
@@ -178,9 +179,12 @@ def test_failing_tests_are_named(planted_tests):
     assert [number["value"] for number in result.items[0]["numbers"]] == [1, 1, 0]
 
 
-def test_pytest_may_write_what_it_has_when_its_limit_comes(planted_tests, time_flies):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def test_pytest_may_write_what_it_has_when_its_limit_comes(planted_tests, time_flies, handler):
+    before = signal.signal(signal.SIGINT, handler)
     begun = "    open(os.environ['PLANTED_PID'], 'w').close()\n"
     result = planted_tests(f"import os\n{WRONG_TEST}def test_hangs():\n{begun}    time.sleep(600)\n", minutes=100)
+    signal.signal(signal.SIGINT, before)
     assert result.state == "failed"
     assert result.reason == "1 failed; test_planted.test_wrong: assert 1 == 2"
 

@@ -64,7 +64,7 @@ def chosen(parts: Iterable[str]) -> list[Step]:
 
 def pytest_arguments(step: Step, cuda: bool, junit: str) -> list[str]:
     """On a GPU the tests that meet it, with their names; in a rehearsal a quick file of them."""
-    arguments = ["-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+    arguments = ["-q", "--maxfail=20", "-p", "no:cacheprovider", f"--junitxml={junit}"]
     if not cuda:
         return [*arguments, "tests/models/test_quantize.py"]
     if importlib.util.find_spec("xdist") is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,13 @@ from gpu.plan import Step, pytest_arguments
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 8.0  # for pytest to write down what it has, when interrupted
+# What a shell starts in the background ignores interrupts, and so does all that this starts, unless it says otherwise.
+INTERRUPTIBLE_PYTEST = """\
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 # In the session of this process, so that whoever ends all of that ends the steps too; Python 3.10 cannot say so.
 GROUP_OF_ITS_OWN = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 NO_TIME = "no time was left"
@@ -120,7 +128,12 @@ class Runner:
 
     def _tests(self, step: Step, until: float) -> Result:
         report = self.scratch / f"{_slug(step.name)}.xml"
-        command = [sys.executable, *pytest_arguments(step, self.device == "cuda", str(report))]
+        command = [
+            sys.executable,
+            "-c",
+            INTERRUPTIBLE_PYTEST,
+            *pytest_arguments(step, self.device == "cuda", str(report)),
+        ]
         ended = self._process(step, command, until, lambda: False, folder=ROOT)
         result = Result(step.name, step.part, step.required, "failed", reason=ended)
         if report.is_file():
@@ -148,7 +161,7 @@ class Runner:
         # The checkout, installed or not.
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         with open(self.log(step), "ab") as log:
-            log.write(f"$ {' '.join(command)}\n".encode())
+            log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 command, cwd=folder or ROOT / "benchmarks", env=environment, stdout=log, stderr=subprocess.STDOUT,
