@@ -10,8 +10,10 @@ import torch
 
 from ceilings import Ceilings
 from gpu import build, pages, plan, runner, tools
-from gpu.items import Context, Number, within
+from gpu.items import Context, Number, Skipped, within
 from gpu.plan import STEPS
+
+CPU = torch.device("cpu")
 
 
 def test_parts_are_the_steps():
@@ -60,16 +62,19 @@ def test_what_the_sanitizer_prints_is_read():
 
 def test_a_carried_binary_must_be_of_these_sources_and_this_python(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "CARRIED", tmp_path)
-    assert build.carried() is None
+    assert build.carried(CPU) is None
     name = build.extension_file().name
-    manifest = {"sources": build.kernel_sources(), "binary": name}
+    manifest = {"sources": build.kernel_sources(), "binary": name, "architecture": "90-real"}
     (tmp_path / build.MANIFEST).write_text(json.dumps({**manifest, "sources": "0123"}))
     (tmp_path / name).write_bytes(b"binary")
-    assert build.carried() is None
+    assert build.carried(CPU) is None
     (tmp_path / build.MANIFEST).write_text(json.dumps(manifest))
-    assert build.carried() == tmp_path / name
+    assert build.carried(CPU) == tmp_path / name
+    for gpu, found in (((9, 0), tmp_path / name), ((8, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, gpu=gpu: gpu)
+        assert build.carried(torch.device("cuda")) == found
     (tmp_path / name).rename(tmp_path / "_C.cpython-399.so")
-    assert build.carried() is None
+    assert build.carried(CPU) is None
 
 
 def test_the_carried_binary_is_used(monkeypatch, tmp_path):
@@ -78,10 +83,12 @@ def test_the_carried_binary_is_used(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "extension_file", lambda: target)
     build.CARRIED.mkdir()
     (build.CARRIED / target.name).write_bytes(b"binary")
-    manifest = {"sources": build.kernel_sources(), "binary": target.name}
+    manifest = {"sources": build.kernel_sources(), "binary": target.name, "architecture": "90-real"}
     (build.CARRIED / build.MANIFEST).write_text(json.dumps(manifest))
     (number,) = build.extension(Context(torch.device("cpu"), True, None))
     assert number.key == "copied" and target.read_bytes() == b"binary"
+    with pytest.raises(Skipped, match="is there"):  # a rehearsal leaves what is installed alone
+        build.extension(Context(CPU, True, None))
 
 
 def test_long_logs_are_cut_in_the_middle(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from alitok_fast.info import runs_on
 from gpu.items import Context, Items, Number, Skipped
 from gpu.sources import CARRIED, MANIFEST, ROOT, kernel_sources
 
@@ -23,8 +24,8 @@ def extension_file() -> Path:
     return ROOT / "alitok_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def carried() -> Path | None:
-    """The binary in the carried folder, if it is for this Python and made of these sources."""
+def carried(device: torch.device) -> Path | None:
+    """The binary in the carried folder, if it is for this Python and GPU and made of these sources."""
     manifest = CARRIED / MANIFEST
     if not manifest.is_file():
         return None
@@ -36,13 +37,24 @@ def carried() -> Path | None:
     if not binary.is_file():
         print(f"{CARRIED.name}: no {binary.name} in it, but {made['binary']}")
         return None
+    if device.type == "cuda" and not runs_on(made["architecture"].replace(";", ","), capability(device)):
+        print(f"{CARRIED.name}: for {made['architecture']}, and this GPU is sm_{capability(device)}")
+        return None
     return binary
+
+
+def capability(device: torch.device) -> str:
+    """90 for compute capability 9.0."""
+    return "".join(map(str, torch.cuda.get_device_capability(device)))
 
 
 @items("extension")
 def extension(context: Context) -> list[Number]:
-    begin = time.monotonic()
-    binary, target = carried(), extension_file()
+    begin, target = time.monotonic(), extension_file()
+    if context.device.type == "cpu" and target.is_file():
+        # A rehearsal looks at the checkout as it is; an editable installation has built it already.
+        raise Skipped(f"{target.name} is there")
+    binary = carried(context.device)
     if binary is not None:
         staged = target.with_suffix(".new")  # not written in place: a process that has the old file loaded keeps it
         shutil.copyfile(binary, staged)
@@ -51,12 +63,8 @@ def extension(context: Context) -> list[Number]:
         return [Number("copying it", time.monotonic() - begin, "s", key="copied")]
     environment = dict(os.environ)
     if context.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(context.device)
-        environment.setdefault("CMAKE_CUDA_ARCHITECTURES", f"{major}{minor}-real")
+        environment.setdefault("CMAKE_CUDA_ARCHITECTURES", f"{capability(context.device)}-real")
         environment.setdefault("ALITOK_CUDA", "1")
-    elif target.is_file():
-        # A rehearsal looks at the checkout as it is; an editable installation has built it already.
-        raise Skipped(f"{target.name} is there")
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return [Number("building it", time.monotonic() - begin, "s", key="built")]

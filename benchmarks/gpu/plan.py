@@ -41,7 +41,7 @@ STEPS = (
          environment={"CUDA_LAUNCH_BLOCKING": "1"}),
     Step("whole models", "models", 80, 45, "gpu.check_models", required=True),
     Step("steps and decode", "sampling", 110, 30, "gpu.time_sampling"),
-    Step("tests on CUDA", "ops", 110, 110, tests=CUDA_TESTS, required=True, environment={"OMP_NUM_THREADS": "2"}),
+    Step("tests", "ops", 110, 110, tests=CUDA_TESTS, required=True, environment={"OMP_NUM_THREADS": "2"}),
     Step("attention", "attention", 45, 20, "gpu.time_attention"),
     Step("a step of training", "training", 60, 40, "gpu.time_training"),
     Step("operators", "operators", 45, 20, "gpu.time_operators"),

@@ -65,24 +65,27 @@ def main() -> None:
         "CMAKE_CUDA_ARCHITECTURES": given.architecture,
         "ALITOK_CUDA": "1",
     }
-    shutil.rmtree(CARRIED, ignore_errors=True)
-    CARRIED.mkdir(parents=True)
-    build = [str(interpreter), "setup.py", "build_ext", "--build-lib", str(CARRIED)]
+    staged = CARRIED.with_name(f"{CARRIED.name}.new")  # the last one stays until this one is whole
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    build = [str(interpreter), "setup.py", "build_ext", "--build-lib", str(staged)]
     subprocess.run(build, cwd=ROOT, env=settings, check=True)
     built = time.monotonic()
-    (binary,) = (CARRIED / "alitok_fast").iterdir()
-    binary = binary.rename(CARRIED / binary.name)
-    binary.parent.joinpath("alitok_fast").rmdir()
+    (binary,) = (staged / "alitok_fast").iterdir()
+    binary = binary.rename(staged / binary.name)
+    (staged / "alitok_fast").rmdir()
     if shutil.which("strip"):
         subprocess.run(["strip", "--strip-unneeded", str(binary)], check=True)
     if given.golden.is_dir():
-        shutil.copytree(given.golden, CARRIED / "golden", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(given.golden, staged / "golden", ignore=shutil.ignore_patterns("__pycache__"))
     about = {"binary": binary.name, "sources": kernel_sources()}
     about |= {"torch": given.torch, "architecture": given.architecture}
-    (CARRIED / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
-    size = sum(file.stat().st_size for file in CARRIED.rglob("*") if file.is_file())
+    (staged / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
+    size = sum(file.stat().st_size for file in staged.rglob("*") if file.is_file())
     if size >= MOST_BYTES:
         raise SystemExit(f"{CARRIED.name}: expected less than {MOST_BYTES / 1e6:g} MB, got {size / 1e6:.0f}")
+    shutil.rmtree(CARRIED, ignore_errors=True)
+    staged.rename(CARRIED)
     golden = "and the golden files" if given.golden.is_dir() else f"and no golden files: no folder {given.golden.name}"
     print(f"{CARRIED.relative_to(ROOT)}: {binary.name} for {given.architecture} {golden}, {size / 1e6:.1f} MB; "
           f"environment {ready - begin:.0f} s, build {built - ready:.0f} s")  # fmt: skip
