@@ -21,7 +21,9 @@ PHOTO ?= $(OUT)/photo.png
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench gpu gpu-wheel lint build clean
+CXX_FILES = $(wildcard $(addprefix csrc/*.,h cpp cu) $(addprefix tests/*/*.,h cpp cu) $(addprefix benchmarks/*/*.,h cpp cu))
+
+.PHONY: demo test bench gpu gpu-wheel lint format build clean
 
 demo: $(VENV)/installed-demo $(PHOTO)
 	$(BIN)/alitok-fast info
@@ -53,6 +55,12 @@ gpu-wheel:
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 # In place, so that the tests run from the checkout. The build folder is kept: only what changed is compiled.
 $(VENV)/installed-%: $(VENV)/torch $(SOURCES)

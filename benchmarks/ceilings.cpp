@@ -27,9 +27,7 @@ constexpr int kWindows = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
 volatile float sink;
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Work done per second by all threads together, the best of kWindows windows.
 template <class Work>

@@ -58,7 +58,9 @@ AddRmsNormParams make_params(const Tensor& x, ScalarType dtype, const Tensor& we
 std::initializer_list<ScalarType> dtypes_beside(const Tensor& weight) {
   static constexpr std::initializer_list<ScalarType> any = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   static constexpr std::initializer_list<ScalarType> bfloat16 = {ScalarType::BFloat16}, float16 = {ScalarType::Half};
-  return weight.scalar_type() == ScalarType::BFloat16 ? bfloat16 : weight.scalar_type() == ScalarType::Half ? float16 : any;
+  return weight.scalar_type() == ScalarType::BFloat16 ? bfloat16
+         : weight.scalar_type() == ScalarType::Half   ? float16
+                                                      : any;
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& delta, const Tensor& weight, double eps,
@@ -91,8 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(const OptionalTensor& g
   check_rows(grad_normed, "grad_normed", x, dtypes_beside(weight));
   if (grad_sum) check_rows(*grad_sum, "grad_sum", x, {ScalarType::Float});
   Tensor grad_x = torch::stable::empty_like(x);
-  Tensor grad_delta = grad_sum ? torch::stable::empty_like(grad_normed)
-                               : torch::stable::new_empty(grad_normed, {0});
+  Tensor grad_delta = grad_sum ? torch::stable::empty_like(grad_normed) : torch::stable::new_empty(grad_normed, {0});
   Tensor grad_weight = torch::stable::new_zeros(x, {x.size(1)}, ScalarType::Float);
   if (x.numel() == 0) return {grad_x, grad_delta, grad_weight};
   b.grad_sum = grad_sum ? static_cast<const float*>(grad_sum->const_data_ptr()) : nullptr;

@@ -20,19 +20,19 @@ struct AddRmsNormParams {
   const void* delta;   // null: nothing is added, and sum is not written
   const void* weight;  // (width)
   float eps;
-  Dropout dropout;     // on delta
+  Dropout dropout;  // on delta
   float* sum;
   void* normed;
 };
 
 struct AddRmsNormBackwardParams {
-  AddRmsNormParams forward;   // its x is the sum; delta, sum and normed are not used
-  const float* grad_sum;      // null where nothing was added
+  AddRmsNormParams forward;  // its x is the sum; delta, sum and normed are not used
+  const float* grad_sum;     // null where nothing was added
   const void* grad_normed;
   float* grad_x;
-  void* grad_delta;           // null where nothing was added
-  float* grad_weight;         // (width)
-  void* workspace;            // floats, as many as the *_workspace function says
+  void* grad_delta;    // null where nothing was added
+  float* grad_weight;  // (width)
+  void* workspace;     // floats, as many as the *_workspace function says
 };
 
 ALITOK_DECLARE_PER_ISA(void add_rms_norm_cpu(const AddRmsNormParams&, const Parallel&));

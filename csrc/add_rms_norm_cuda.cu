@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) add_rms_norm_kernel(const AddRmsNorm
   const T* delta = static_cast<const T*>(p.delta);
   const uint64_t seed = seed_of(p);
   float squares = 0;
-  const auto add = [&](int64_t begin, float(&value)[kKept]) {
+  const auto add = [&](int64_t begin, float (&value)[kKept]) {
     const unsigned keep = delta == nullptr ? 0 : keep_bits(p, seed, begin);
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kThreads) add_rms_norm_kernel(const AddRmsNorm
 }
 
 template <class T, class W>
-__global__ void __launch_bounds__(kThreads) add_rms_norm_backward_kernel(const AddRmsNormBackwardParams b,
-                                                                         float* inverse_rms) {
+__global__ void __launch_bounds__(kThreads)
+    add_rms_norm_backward_kernel(const AddRmsNormBackwardParams b, float* inverse_rms) {
   __shared__ float scratch[32];
   const AddRmsNormParams& p = b.forward;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * p.width, first = first_column(), step = columns_of_block();
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kThreads) add_rms_norm_backward_kernel(const A
 
 // A block's share of grad_weight: 32 columns, one part of the rows, eight of them at a time.
 template <class T, class W>
-__global__ void __launch_bounds__(kThreads) weight_gradient_kernel(const AddRmsNormBackwardParams b,
-                                                                   const float* inverse_rms, float* partials) {
+__global__ void __launch_bounds__(kThreads)
+    weight_gradient_kernel(const AddRmsNormBackwardParams b, const float* inverse_rms, float* partials) {
   __shared__ float sums[kThreads / 32][32];
   const AddRmsNormParams& p = b.forward;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kThreads) weight_gradient_kernel(const AddRmsN
   partials[part * p.width + column] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads) sum_parts_kernel(const float* partials, int64_t parts, int64_t width,
-                                                             float* grad_weight) {
+__global__ void __launch_bounds__(kThreads)
+    sum_parts_kernel(const float* partials, int64_t parts, int64_t width, float* grad_weight) {
   const int64_t column = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (column >= width) return;
   float sum = 0;

@@ -57,8 +57,8 @@ Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Ten
   check_dim(qkv, "qkv", 4);
   check_size(qkv, "qkv", 1, 3);
   const int64_t rows = qkv.size(0), heads = qkv.size(2), head_dim = qkv.size(3);
-  check(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 128, "qkv", "a head dimension that is a multiple of 8 in 8..128",
-        head_dim);
+  check(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= 128, "qkv",
+        "a head dimension that is a multiple of 8 in 8..128", head_dim);
   check(rows * heads < int64_t{1} << 31, "qkv", "R * H below 2^31", "shape " + shape_name(qkv));
   check_contiguous(qkv, "qkv");
   check_cache(keys, "keys", qkv);

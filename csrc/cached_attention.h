@@ -14,8 +14,8 @@ namespace alitok {
 enum class CachedAttentionDtype : int { float32, bfloat16, float16, e4m3 };
 
 struct CachedAttentionParams {
-  CachedAttentionDtype dtype;        // of qkv, out and the norm weights; not e4m3
-  CachedAttentionDtype cache_dtype;  // `dtype` or e4m3
+  CachedAttentionDtype dtype;               // of qkv, out and the norm weights; not e4m3
+  CachedAttentionDtype cache_dtype;         // `dtype` or e4m3
   int64_t rows, heads, head_dim, capacity;  // rows * heads below 2^31, one CUDA block or more each
 
   const void* qkv;  // (rows, 3, heads, head_dim) contiguous

@@ -84,7 +84,8 @@ template <class Type, class Cache>
 void run(const CachedAttentionParams& p, const Parallel& parallel) {
   parallel(0, p.rows * p.heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(static_cast<size_t>(2 * p.head_dim + p.capacity));
-    for (int64_t task = begin; task < end; ++task) attend<Type, Cache>(p, task / p.heads, task % p.heads, scratch.data());
+    for (int64_t task = begin; task < end; ++task)
+      attend<Type, Cache>(p, task / p.heads, task % p.heads, scratch.data());
   });
 }
 

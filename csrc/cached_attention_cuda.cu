@@ -69,7 +69,8 @@ __device__ __forceinline__ void merge_shares(const CachedAttentionParams& p, T* 
 
 // One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. `x` and `y` (head_dim).
 template <class T>
-__device__ void normalise_and_rotate(const T* x, float* y, const float* weight, float eps, const float* rope, int head_dim) {
+__device__ void normalise_and_rotate(const T* x, float* y, const float* weight, float eps, const float* rope,
+                                     int head_dim) {
   const int lane = threadIdx.x % 32;
   float squares = 0;
   for (int d = lane; d < head_dim; d += 32) squares += to_float(x[d]) * to_float(x[d]);
@@ -108,9 +109,9 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
   if (split >= blocks) return;
   const int begin = split * share, count = min(share, keys_seen - begin);
 
-  float* query = shared;         // (dim)
-  float* key = query + dim;      // (dim) the new one
-  float* scratch = key + dim;    // (32)
+  float* query = shared;          // (dim)
+  float* key = query + dim;       // (dim) the new one
+  float* scratch = key + dim;     // (32)
   float* partial = scratch + 32;  // (groups, dim)
   const int groups = kThreads / chunks;
   float* scores = partial + groups * dim;  // (share)
@@ -180,8 +181,10 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
   for (int d = tid; d < dim; d += kThreads) {
     float total = 0;
     for (int g = 0; g < groups; ++g) total += partial[g * dim + d];
-    if (blocks == 1) out[d] = from_float<T>(total / sum);
-    else mine[2 + d] = total;
+    if (blocks == 1)
+      out[d] = from_float<T>(total / sum);
+    else
+      mine[2 + d] = total;
   }
   if (blocks == 1) return;
   if (tid == 0) mine[0] = largest, mine[1] = sum;
@@ -211,7 +214,8 @@ void cached_attention_cuda(const CachedAttentionParams& p, void* stream) {
     case CachedAttentionDtype::float32: return launch_for_cache<float>(p, stream);
     case CachedAttentionDtype::bfloat16: return launch_for_cache<__nv_bfloat16>(p, stream);
     case CachedAttentionDtype::float16: return launch_for_cache<__half>(p, stream);
-    case CachedAttentionDtype::e4m3: throw std::invalid_argument("qkv: expected float32, bfloat16 or float16, got e4m3");
+    case CachedAttentionDtype::e4m3:
+      throw std::invalid_argument("qkv: expected float32, bfloat16 or float16, got e4m3");
   }
 }
 

@@ -61,7 +61,8 @@ inline std::string device_name(const Tensor& t) {
   const auto device = t.device();
   const auto index = std::to_string(device.index());
   if (device.is_cpu()) return "cpu";
-  return device.is_cuda() ? "cuda:" + index : "device type " + std::to_string(static_cast<int>(device.type())) + ":" + index;
+  return device.is_cuda() ? "cuda:" + index
+                          : "device type " + std::to_string(static_cast<int>(device.type())) + ":" + index;
 }
 
 inline void check_dtype(const Tensor& t, const char* argument, std::initializer_list<ScalarType> allowed) {
@@ -105,7 +106,8 @@ inline void check_range(int64_t value, const char* argument, int64_t lowest, int
 
 // A probability of dropout, rounded to a multiple of 2^-16 (half to even, as Python), and its seed, which is needed
 // where that is not 0.
-inline Dropout check_dropout(double dropout, const std::optional<Tensor>& seed, const Tensor& like, const char* like_name) {
+inline Dropout check_dropout(double dropout, const std::optional<Tensor>& seed, const Tensor& like,
+                             const char* like_name) {
   constexpr double kSteps = 65536;
   check(dropout >= 0 && dropout < 1, "dropout", "a probability in [0, 1)", dropout);
   const auto threshold = static_cast<uint32_t>(std::nearbyint(dropout * kSteps));

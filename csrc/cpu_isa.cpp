@@ -54,7 +54,7 @@ Detected detect() {
   const uint64_t state = enabled_state();
   const auto saved = [&](uint64_t mask) { return (state & mask) == mask; };
   const bool avx2 = saved(0x6) && fma && f16c && bit(b7, 5);
-  const bool avx512_core = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);  // F, DQ, BW, VL
+  const bool avx512_core = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);     // F, DQ, BW, VL
   const bool avx512 = avx2 && saved(0xe6) && avx512_core && bit(c7, 11) && bit(a71, 5);  // VNNI, BF16
   found.isa = avx512 ? CpuIsa::avx512 : avx2 ? CpuIsa::avx2 : CpuIsa::scalar;
   const bool amx = bit(d7, 22) && bit(d7, 24) && bit(d7, 25);  // BF16, TILE, INT8

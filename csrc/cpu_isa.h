@@ -32,27 +32,24 @@ const char* name(CpuIsa isa);
 // Inside namespace alitok: ALITOK_DECLARE_PER_ISA(void vq_lookup_cpu(const VqLookupParams&, const Parallel&));
 // In the glue: ALITOK_DISPATCH_ISA(vq_lookup_cpu, params, parallel);
 #if defined(__x86_64__)
-#define ALITOK_DECLARE_PER_ISA(...)    \
-  namespace scalar {                   \
-  __VA_ARGS__;                         \
-  }                                    \
-  namespace avx2 {                     \
-  __VA_ARGS__;                         \
-  }                                    \
-  namespace avx512 {                   \
-  __VA_ARGS__;                         \
-  }                                    \
+#define ALITOK_DECLARE_PER_ISA(...) \
+  namespace scalar {                \
+  __VA_ARGS__;                      \
+  }                                 \
+  namespace avx2 {                  \
+  __VA_ARGS__;                      \
+  }                                 \
+  namespace avx512 {                \
+  __VA_ARGS__;                      \
+  }                                 \
   static_assert(true, "takes a semicolon")
-#define ALITOK_DISPATCH_ISA(function, ...)                 \
-  [&] {                                                    \
-    switch (::alitok::cpu_isa()) {                         \
-      case ::alitok::CpuIsa::avx512:                       \
-        return ::alitok::avx512::function(__VA_ARGS__);    \
-      case ::alitok::CpuIsa::avx2:                         \
-        return ::alitok::avx2::function(__VA_ARGS__);      \
-      default:                                             \
-        return ::alitok::scalar::function(__VA_ARGS__);    \
-    }                                                      \
+#define ALITOK_DISPATCH_ISA(function, ...)                                           \
+  [&] {                                                                              \
+    switch (::alitok::cpu_isa()) {                                                   \
+      case ::alitok::CpuIsa::avx512: return ::alitok::avx512::function(__VA_ARGS__); \
+      case ::alitok::CpuIsa::avx2: return ::alitok::avx2::function(__VA_ARGS__);     \
+      default: return ::alitok::scalar::function(__VA_ARGS__);                       \
+    }                                                                                \
   }()
 #else
 #define ALITOK_DECLARE_PER_ISA(...) \

@@ -47,8 +47,8 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, bool 
                  "r"(source_bytes)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
-                 "n"(Bytes), "r"(source_bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(Bytes),
+                 "r"(source_bytes)
                  : "memory");
   }
 }

@@ -42,11 +42,12 @@ inline void* current_cuda_stream(int32_t device_index) {
 
 // ALITOK_DISPATCH_CUDA(vq_lookup_cuda, z.get_device_index(), params): launch on the current stream of that device.
 #ifdef ALITOK_CUDA
-#define ALITOK_DISPATCH_CUDA(function, device_index, params)                   \
-  do {                                                                         \
+#define ALITOK_DISPATCH_CUDA(function, device_index, params)                    \
+  do {                                                                          \
     const ::torch::stable::accelerator::DeviceGuard alitok_guard(device_index); \
-    function(params, ::alitok::current_cuda_stream(device_index));             \
+    function(params, ::alitok::current_cuda_stream(device_index));              \
   } while (0)
 #else
-#define ALITOK_DISPATCH_CUDA(function, device_index, params) ((void)(params), (void)::alitok::current_cuda_stream(device_index))
+#define ALITOK_DISPATCH_CUDA(function, device_index, params) \
+  ((void)(params), (void)::alitok::current_cuda_stream(device_index))
 #endif

@@ -88,8 +88,8 @@ DecodeParams decode_params(const Tensor& arena, const Tensor& vectors, const Ten
 Tensor decode(const Tensor& arena, const Tensor& vectors, const Tensor& embeddings, const Tensor& rope,
               const Tensor& ids, Tensor keys, Tensor values, const Tensor& position, int64_t hidden, int64_t codes,
               int64_t bytes, double norm_eps) {
-  DecodeParams p = decode_params(arena, vectors, embeddings, rope, ids, keys, values, position, 1, hidden, codes,
-                                 bytes, norm_eps);
+  DecodeParams p =
+      decode_params(arena, vectors, embeddings, rope, ids, keys, values, position, 1, hidden, codes, bytes, norm_eps);
   Tensor logits = torch::stable::new_empty(vectors, {p.rows, p.codes});
   if (p.rows == 0) return logits;
   p.logits = static_cast<float*>(logits.mutable_data_ptr());
@@ -102,12 +102,11 @@ int64_t one_integer(const Tensor& t, const char* argument) {
   return *static_cast<const int64_t*>(t.const_data_ptr());
 }
 
-void decode_tokens(const Tensor& arena, const Tensor& vectors, const Tensor& embeddings, const Tensor& rope,
-                   Tensor ids, Tensor keys, Tensor values, Tensor position, Tensor tokens,
-                   const Tensor& prompt_length, const std::optional<Tensor>& schedule, double temperature,
-                   std::optional<int64_t> top_k, std::optional<double> top_p, const Tensor& seed,
-                   const Tensor& image_ids, int64_t steps, int64_t hidden, int64_t codes, int64_t bytes,
-                   double norm_eps) {
+void decode_tokens(const Tensor& arena, const Tensor& vectors, const Tensor& embeddings, const Tensor& rope, Tensor ids,
+                   Tensor keys, Tensor values, Tensor position, Tensor tokens, const Tensor& prompt_length,
+                   const std::optional<Tensor>& schedule, double temperature, std::optional<int64_t> top_k,
+                   std::optional<double> top_p, const Tensor& seed, const Tensor& image_ids, int64_t steps,
+                   int64_t hidden, int64_t codes, int64_t bytes, double norm_eps) {
   check_range(steps, "steps", 1, int64_t{1} << 30);
   DecodeParams p = decode_params(arena, vectors, embeddings, rope, ids, keys, values, position, steps, hidden, codes,
                                  bytes, norm_eps);

@@ -233,9 +233,8 @@ void attend_any(const float* q, const typename Cache::Element* keys, const typen
     largest = std::max(largest, scores[j]);
   }
   float total = 0.0f;
-  for_vectors(length, [&](int64_t j, int count) {
-    exp(Vec::load(scores + j, count) - Vec(largest)).store(scores + j, count);
-  });
+  for_vectors(length,
+              [&](int64_t j, int count) { exp(Vec::load(scores + j, count) - Vec(largest)).store(scores + j, count); });
   for (int64_t j = 0; j < length; ++j) total += scores[j];
   for_vectors(head_dim, [&](int64_t i, int count) {
     Vec mixed;
@@ -246,7 +245,8 @@ void attend_any(const float* q, const typename Cache::Element* keys, const typen
 
 template <class Cache>
 void attend(const float* q, const typename Cache::Element* keys, const typename Cache::Element* values,
-            const typename Cache::Element* next, int64_t head_dim, int64_t length, float scale, float* scores, float* out) {
+            const typename Cache::Element* next, int64_t head_dim, int64_t length, float scale, float* scores,
+            float* out) {
   switch (head_dim) {
     case 3 * Vec::lanes: return attend_whole<Cache, 3>(q, keys, values, next, length, scale, scores, out);
     case 4 * Vec::lanes: return attend_whole<Cache, 4>(q, keys, values, next, length, scale, scores, out);

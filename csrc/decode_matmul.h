@@ -20,10 +20,10 @@
 
 namespace alitok::ALITOK_ISA {
 
-constexpr int64_t kRowBlock = 32;     // rows of one product: two AMX tiles
-constexpr int64_t kPrefetch = 8192;   // bytes ahead of the weights in use, into the second-level cache
-constexpr int64_t kStream = 4096;     // the same into the first-level cache, where memory and not arithmetic is the limit
-constexpr int kFewRows = 2;           // up to so many rows it is
+constexpr int64_t kRowBlock = 32;    // rows of one product: two AMX tiles
+constexpr int64_t kPrefetch = 8192;  // bytes ahead of the weights in use, into the second-level cache
+constexpr int64_t kStream = 4096;  // the same into the first-level cache, where memory and not arithmetic is the limit
+constexpr int kFewRows = 2;        // up to so many rows it is
 
 struct Activations {
   uint8_t* data;  // row r of plane q at data + r * row_bytes + q * plane_bytes
@@ -103,8 +103,7 @@ template <int Rows, int Planes>
 void multiply_bfloat16(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
   const uint32_t* a[Rows][Planes];  // pairs of neighbouring activations
   for (int r = 0; r < Rows; ++r)
-    for (int q = 0; q < Planes; ++q)
-      a[r][q] = reinterpret_cast<const uint32_t*>(x.row(row0 + r) + q * x.plane_bytes);
+    for (int q = 0; q < Planes; ++q) a[r][q] = reinterpret_cast<const uint32_t*>(x.row(row0 + r) + q * x.plane_bytes);
 #if defined(__AVX512BF16__)
   __m512 sum[Rows][2];
 #pragma GCC unroll 8
@@ -145,8 +144,7 @@ void multiply_bfloat16(const uint8_t* panel, int64_t depth, const Activations& x
         first += from_bf16(static_cast<uint16_t>(a[r][q][k]));
         second += from_bf16(static_cast<uint16_t>(a[r][q][k] >> 16));
       }
-      for (int64_t o = 0; o < kPanelOutputs; ++o)
-        out[r * kPanelOutputs + o] += first * even[o] + second * odd[o];
+      for (int64_t o = 0; o < kPanelOutputs; ++o) out[r * kPanelOutputs + o] += first * even[o] + second * odd[o];
     }
   }
 #endif
@@ -312,8 +310,7 @@ void multiply_int8(const uint8_t* panel, int64_t depth, const Activations& x, in
       }
       add_group(sum[0], sum[1], reinterpret_cast<const uint16_t*>(group + kGroupInputs * kPanelOutputs), total);
     }
-    for (int64_t o = 0; o < kPanelOutputs; ++o)
-      out[r * kPanelOutputs + o] = (total[o] - offset[o]) * x.scale[row0 + r];
+    for (int64_t o = 0; o < kPanelOutputs; ++o) out[r * kPanelOutputs + o] = (total[o] - offset[o]) * x.scale[row0 + r];
   }
 #endif
 }

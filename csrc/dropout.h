@@ -64,8 +64,7 @@ inline void dropout_factors(uint64_t seed, uint32_t threshold, float scale, uint
   for (int64_t j = 0; j < columns; j += kDropoutColumns)
     for (int64_t lane = 0; lane < 16; lane += Vec::lanes) {
       const auto first = static_cast<uint32_t>(kPhiloxDropout + j / 8 + lane);
-      const PhiloxWords random =
-          philox4x32_lanes(seed, philox_add(philox_set(first), philox_iota()), row, head, 0);
+      const PhiloxWords random = philox4x32_lanes(seed, philox_add(philox_set(first), philox_iota()), row, head, 0);
       for (int part = 0; part < 8; ++part)
         keep_scaled(random.word[part / 2], part % 2 == 1, threshold, scale).store(factors + j + part * 16 + lane);
     }

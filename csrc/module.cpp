@@ -10,15 +10,17 @@ PYBIND11_MODULE(_C, m) {
     pybind11::dict info;
     info["version"] = ALITOK_VERSION;
     info["compiler"] = ALITOK_COMPILER;
-    info["torch"] = ALITOK_TORCH_VERSION;          // headers at build time; runs with this or any later release
-    info["torch_target"] = ALITOK_TORCH_TARGET;    // the oldest release that the binary runs with
-    info["cpu_isas"] = ALITOK_ISAS;                // comma-separated
-    info["cuda"] = ALITOK_CUDA_VERSION;            // toolkit, or empty
-    info["cuda_archs"] = ALITOK_CUDA_ARCHS;        // comma-separated, or empty
+    info["torch"] = ALITOK_TORCH_VERSION;        // headers at build time; runs with this or any later release
+    info["torch_target"] = ALITOK_TORCH_TARGET;  // the oldest release that the binary runs with
+    info["cpu_isas"] = ALITOK_ISAS;              // comma-separated
+    info["cuda"] = ALITOK_CUDA_VERSION;          // toolkit, or empty
+    info["cuda_archs"] = ALITOK_CUDA_ARCHS;      // comma-separated, or empty
     return info;
   });
   m.def("cpu_isa", [] { return alitok::name(alitok::cpu_isa()); }, "Instruction set in use: scalar, avx2 or avx512.");
   m.def("cpu_has_amx", &alitok::cpu_has_amx, "Whether kernels use AMX tiles.");
-  m.def("detected_cpu_isa", [] { return alitok::name(alitok::detected_cpu_isa()); }, "Best instruction set of this machine.");
+  m.def(
+      "detected_cpu_isa", [] { return alitok::name(alitok::detected_cpu_isa()); },
+      "Best instruction set of this machine.");
   m.def("detected_amx", &alitok::detected_amx, "Whether this machine and kernel offer AMX tiles.");
 }

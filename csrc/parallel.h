@@ -16,8 +16,7 @@ struct Parallel {
   template <class F>
   void operator()(int64_t begin, int64_t end, int64_t grain, const F& f) const {
     run(
-        begin, end, grain,
-        [](int64_t first, int64_t last, void* ctx) { (*static_cast<const F*>(ctx))(first, last); },
+        begin, end, grain, [](int64_t first, int64_t last, void* ctx) { (*static_cast<const F*>(ctx))(first, last); },
         const_cast<void*>(static_cast<const void*>(std::addressof(f))));
   }
 };

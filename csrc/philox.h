@@ -121,8 +121,10 @@ inline void philox4x32_stream(uint64_t seed, uint32_t first, uint32_t c1, uint32
   // 4 t + g there, the vectors come out in order.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const PhiloxWords w = philox4x32_lanes(seed, philox_add(philox_set(first), order), c1, c2, c3);
-  const __m512i low01 = _mm512_unpacklo_epi32(w.word[0], w.word[1]), low23 = _mm512_unpacklo_epi32(w.word[2], w.word[3]);
-  const __m512i high01 = _mm512_unpackhi_epi32(w.word[0], w.word[1]), high23 = _mm512_unpackhi_epi32(w.word[2], w.word[3]);
+  const __m512i low01 = _mm512_unpacklo_epi32(w.word[0], w.word[1]),
+                low23 = _mm512_unpacklo_epi32(w.word[2], w.word[3]);
+  const __m512i high01 = _mm512_unpackhi_epi32(w.word[0], w.word[1]),
+                high23 = _mm512_unpackhi_epi32(w.word[2], w.word[3]);
   _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low01, low23));
   _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(low01, low23));
   _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi64(high01, high23));
@@ -130,8 +132,10 @@ inline void philox4x32_stream(uint64_t seed, uint32_t first, uint32_t c1, uint32
 #elif defined(__AVX2__)
   const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);  // as above, counter 2 t + g
   const PhiloxWords w = philox4x32_lanes(seed, philox_add(philox_set(first), order), c1, c2, c3);
-  const __m256i low01 = _mm256_unpacklo_epi32(w.word[0], w.word[1]), low23 = _mm256_unpacklo_epi32(w.word[2], w.word[3]);
-  const __m256i high01 = _mm256_unpackhi_epi32(w.word[0], w.word[1]), high23 = _mm256_unpackhi_epi32(w.word[2], w.word[3]);
+  const __m256i low01 = _mm256_unpacklo_epi32(w.word[0], w.word[1]),
+                low23 = _mm256_unpacklo_epi32(w.word[2], w.word[3]);
+  const __m256i high01 = _mm256_unpackhi_epi32(w.word[0], w.word[1]),
+                high23 = _mm256_unpackhi_epi32(w.word[2], w.word[3]);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(low01, low23));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8), _mm256_unpackhi_epi64(low01, low23));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpacklo_epi64(high01, high23));

@@ -122,10 +122,12 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& qkv_in, int64_t prefix
 }
 
 // The gradients of qkv and of the norm weights; those are float32, and empty where there are no weights.
-std::tuple<Tensor, Tensor, Tensor> prefix_attention_backward(
-    const Tensor& grad_out_in, const Tensor& qkv_in, const Tensor& out, const Tensor& lse, int64_t prefix_len,
-    const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight, double norm_eps,
-    const OptionalTensor& rope, double scale, double dropout, const OptionalTensor& seed) {
+std::tuple<Tensor, Tensor, Tensor> prefix_attention_backward(const Tensor& grad_out_in, const Tensor& qkv_in,
+                                                             const Tensor& out, const Tensor& lse, int64_t prefix_len,
+                                                             const OptionalTensor& q_norm_weight,
+                                                             const OptionalTensor& k_norm_weight, double norm_eps,
+                                                             const OptionalTensor& rope, double scale, double dropout,
+                                                             const OptionalTensor& seed) {
   check_qkv(qkv_in);
   const Tensor qkv = with_dense_rows(qkv_in);
   PrefixAttentionParams p =

@@ -32,8 +32,8 @@ struct PrefixAttentionParams {
 
   Dropout dropout;  // on the probabilities: head b * heads + h, row i, column j of dropout.h
 
-  void* out;   // (B, L, H, D) contiguous
-  float* lse;  // (B, H, L) natural log of sum_j exp(scale * q.k), before dropout
+  void* out;        // (B, L, H, D) contiguous
+  float* lse;       // (B, H, L) natural log of sum_j exp(scale * q.k), before dropout
   void* workspace;  // as many bytes as the *_workspace function says, aligned to 64; null for 0
 };
 

@@ -135,7 +135,8 @@ __global__ __launch_bounds__(128) void prepare_kernel(const PrefixAttentionBackw
 // The block's 64 rows of a gradient, from the lanes' fragments, to float rows in shared memory. A warp's rows are read
 // by that warp only.
 template <class T, int kDim>
-__device__ __forceinline__ void stage_gradient(float (*staged)[kDim + 4], const float (&d)[1][kDim / 8][4], float factor) {
+__device__ __forceinline__ void stage_gradient(float (*staged)[kDim + 4], const float (&d)[1][kDim / 8][4],
+                                               float factor) {
   const int row = warp_index() * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
 #pragma unroll
   for (int n = 0; n < kDim / 8; ++n) {
@@ -159,8 +160,7 @@ __device__ __forceinline__ void read_staged(typename BackwardShape<T, kDim>::Row
 // rows' share of the norm weight's gradient.
 template <class T, int kDim>
 __device__ __forceinline__ void store_gradient(const PrefixAttentionBackwardParams& backward, float (*staged)[kDim + 4],
-                                               int64_t bh, int part, int first, const float* weight,
-                                               float* partials) {
+                                               int64_t bh, int part, int first, const float* weight, float* partials) {
   using Row = typename BackwardShape<T, kDim>::Row;
   const PrefixAttentionParams& p = backward.forward;
   const int64_t b = bh / p.heads, h = bh % p.heads;
@@ -304,7 +304,7 @@ __global__ __launch_bounds__(128) void grad_q_kernel(const PrefixAttentionBackwa
   const float* weight = p.q_norm_weight == nullptr ? nullptr : shared->weight;
   if (weight != nullptr) load_weight<T, kDim>(shared->weight, p.q_norm_weight, p.head_dim);
   __syncthreads();
-  auto* staged = reinterpret_cast<float(*)[kDim + 4]>(shared);
+  auto* staged = reinterpret_cast<float (*)[kDim + 4]>(shared);
   stage_gradient<T, kDim>(staged, grad_q, p.scale);
   store_gradient<T, kDim>(backward, staged, bh, 0, q_first, weight,
                           scratch.q_partials + (tile * int64_t{gridDim.x} + bh) * p.head_dim);
@@ -395,7 +395,7 @@ __global__ __launch_bounds__(128) void grad_kv_kernel(const PrefixAttentionBackw
   const float* weight = p.k_norm_weight == nullptr ? nullptr : shared->weight;
   if (weight != nullptr) load_weight<T, kDim>(shared->weight, p.k_norm_weight, p.head_dim);
   __syncthreads();
-  auto* staged = reinterpret_cast<float(*)[kDim + 4]>(shared);
+  auto* staged = reinterpret_cast<float (*)[kDim + 4]>(shared);
   stage_gradient<T, kDim>(staged, grad_v, dropout_scale);
   store_gradient<T, kDim>(backward, staged, bh, 2, k_first, nullptr, nullptr);
   __syncwarp();

@@ -190,8 +190,7 @@ template <class T, class Out>
 void prepare_rows(const PrefixAttentionParams& p, const Layout& layout, int64_t head, Part part, int64_t i0,
                   int64_t count, Out* rows) {
   const Rows<const T> input = input_rows<T>(p, head, part);
-  for (int64_t i = i0; i < i0 + count; ++i)
-    prepare_row(p, input[i], part, i, rows + (i - i0) * layout.row);
+  for (int64_t i = i0; i < i0 + count; ++i) prepare_row(p, input[i], part, i, rows + (i - i0) * layout.row);
 }
 
 // (keys, width) -> (width, keys), of any 32-bit words.
@@ -360,8 +359,8 @@ void forward_tile_pairs(const PrefixAttentionParams& p, const Layout& layout, in
   const int64_t dim = round_up(p.head_dim, Products::kBlock);
   float inverse_sum[Products::kTileRows];
   prepare_rows<bfloat16>(p, layout, head, kQuery, i0, rows, as_bfloat16(buffers.q));
-  Products::multiply(all_rows, keys, dim, buffers.q, layout.row * 2, buffers.keys_t, layout.keys * 4,
-                     buffers.products, layout.keys * 4);
+  Products::multiply(all_rows, keys, dim, buffers.q, layout.row * 2, buffers.keys_t, layout.keys * 4, buffers.products,
+                     layout.keys * 4);
   softmax_rows(p, layout, head, i0, rows, keys / kLanes, buffers.products, as_bfloat16(buffers.probabilities),
                buffers.factors, inverse_sum);
   Products::multiply(all_rows, dim, keys, buffers.probabilities, layout.keys * 2, buffers.value_pairs, layout.row * 4,

@@ -33,7 +33,7 @@ __device__ __forceinline__ float rounded(float x) {
 template <class T>
 struct Fragments {  // bf16 and fp16: one mma.sync of depth 16
   static constexpr int kStep = 16;
-  static constexpr int kUnroll = 8;  // all of a tile's steps
+  static constexpr int kUnroll = 8;                      // all of a tile's steps
   static constexpr int kRowSteps = 1, kColumnSteps = 1;  // of a part that add_products takes
   static constexpr bool kSumsFromZero = false;
   struct A {
@@ -69,8 +69,8 @@ struct Fragments {  // bf16 and fp16: one mma.sync of depth 16
   // A = columns kStep * step .. of a result that is still in registers; goes with load_b_columns.
   template <int kTiles>
   static __device__ __forceinline__ A from_result(const float (&d)[kTiles][4], int step) {
-    const float(&left)[4] = d[2 * step];
-    const float(&right)[4] = d[2 * step + 1];
+    const float (&left)[4] = d[2 * step];
+    const float (&right)[4] = d[2 * step + 1];
     return {{pack2<T>(left[0], left[1]), pack2<T>(left[2], left[3]), pack2<T>(right[0], right[1]),
              pack2<T>(right[2], right[3])}};
   }

@@ -15,11 +15,11 @@ struct QuantizedLinearParams {
   QuantizedLinearDtype dtype;         // of x, bias and out: the first three
   QuantizedLinearDtype weight_dtype;  // int8 or e4m3
   int64_t rows, inputs, outputs;      // rows up to kQuantizedLinearMostRows, outputs below 2^31
-  const void* x;       // (rows, inputs) contiguous
-  const void* weight;  // (outputs, inputs) contiguous
-  const void* scale;   // (outputs, ceil(inputs / kQuantizedLinearGroup)) bfloat16, contiguous
-  const void* bias;    // (outputs), or null
-  void* out;           // (rows, outputs)
+  const void* x;                      // (rows, inputs) contiguous
+  const void* weight;                 // (outputs, inputs) contiguous
+  const void* scale;                  // (outputs, ceil(inputs / kQuantizedLinearGroup)) bfloat16, contiguous
+  const void* bias;                   // (outputs), or null
+  void* out;                          // (rows, outputs)
 };
 
 constexpr int64_t kQuantizedLinearGroup = 64;

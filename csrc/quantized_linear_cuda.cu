@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads) quantized_linear_kernel(const Quanti
   const W* weight = static_cast<const W*>(p.weight) + first_output * p.inputs;
   const int64_t groups = (p.inputs + kQuantizedLinearGroup - 1) / kQuantizedLinearGroup;
   // Of the group that this lane is in; advances with it.
-  const __nv_bfloat16* scale = static_cast<const __nv_bfloat16*>(p.scale) + first_output * groups +
-                               lane * kVector / kQuantizedLinearGroup;
+  const __nv_bfloat16* scale =
+      static_cast<const __nv_bfloat16*>(p.scale) + first_output * groups + lane * kVector / kQuantizedLinearGroup;
   const bool whole = p.inputs % kVector == 0, x_aligned = whole && is_aligned(p.x);
   const bool weight_aligned = whole && is_aligned(p.weight);
 

@@ -9,8 +9,8 @@ namespace alitok {
 namespace {
 
 constexpr int kWarp = 32, kMaxWarps = 32, kMaxThreads = kWarp * kMaxWarps;
-constexpr int kGroup = 4;                         // codes that share a Philox counter
-constexpr int64_t kMaxSharedBytes = 96 * 1024;    // what every device from sm_80 on has
+constexpr int kGroup = 4;                       // codes that share a Philox counter
+constexpr int64_t kMaxSharedBytes = 96 * 1024;  // what every device from sm_80 on has
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -125,7 +125,7 @@ __device__ float keep_threshold(const Source& source, const SampleTokensParams& 
   if (p.rule.top_k < p.codes) {
     threshold = largest_threshold(-kInfinity, largest, [&](float t) {
       int64_t count = 0;
-      for_each_group(source, p.codes, [&](int64_t, const float(&x)[kGroup]) {
+      for_each_group(source, p.codes, [&](int64_t, const float (&x)[kGroup]) {
         for (int i = 0; i < kGroup; ++i) count += x[i] >= t;
       });
       return reduce(count, 0, Sum()) - p.rule.top_k;
@@ -135,7 +135,7 @@ __device__ float keep_threshold(const Source& source, const SampleTokensParams& 
     const float scale = softmax_scale(p.rule.temperature);
     const auto mass_above = [&](float t) {
       int64_t mass = 0;
-      for_each_group(source, p.codes, [&](int64_t, const float(&x)[kGroup]) {
+      for_each_group(source, p.codes, [&](int64_t, const float (&x)[kGroup]) {
         for (int i = 0; i < kGroup; ++i) mass += x[i] >= t ? softmax_weight(x[i] - largest, scale) : 0;
       });
       return static_cast<double>(reduce(mass, 0, Sum()));
@@ -160,7 +160,7 @@ __device__ int64_t draw(const Source& source, const SampleTokensParams& p, const
   const int64_t none = ranked(-kInfinity, -1);
   int64_t best = none;
   bool wrong = false;
-  for_each_group(source, p.codes, [&](int64_t k, const float(&x)[kGroup]) {
+  for_each_group(source, p.codes, [&](int64_t k, const float (&x)[kGroup]) {
     Philox4x32 noise = {};
     if (temperature > 0) {
       noise = philox4x32(key.seed, static_cast<uint32_t>(k / kGroup) | kPhiloxSample, key.step, id_low, id_high);
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sample_tokens_kernel(const Sam
     ALITOK_DYNAMIC_SHARED(float, held);
     // The largest logit first: top-p weighs against it, and it tells rows that are no distribution.
     int64_t largest_rank = ranked(-kInfinity, -1);
-    for_each_group(row, p.codes, [&](int64_t k, const float(&x)[kGroup]) {
+    for_each_group(row, p.codes, [&](int64_t k, const float (&x)[kGroup]) {
       if constexpr (Shared) *reinterpret_cast<float4*>(held + k) = make_float4(x[0], x[1], x[2], x[3]);
       for (int i = 0; i < kGroup; ++i) {
         const int64_t rank = ranked(is_logit(x[i]) ? x[i] : kInfinity, 0);

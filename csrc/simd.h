@@ -75,7 +75,9 @@ struct Vec {
   void store(float* p, int count) const { _mm512_mask_storeu_ps(p, first(count), v); }
 
   static Vec widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-  static Vec load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Vec load_bf16(const uint16_t* p) {
+    return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static Vec load_bf16(const uint16_t* p, int count) { return widen_bf16(_mm256_maskz_loadu_epi16(first(count), p)); }
   // The instruction rounds to nearest even and flushes subnormal results (below 2^-126) to zero.
   __m256i narrow_bf16() const { return bits_as<__m256i>(_mm512_cvtneps_pbh(v)); }

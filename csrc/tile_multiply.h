@@ -37,8 +37,7 @@ inline void multiply_block(int64_t depth, A a, const float* b, int64_t b_stride,
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v)
-      sum[r][v] = Accumulate ? Vec::load(c + r * c_stride + v * Vec::lanes) : Vec();
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = Accumulate ? Vec::load(c + r * c_stride + v * Vec::lanes) : Vec();
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[Vectors];
 #pragma GCC unroll 4

@@ -27,8 +27,8 @@ void check_inputs(const Tensor& z, const Tensor& codebook, double commitment) {
         "shape " + shape_name(codebook));
   check_size(codebook, "codebook", 1, z.size(1));
   check_same_device(codebook, "codebook", z, "z");
-  check(z.size(1) <= kVqLookupMostChannels, "z",
-        "at most " + std::to_string(kVqLookupMostChannels) + " channels", "shape " + shape_name(z));
+  check(z.size(1) <= kVqLookupMostChannels, "z", "at most " + std::to_string(kVqLookupMostChannels) + " channels",
+        "shape " + shape_name(z));
   check(std::isfinite(commitment), "commitment", "a finite number", commitment);
 }
 

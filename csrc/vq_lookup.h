@@ -35,9 +35,9 @@ struct VqLookupBackwardParams {
   const float* grad_loss;       // one element
   const float* z;
   const float* codebook;
-  const int64_t* indices;       // (N), as the forward pass gave them
-  float* grad_z;                // (N, C)
-  float* grad_codebook;         // (K, C)
+  const int64_t* indices;  // (N), as the forward pass gave them
+  float* grad_z;           // (N, C)
+  float* grad_codebook;    // (K, C)
 };
 
 // Candidates for a code's closest feature as integers whose order is that of (score, feature): a minimum over them is

@@ -20,8 +20,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 struct Workspace {
-  double* squares;     // (blocks) sums of squared distances
-  float* half_norms;   // (K)
+  double* squares;    // (blocks) sums of squared distances
+  float* half_norms;  // (K)
 };
 
 int64_t blocks_of(int64_t features) { return (features + kFeatures - 1) / kFeatures; }
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(kThreads) codebook_gradient(VqLookupBackwardPa
       found &= found - 1;
       const int code = static_cast<int>(__shfl_sync(kAllLanes, static_cast<int>(mine), source));
       if (channel < p.channels) {
-        sums[warp][code][lane] += p.codebook[(first_code + code) * p.channels + channel] -
-                                  p.z[(n + source) * p.channels + channel];
+        sums[warp][code][lane] +=
+            p.codebook[(first_code + code) * p.channels + channel] - p.z[(n + source) * p.channels + channel];
       }
     }
   }

@@ -99,8 +99,10 @@ def write_token_cache(
         crops = np.concatenate([cache_crops(source.image(i), meta.image_size, meta.crops) for i in range(first, last)])
         found = encode(to_tensor(crops))
         if found.shape != (len(crops), meta.tokens) or int(found.min()) < 0 or int(found.max()) >= meta.codebook_size:
-            raise ValueError(f"encode: expected ({len(crops)}, {meta.tokens}) tokens below {meta.codebook_size}, "
-                             f"got shape {tuple(found.shape)} in {int(found.min())}..{int(found.max())}")
+            raise ValueError(
+                f"encode: expected ({len(crops)}, {meta.tokens}) tokens below {meta.codebook_size}, "
+                f"got shape {tuple(found.shape)} in {int(found.min())}..{int(found.max())}"
+            )
         tokens[first:last] = found.cpu().numpy().reshape(last - first, meta.crops, meta.tokens)
         if (first // batch) % 16 == 0:
             tokens.flush()
@@ -123,8 +125,10 @@ def _resume_at(folder: Path, meta: TokenCacheMeta) -> int | None:
         expected = dataclasses.asdict(meta)
         for key in expected:
             if saved_meta.get(key) != expected[key]:
-                raise ValueError(f"{folder}: holds a token cache with {key} {saved_meta.get(key)!r}, "
-                                 f"expected {expected[key]!r}; choose another folder or delete it")
+                raise ValueError(
+                    f"{folder}: holds a token cache with {key} {saved_meta.get(key)!r}, "
+                    f"expected {expected[key]!r}; choose another folder or delete it"
+                )
         if name == "meta.json":
             return None
         if (folder / "tokens.partial.npy").exists():
@@ -136,8 +140,11 @@ def validate_token_cache(folder: str | Path, check_range: bool = True) -> TokenC
     """Open a cache; raises ValueError naming the file, what was expected and what was found."""
     folder = Path(folder)
     if not (folder / "meta.json").is_file():
-        reason = "an unfinished cache: run the same tokenize command again" if (folder / "progress.json").exists() \
+        reason = (
+            "an unfinished cache: run the same tokenize command again"
+            if (folder / "progress.json").exists()
             else "no meta.json"
+        )
         raise ValueError(f"{folder}: expected a token cache, got {reason}")
     try:
         raw = json.loads((folder / "meta.json").read_text())
@@ -149,8 +156,10 @@ def validate_token_cache(folder: str | Path, check_range: bool = True) -> TokenC
     tokens = _open_array(folder / "tokens.npy", (meta.images, meta.crops, meta.tokens), token_dtype(meta.codebook_size))
     labels = _open_array(folder / "labels.npy", (meta.images,), np.dtype(np.int64))
     if labels.min() < 0 or labels.max() >= len(meta.classes):
-        raise ValueError(f"{folder / 'labels.npy'}: expected labels in 0..{len(meta.classes) - 1}, "
-                         f"got {labels.min()}..{labels.max()}")
+        raise ValueError(
+            f"{folder / 'labels.npy'}: expected labels in 0..{len(meta.classes) - 1}, "
+            f"got {labels.min()}..{labels.max()}"
+        )
     if check_range and int(tokens.max()) >= meta.codebook_size:
         largest = int(tokens.max())
         raise ValueError(f"{folder / 'tokens.npy'}: expected tokens below {meta.codebook_size}, got {largest}")

@@ -1,6 +1,6 @@
 """A small classifier trained on the real images, to ask whether samples look like the class asked for.
 
-    python -m alitok_fast.evaluation.demo --data /usr/share/datasets/fashion-mnist
+python -m alitok_fast.evaluation.demo --data /usr/share/datasets/fashion-mnist
 """
 
 from __future__ import annotations

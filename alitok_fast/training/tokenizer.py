@@ -80,8 +80,9 @@ def train_tokenizer(
     if stage not in (1, 2):
         raise ValueError(f"stage: expected 1 or 2, got {stage!r}")
     if (stage == 2) != (stage1 is not None):
-        raise ValueError(f"stage1: expected {'a stage-1 checkpoint' if stage == 2 else 'nothing'} for stage {stage}, "
-                         f"got {stage1!r}")
+        raise ValueError(
+            f"stage1: expected {'a stage-1 checkpoint' if stage == 2 else 'nothing'} for stage {stage}, got {stage1!r}"
+        )
     torch.manual_seed(config.seed)
     if stage == 1:
         fields = {**model_config.to_dict(), "stage": 1}

@@ -1,5 +1,5 @@
-#include "case.h"
 #include "add_rms_norm_cuda.cu"
+#include "case.h"
 
 void run_case(simt::Case& test) {
   alitok::AddRmsNormParams p{};

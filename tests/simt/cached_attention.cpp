@@ -1,5 +1,5 @@
-#include "case.h"
 #include "cached_attention_cuda.cu"
+#include "case.h"
 
 void run_case(simt::Case& test) {
   using alitok::CachedAttentionDtype;

@@ -80,8 +80,8 @@ namespace simt {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr size_t kMaxSharedBytes = 163 * 1024;    // of a block, compute capability 8.0
-constexpr unsigned char kPoison = 0xFF;           // NaN in fp32, fp16 and bf16, -1 in integers
+constexpr size_t kMaxSharedBytes = 163 * 1024;  // of a block, compute capability 8.0
+constexpr unsigned char kPoison = 0xFF;         // NaN in fp32, fp16 and bf16, -1 in integers
 
 // A meeting point of `expected` fibers. The last one to come wakes the others.
 struct Meeting {
@@ -126,8 +126,8 @@ struct Engine {
   const char* kernel = "(no kernel)";
   std::function<void()> body;
   std::vector<std::unique_ptr<Fiber>> fibers;
-  int threads = 0;              // of the running block
-  int current = -1;             // index of the running fiber
+  int threads = 0;   // of the running block
+  int current = -1;  // index of the running fiber
   int unfinished = 0;
   std::vector<int> runnable;
   Meeting barrier;
@@ -135,7 +135,7 @@ struct Engine {
   unsigned char* dynamic_shared = nullptr;
   std::map<const void*, size_t> allowed_shared;
   std::mt19937_64 random;
-  uint64_t bank_conflicts = 0;  // extra passes that ldmatrix needs, over all launches
+  uint64_t bank_conflicts = 0;                             // extra passes that ldmatrix needs, over all launches
   char start_order = 0, end_order = 0, barrier_order = 0;  // only their addresses matter, to the race detector
 #if defined(__x86_64__)
   void* scheduler = nullptr;

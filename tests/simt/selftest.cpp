@@ -112,9 +112,7 @@ void run_case(simt::Case& test) {
     case 0:
       ALITOK_LAUNCH(block_sum, (n + 63) / 64, 64, 0, nullptr, x, test.output<float>("y", (n + 63) / 64), n);
       break;
-    case 1:
-      ALITOK_LAUNCH(block_sum_without_barrier, 1, 64, 0, nullptr, x, test.output<float>("y", 1));
-      break;
+    case 1: ALITOK_LAUNCH(block_sum_without_barrier, 1, 64, 0, nullptr, x, test.output<float>("y", 1)); break;
     case 2:
       ALITOK_LAUNCH((small_matmul<__nv_bfloat16, true>), 1, 32, 1024, nullptr, test.input<__nv_bfloat16>("a"),
                     test.input<__nv_bfloat16>("b"), start, test.output<float>("y", 128));
@@ -131,38 +129,19 @@ void run_case(simt::Case& test) {
       ALITOK_LAUNCH(small_matmul_tf32, 1, 32, 0, nullptr, test.input<float>("a"), test.input<float>("b"), start,
                     test.output<float>("y", 128));
       break;
-    case 6:
-      ALITOK_LAUNCH(warp_functions, 1, 64, 0, nullptr, test.input<int>("a"), test.inout<int>("y"));
-      break;
+    case 6: ALITOK_LAUNCH(warp_functions, 1, 64, 0, nullptr, test.input<int>("a"), test.inout<int>("y")); break;
     case 7:
       ALITOK_LAUNCH(round_trip, 1, 32, 0, nullptr, x, test.output<uint16_t>("bf16", n),
                     test.output<uint16_t>("fp16", n), n);
       break;
-    case 8:
-      ALITOK_LAUNCH(write_past_shared, 1, 32, 128, nullptr, test.output<float>("y", 1));
-      break;
-    case 9:
-      ALITOK_LAUNCH(write_past_static_shared, 1, 32, 0, nullptr, test.output<float>("y", 1), n);
-      break;
-    case 10:
-      ALITOK_LAUNCH(read_past_global, 1, 1, 0, nullptr, x, test.output<float>("y", 1), n);
-      break;
-    case 11:
-      ALITOK_LAUNCH(barrier_in_branch, 1, 32, 0, nullptr);
-      break;
-    case 12:
-      ALITOK_LAUNCH(misaligned, 1, 1, 0, nullptr, x, test.output<float>("y", 1));
-      break;
-    case 13:
-      ALITOK_LAUNCH(last_writer, 1, 64, 0, nullptr, test.output<float>("y", 1));
-      break;
-    case 14:
-      ALITOK_LAUNCH(write_past_shared, 1, 32, 64 * 1024, nullptr, test.output<float>("y", 1));
-      break;
-    case 15:
-      alitok::allow_shared_bytes(write_past_shared, simt::kMaxSharedBytes + 1);
-      break;
-    default:
-      simt::fail("no such kernel");
+    case 8: ALITOK_LAUNCH(write_past_shared, 1, 32, 128, nullptr, test.output<float>("y", 1)); break;
+    case 9: ALITOK_LAUNCH(write_past_static_shared, 1, 32, 0, nullptr, test.output<float>("y", 1), n); break;
+    case 10: ALITOK_LAUNCH(read_past_global, 1, 1, 0, nullptr, x, test.output<float>("y", 1), n); break;
+    case 11: ALITOK_LAUNCH(barrier_in_branch, 1, 32, 0, nullptr); break;
+    case 12: ALITOK_LAUNCH(misaligned, 1, 1, 0, nullptr, x, test.output<float>("y", 1)); break;
+    case 13: ALITOK_LAUNCH(last_writer, 1, 64, 0, nullptr, test.output<float>("y", 1)); break;
+    case 14: ALITOK_LAUNCH(write_past_shared, 1, 32, 64 * 1024, nullptr, test.output<float>("y", 1)); break;
+    case 15: alitok::allow_shared_bytes(write_past_shared, simt::kMaxSharedBytes + 1); break;
+    default: simt::fail("no such kernel");
   }
 }

@@ -73,12 +73,24 @@ inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaSt
 
 // ---- vector and 16-bit types -----------------------------------------------------------------------------------
 
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
@@ -108,7 +120,7 @@ struct __half {
       h = 0x7fff;
     } else if (magnitude >= 0x477ff000) {  // 65520 and more round to infinity
       h = 0x7c00;
-    } else if (magnitude < 0x38800000) {   // below 2^-14: denormal, a multiple of 2^-24
+    } else if (magnitude < 0x38800000) {  // below 2^-14: denormal, a multiple of 2^-24
       h = static_cast<uint32_t>(std::nearbyint(std::ldexp(simt::bits_as<float>(magnitude), 24)));
     } else {
       h = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
@@ -118,14 +130,20 @@ struct __half {
   explicit operator float() const {
     const uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023u;
     float x = std::ldexp(static_cast<float>(fraction), -24);
-    if (exponent == 31) x = fraction ? std::nanf("") : INFINITY;
-    else if (exponent > 0) x = std::ldexp(static_cast<float>(1024 + fraction), static_cast<int>(exponent) - 25);
+    if (exponent == 31)
+      x = fraction ? std::nanf("") : INFINITY;
+    else if (exponent > 0)
+      x = std::ldexp(static_cast<float>(1024 + fraction), static_cast<int>(exponent) - 25);
     return bits & 0x8000 ? -x : x;
   }
 };
 
-struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
-struct alignas(4) __half2 { __half x, y; };
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+struct alignas(4) __half2 {
+  __half x, y;
+};
 using nv_bfloat16 = __nv_bfloat16;
 using nv_bfloat162 = __nv_bfloat162;
 using half = __half;
@@ -194,11 +212,26 @@ inline unsigned __brev(unsigned x) {
   return y;
 }
 
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> void __stcg(T* p, T x) { *p = x; }
-template <class T> void __stcs(T* p, T x) { *p = x; }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcg(T* p, T x) {
+  *p = x;
+}
+template <class T>
+void __stcs(T* p, T x) {
+  *p = x;
+}
 
 // ---- threads ---------------------------------------------------------------------------------------------------
 
@@ -248,16 +281,20 @@ T reduce(Instruction instruction, unsigned mask, T value, Combine combine) {
 
 }  // namespace simt
 
-template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   return simt::shuffle(mask, value, width, [=](int) { return source & (width - 1); });
 }
-template <class T> T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
   return simt::shuffle(mask, value, width, [=](int lane) { return lane ^ lane_mask; });
 }
-template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   return simt::shuffle(mask, value, width, [=](int lane) { return lane + static_cast<int>(delta); });
 }
-template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
   return simt::shuffle(mask, value, width, [=](int lane) { return lane - static_cast<int>(delta); });
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
@@ -266,13 +303,16 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
-template <class T> T __reduce_add_sync(unsigned mask, T x) {
+template <class T>
+T __reduce_add_sync(unsigned mask, T x) {
   return simt::reduce(simt::kReduce, mask, x, [](T a, T b) { return static_cast<T>(a + b); });
 }
-template <class T> T __reduce_min_sync(unsigned mask, T x) {
+template <class T>
+T __reduce_min_sync(unsigned mask, T x) {
   return simt::reduce(simt::kReduce, mask, x, [](T a, T b) { return min(a, b); });
 }
-template <class T> T __reduce_max_sync(unsigned mask, T x) {
+template <class T>
+T __reduce_max_sync(unsigned mask, T x) {
   return simt::reduce(simt::kReduce, mask, x, [](T a, T b) { return max(a, b); });
 }
 inline unsigned __reduce_or_sync(unsigned mask, unsigned x) {
@@ -281,7 +321,8 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned x) {
 inline unsigned __reduce_and_sync(unsigned mask, unsigned x) {
   return simt::reduce(simt::kReduce, mask, x, [](unsigned a, unsigned b) { return a & b; });
 }
-template <class T> unsigned __match_any_sync(unsigned mask, T x) {
+template <class T>
+unsigned __match_any_sync(unsigned mask, T x) {
   const simt::Convergence::Slot* slots = simt::exchange(simt::kMatch, mask, x);
   unsigned same = 0;
   for (int i = 0; i < 32; ++i) {
@@ -307,18 +348,43 @@ T atomic(T* target, Update update) {
 
 }  // namespace simt
 
-template <class T> T atomicAdd(T* p, T x) { return simt::atomic(p, [=](T old) { return old + x; }); }
-template <class T> T atomicSub(T* p, T x) { return simt::atomic(p, [=](T old) { return old - x; }); }
-template <class T> T atomicMin(T* p, T x) { return simt::atomic(p, [=](T old) { return x < old ? x : old; }); }
-template <class T> T atomicMax(T* p, T x) { return simt::atomic(p, [=](T old) { return x > old ? x : old; }); }
-template <class T> T atomicAnd(T* p, T x) { return simt::atomic(p, [=](T old) { return old & x; }); }
-template <class T> T atomicOr(T* p, T x) { return simt::atomic(p, [=](T old) { return old | x; }); }
-template <class T> T atomicXor(T* p, T x) { return simt::atomic(p, [=](T old) { return old ^ x; }); }
-template <class T> T atomicExch(T* p, T x) { return simt::atomic(p, [=](T) { return x; }); }
+template <class T>
+T atomicAdd(T* p, T x) {
+  return simt::atomic(p, [=](T old) { return old + x; });
+}
+template <class T>
+T atomicSub(T* p, T x) {
+  return simt::atomic(p, [=](T old) { return old - x; });
+}
+template <class T>
+T atomicMin(T* p, T x) {
+  return simt::atomic(p, [=](T old) { return x < old ? x : old; });
+}
+template <class T>
+T atomicMax(T* p, T x) {
+  return simt::atomic(p, [=](T old) { return x > old ? x : old; });
+}
+template <class T>
+T atomicAnd(T* p, T x) {
+  return simt::atomic(p, [=](T old) { return old & x; });
+}
+template <class T>
+T atomicOr(T* p, T x) {
+  return simt::atomic(p, [=](T old) { return old | x; });
+}
+template <class T>
+T atomicXor(T* p, T x) {
+  return simt::atomic(p, [=](T old) { return old ^ x; });
+}
+template <class T>
+T atomicExch(T* p, T x) {
+  return simt::atomic(p, [=](T) { return x; });
+}
 inline unsigned atomicInc(unsigned* p, unsigned last) {
   return simt::atomic(p, [=](unsigned old) { return old >= last ? 0 : old + 1; });
 }
-template <class T> T atomicCAS(T* p, T expected, T x) {
+template <class T>
+T atomicCAS(T* p, T expected, T x) {
   return simt::atomic(p, [=](T old) { return old == expected ? x : old; });
 }
 
