@@ -8,22 +8,22 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
-    "Decoder": "alitok_fast.decoding",
+    "PackedGenerator": "alitok_fast.inference.packed_generator",
     "Generator": "alitok_fast.models",
     "GeneratorConfig": "alitok_fast.config",
-    "Pipeline": "alitok_fast.pipeline",
-    "Sampler": "alitok_fast.sampling",
+    "Pipeline": "alitok_fast.pipelines.pipeline",
+    "Sampler": "alitok_fast.inference.sampler",
     "Tokenizer": "alitok_fast.models",
     "TokenizerConfig": "alitok_fast.config",
     "load_generator": "alitok_fast.models",
     "load_tokenizer": "alitok_fast.models",
-    "plan": "alitok_fast.memory",
-    "sample": "alitok_fast.sampling",
+    "plan": "alitok_fast.inference.memory",
+    "sample": "alitok_fast.inference.sampler",
     "save_model": "alitok_fast.models",
-    "on_rows": "alitok_fast.streaming",
+    "on_rows": "alitok_fast.inference.streaming",
     "use_reference": "alitok_fast._library",
 }
 

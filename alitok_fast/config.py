@@ -32,7 +32,7 @@ class TokenizerConfig(Config):
     """AliTok tokenizer (arXiv 2506.05289, section 3).
 
     `stage` 1 has the causal decoder with its auxiliary head, `stage` 2 the
-    bidirectional decoder with `buffer_tokens` learned tokens in front.
+    bidirectional decoder with `num_buffer_tokens` learned tokens in front.
     """
 
     image_size: int = 256
@@ -45,7 +45,7 @@ class TokenizerConfig(Config):
     decoder_width: int = 1024
     decoder_layers: int = 24
     decoder_heads: int = 16
-    buffer_tokens: int = 32
+    num_buffer_tokens: int = 32
     stage: int = 2
     commitment: float = 0.25
     usage_decay: float = 0.99
@@ -72,23 +72,23 @@ class TokenizerConfig(Config):
         return self.image_size // self.patch_size
 
     @property
-    def image_tokens(self) -> int:
+    def num_image_tokens(self) -> int:
         return self.grid**2
 
     @property
-    def prefix_tokens(self) -> int:
+    def num_prefix_tokens(self) -> int:
         """One for the first patch, then one for each patch of the first row."""
         return 1 + self.grid
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """N, prefix and image tokens together."""
-        return self.prefix_tokens + self.image_tokens
+        return self.num_prefix_tokens + self.num_image_tokens
 
     @property
-    def decoder_start_tokens(self) -> int:
+    def num_start_tokens(self) -> int:
         """Learned tokens in front of the decoder's sequence: the class token, or the buffer tokens."""
-        return 1 if self.stage == 1 else self.buffer_tokens
+        return 1 if self.stage == 1 else self.num_buffer_tokens
 
 
 @dataclass(frozen=True)
@@ -96,24 +96,23 @@ class GeneratorConfig(Config):
     """Decoder-only transformer over tokens (arXiv 2506.05289, section 3.3)."""
 
     width: int = 768
-    layers: int = 24
-    heads: int = 16
+    num_layers: int = 24
+    num_heads: int = 16
     grid: int = 16
     codebook_size: int = 4096
-    classes: int = 1000
+    num_classes: int = 1000
     hidden_multiple: int = 256
     dropout: float = 0.1
     class_dropout: float = 0.1
     guidance_scale: float = 16.0
     guidance_power: float = 1.8
-    seed: int = 42
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.type == "int" and field.name != "seed":
+            if field.type == "int":
                 value = getattr(self, field.name)
                 _require(isinstance(value, int) and value > 0, field.name, "a positive integer", value)
-        _require(self.width % self.heads == 0, "width", f"a multiple of heads {self.heads}", self.width)
+        _require(self.width % self.num_heads == 0, "width", f"a multiple of num_heads {self.num_heads}", self.width)
         _require(
             self.head_dim % 4 == 0, "width", "a head dimension that is a multiple of 4 (2-D rotary pairs)", self.width
         )
@@ -122,7 +121,7 @@ class GeneratorConfig(Config):
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.width // self.num_heads
 
     @property
     def hidden(self) -> int:
@@ -131,18 +130,18 @@ class GeneratorConfig(Config):
         return -(-two_thirds // self.hidden_multiple) * self.hidden_multiple
 
     @property
-    def prefix_tokens(self) -> int:
+    def num_prefix_tokens(self) -> int:
         return 1 + self.grid
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """N, the number of tokens of one image."""
-        return self.prefix_tokens + self.grid**2
+        return self.num_prefix_tokens + self.grid**2
 
     @property
     def vocabulary(self) -> int:
         """Codes, one unused slot, classes, one "no condition"."""
-        return self.codebook_size + 1 + self.classes + 1
+        return self.codebook_size + 1 + self.num_classes + 1
 
     @property
     def first_class(self) -> int:
@@ -158,7 +157,7 @@ class GeneratorConfig(Config):
 _ALITOK = TokenizerConfig()
 _B = GeneratorConfig()
 _L = replace(_B, width=1024, guidance_scale=6.0, guidance_power=0.7)
-_XL = replace(_B, width=1280, layers=32, guidance_scale=13.0, guidance_power=1.4, seed=2)
+_XL = replace(_B, width=1280, num_layers=32, guidance_scale=13.0, guidance_power=1.4)
 
 TOKENIZERS: dict[str, TokenizerConfig] = {
     "demo": TokenizerConfig(
@@ -172,7 +171,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         decoder_width=128,
         decoder_layers=4,
         decoder_heads=4,
-        buffer_tokens=8,
+        num_buffer_tokens=8,
     ),
     "256": _ALITOK,
     "512": replace(_ALITOK, image_size=512),
@@ -181,11 +180,11 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
 GENERATORS: dict[str, GeneratorConfig] = {
     "demo": GeneratorConfig(
         width=192,
-        layers=6,
-        heads=4,
+        num_layers=6,
+        num_heads=4,
         grid=8,
         codebook_size=512,
-        classes=10,
+        num_classes=10,
         hidden_multiple=64,
         dropout=0.0,
         guidance_scale=4.0,

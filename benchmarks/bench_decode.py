@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alitok_fast.decoding import Decoder
+from alitok_fast.inference.packed_generator import PackedGenerator
 from alitok_fast.ops.decode import decode_reference
 from alitok_fast.testing import relative_error
 from peers.eager import EagerLoop
@@ -23,13 +23,13 @@ def bench_decode(size, weights, batch, generator, mode, compare, device):
     if batch == 32 and (size != "b" or not mode.timed or mode.quick):
         pytest.skip("batch 32 of B at full size only: the float32 peers' caches take gigabytes")
     gen = generator(size)
-    position = gen.config.tokens // 2
+    position = gen.config.num_tokens // 2
     eager = EagerLoop(gen, torch.arange(batch))
-    decoder = Decoder(gen, DTYPES[weights])
+    decoder = PackedGenerator(gen, DTYPES[weights])
     cache, static = decoder.new_cache(2 * batch), gen.new_cache(2 * batch)
     assert relative_error(decoder.step(eager.ids, cache), eager.logits()) < ERROR[weights]
-    for index in range(gen.config.layers):  # as if half an image were drawn
-        past = torch.randn(2, 2 * batch, gen.config.heads, position, gen.config.head_dim)
+    for index in range(gen.config.num_layers):  # as if half an image were drawn
+        past = torch.randn(2, 2 * batch, gen.config.num_heads, position, gen.config.head_dim)
         cache.keys[index, :, :, :position], cache.values[index, :, :, :position] = past
         static.keys[index, :, :, :position], static.values[index, :, :, :position] = past
         eager.caches[index] = tuple(past)
@@ -49,7 +49,7 @@ def bench_decode(size, weights, batch, generator, mode, compare, device):
     expected = decode_reference(decoder.packed, eager.ids, cache.keys, cache.values, torch.tensor(position))
     assert relative_error(step(decoder, cache), expected) < ERROR[weights]
     assert relative_error(step(gen, static), eager_step()) < ERROR["float32"]
-    seen = 2 * gen.config.layers * 2 * batch * gen.config.width * position * cache.keys.element_size()
+    seen = 2 * gen.config.num_layers * 2 * batch * gen.config.width * position * cache.keys.element_size()
     alternatives = {
         "eager float32, restated reference": eager_step,
         "torch float32, static cache": lambda: step(gen, static),

@@ -22,7 +22,7 @@ def bench_int8_linear(images, layer, mode, device, compare):
     if device.type != "cpu":
         pytest.skip("int8_linear is for the CPU")
     inputs, outputs = SHAPES[layer]
-    rows = images * (CONFIG.tokens + CONFIG.decoder_start_tokens)
+    rows = images * (CONFIG.num_tokens + CONFIG.num_start_tokens)
     rows = mode.pick(check=13, quick=rows, full=rows)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, inputs, generator=generator)

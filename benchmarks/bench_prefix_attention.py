@@ -130,7 +130,7 @@ def run_forward(compare, qkv, prefix_len, options):
 def bench_generator_forward(preset, dtype, mode, device, compare):
     config = GENERATORS[preset]
     batch = mode.pick(check=1, quick=2, full=8)
-    qkv, options = make(batch, 1 + config.tokens, config.heads, config.head_dim, dtype, device, config)
+    qkv, options = make(batch, 1 + config.num_tokens, config.num_heads, config.head_dim, dtype, device, config)
     run_forward(compare, qkv, 0, options)
 
 
@@ -140,7 +140,7 @@ def bench_tokenizer_forward(part, dtype, mode, device, compare):
     """Bidirectional, without norm and rotary; the decoder with its buffer tokens."""
     config = TOKENIZERS["256"]
     heads, width = getattr(config, f"{part}_heads"), getattr(config, f"{part}_width")
-    length = config.tokens + (config.image_tokens if part == "encoder" else config.decoder_start_tokens)
+    length = config.num_tokens + (config.num_image_tokens if part == "encoder" else config.num_start_tokens)
     qkv, options = make(mode.pick(check=1, quick=1, full=4), length, heads, width // heads, dtype, device)
     run_forward(compare, qkv, length, options)
 
@@ -152,9 +152,9 @@ def bench_plain(mask, dtype, backward, mode, device, compare):
     """Attention and nothing else: the generator's causal length, the tokenizer's decoder with its buffer tokens."""
     tokenizer, generator = TOKENIZERS["256"], GENERATORS["l"]
     causal = mask == "causal"
-    length = 1 + generator.tokens if causal else tokenizer.tokens + tokenizer.decoder_start_tokens
+    length = 1 + generator.num_tokens if causal else tokenizer.tokens + tokenizer.decoder_start_tokens
     prefix_len, batch = 0 if causal else length, mode.pick(check=1, quick=2, full=8)
-    qkv, _ = make(batch, length, generator.heads, generator.head_dim, dtype, device)
+    qkv, _ = make(batch, length, generator.num_heads, generator.head_dim, dtype, device)
     qkv.requires_grad_(backward)
 
     def attention():
@@ -175,7 +175,7 @@ def bench_generator_forward_backward(preset, dtype, dropout, mode, device, compa
     """With dropout the eager chain is timed without it."""
     config = GENERATORS[preset]
     batch = mode.pick(check=1, quick=2, full=8)
-    qkv, options = make(batch, 1 + config.tokens, config.heads, config.head_dim, dtype, device, config)
+    qkv, options = make(batch, 1 + config.num_tokens, config.num_heads, config.head_dim, dtype, device, config)
     leaves = [qkv, options["q_norm_weight"], options["k_norm_weight"]]
     for leaf in leaves:
         leaf.requires_grad_()

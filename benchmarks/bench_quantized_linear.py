@@ -20,7 +20,7 @@ SHAPES = {"qkv": (3 * CONFIG.width, CONFIG.width), "w2": (CONFIG.width, CONFIG.h
 def bench_step(rows, layer, weight_dtype, mode, device, compare):
     """All layers' matrices in turn, as a step reads them: no cache holds them all."""
     outputs, inputs = SHAPES[layer]
-    count = mode.pick(check=1, quick=CONFIG.layers, full=CONFIG.layers)
+    count = mode.pick(check=1, quick=CONFIG.num_layers, full=CONFIG.num_layers)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, inputs, generator=generator).to(device, torch.bfloat16)
     layers = [torch.randn(outputs, inputs, generator=generator) for _ in range(count)]

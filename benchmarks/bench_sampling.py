@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from alitok_fast.image_decoder import ImageDecoder
+from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.testing import relative_error
 from floor import Machine, decode_floor, tokens_floor
 from peers import contender
@@ -46,7 +46,7 @@ def precisions(device, size, batch) -> dict[str, tuple[torch.dtype, torch.dtype 
 def check(system, gen, tokenizer, labels):
     """Logits and pixels agree with the uncached model in float32, to rounding."""
     config = gen.config
-    tokens = torch.arange(len(labels) * config.tokens, device=labels.device).view(len(labels), -1) * 7
+    tokens = torch.arange(len(labels) * config.num_tokens, device=labels.device).view(len(labels), -1) * 7
     tokens %= config.codebook_size
     with torch.no_grad():
         some = tokens[:, :3]
@@ -120,7 +120,7 @@ def bench_sampling(size, batch, generator, tokenizer, measure, mode, device, cei
             contenders[name] = system
             continue
         contenders[name] = contender(system, labels, warm=partial(warm, system, labels), own=False)
-    layers = gen.config.layers
+    layers = gen.config.num_layers
     measure(contenders, mode.pick(check=0, quick=1.0, full=BUDGET), kind="image", size=size, batch=batch, layers=layers)
 
 

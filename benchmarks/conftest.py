@@ -143,9 +143,9 @@ def generator(mode: Mode, device: torch.device) -> Callable[[str], Generator]:
     @functools.cache
     def make(preset: str) -> Generator:
         config = generator_preset(preset)
-        layers = mode.pick(check=2, quick=4, full=config.layers)
+        layers = mode.pick(check=2, quick=4, full=config.num_layers)
         grid = mode.pick(check=4, quick=config.grid, full=config.grid)
-        return random_generator(preset, device, layers=layers, grid=grid)
+        return random_generator(preset, device, num_layers=layers, grid=grid)
 
     return make
 

@@ -26,7 +26,7 @@ def step_weights(config: GeneratorConfig) -> int:
     """Weights that every step multiplies with: all matrices but the embedding."""
     width = config.width
     block = 3 * width * width + width * width + 3 * width * config.hidden
-    return config.layers * block + width * config.codebook_size
+    return config.num_layers * block + width * config.codebook_size
 
 
 def tokens_floor(
@@ -34,9 +34,9 @@ def tokens_floor(
 ) -> float:
     """Seconds for the tokens of `batch` images with guidance; `weight_bytes` is read by each step."""
     multiply = 4 * batch * step_weights(config) / machine.flops
-    context = (config.tokens + 1) / 2  # mean, with the position itself
-    seen = 2 * config.layers * config.width * context * 2 * batch * kv_bytes_per_value
-    return config.tokens * (max(weight_bytes / machine.read_bytes, multiply) + seen / machine.read_bytes)
+    context = (config.num_tokens + 1) / 2  # mean, with the position itself
+    seen = 2 * config.num_layers * config.width * context * 2 * batch * kv_bytes_per_value
+    return config.num_tokens * (max(weight_bytes / machine.read_bytes, multiply) + seen / machine.read_bytes)
 
 
 def decode_weights(config: TokenizerConfig) -> int:
@@ -48,7 +48,7 @@ def decode_weights(config: TokenizerConfig) -> int:
 
 def decode_flops(config: TokenizerConfig) -> float:
     """Operations of one image's decode: matrices over all positions, attention over all pairs."""
-    length = config.tokens + config.decoder_start_tokens
+    length = config.num_tokens + config.num_start_tokens
     attention = config.decoder_layers * 4 * length * length * config.decoder_width
     return 2.0 * decode_weights(config) * length + attention
 

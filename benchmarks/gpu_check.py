@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the checkout, installed or not
 
-from alitok_fast.checkpoint import write_atomically
+from alitok_fast.storage.files import write_atomically
 from ceilings import Ceilings
 from gpu import pages
 from gpu.plan import PARTS, STEPS, Step, chosen

@@ -16,10 +16,10 @@ from PIL import Image
 
 from alitok_fast import Pipeline, load_tokenizer
 from alitok_fast.data import open_source, to_tensor
-from alitok_fast.images import grid, write_image
 from alitok_fast.models import Tokenizer
-from alitok_fast.reconstruction import reconstruct
-from alitok_fast.showing import filmstrip, grow
+from alitok_fast.pipelines.completion import filmstrip, grow
+from alitok_fast.pipelines.reconstruction import reconstruct
+from alitok_fast.storage.images import grid, write_image
 
 HERE = Path(__file__).parent / "images"
 COLUMNS = 10
@@ -27,7 +27,7 @@ COLUMNS = 10
 
 def samples(pipe: Pipeline) -> Image.Image:
     """Eight of each class, a class a column."""
-    labels = list(range(pipe.generator.config.classes)) * 8
+    labels = list(range(pipe.generator.config.num_classes)) * 8
     names = [pipe.label_name(label) for label in labels]
     return grid(pipe(labels, seed=0).images, COLUMNS, names[:COLUMNS] + [""] * (len(labels) - COLUMNS), scale=2)
 
@@ -35,7 +35,7 @@ def samples(pipe: Pipeline) -> Image.Image:
 def test_photographs(data: Path, size: int) -> tuple[list[np.ndarray], list[int]]:
     """The first test photograph of each class, and its label."""
     source = open_source(data, "test", size)
-    first = [int(np.flatnonzero(source.labels == label)[0]) for label in range(len(source.classes))]
+    first = [int(np.flatnonzero(source.labels == label)[0]) for label in range(len(source.class_names))]
     return [source.image(i) for i in first], list(range(len(first)))
 
 
@@ -49,7 +49,7 @@ def reconstructions(tokenizer: Tokenizer, photos: list[np.ndarray]) -> Image.Ima
 def completions(pipe: Pipeline, photos: list[np.ndarray], labels: list[int]) -> Image.Image:
     """Photographs; what the generator is given of them; three completions."""
     config = pipe.tokenizer.config
-    kept = config.prefix_tokens + config.image_tokens // 2
+    kept = config.num_prefix_tokens + config.num_image_tokens // 2
     tokens = pipe.tokenizer.encode(to_tensor(np.stack(photos)))
     half = np.stack(photos).copy()
     half[:, config.image_size // 2 :] = 255

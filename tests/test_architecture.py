@@ -13,22 +13,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "alitok_fast"
 CSRC = ROOT / "csrc"
 
-# A module imports from the layers below its own, and from its own package. `testing` is for tests and benchmarks.
-LAYERS = (
+# The rooms of the package (its sub-packages, and the modules that lie beside them), from the ground up. A file imports
+# from its own room and from those below it; `testing` is for tests and benchmarks.
+ROOMS = (
     ("config",),
-    ("_library", "checkpoint", "data", "device"),
-    ("ops", "images", "cuda_graph"),
+    ("_library", "device", "progress"),
+    ("storage",),
+    ("data", "ops"),
     ("models",),
-    ("decoding", "image_decoder", "memory", "streaming", "outputs"),
-    ("sampling_loop",),
-    ("sampling",),
-    ("pipeline", "reconstruction", "evaluation"),
-    ("bulk", "showing", "training", "info"),
+    ("inference",),
+    ("evaluation",),
+    ("pipelines", "training"),
+    ("info",),
     ("cli",),
     ("testing",),
 )
-LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-ONLY_CONFIG = ("checkpoint", "data")
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
 GLUE_HEADERS = ("checks.h", "cuda_stream.h", "torch_parallel.h")
 TORCH_OR_PYTHON = re.compile(r"^(torch/|ATen/|c10/|pybind11/|Python\.h)")
@@ -42,8 +42,8 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def unit(path: Path) -> str:
-    """The module or package directly under alitok_fast that a file belongs to."""
+def room(path: Path) -> str:
+    """The sub-package, or the module directly under alitok_fast, that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -57,6 +57,11 @@ def imports(tree: ast.AST, package: str = "alitok_fast") -> Iterator[str]:
             yield node.module
             if node.module == package:
                 yield from (f"{package}.{alias.name}" for alias in node.names)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def own_imports(path: Path) -> set[str]:
@@ -73,16 +78,41 @@ def operators() -> list[str]:
 # ---- Python ----
 
 
+def test_the_rooms_are_those_of_the_package():
+    """Found by walking: a new room needs its floor, a dead one goes."""
+    assert {room(path) for path in python_files()} - {"__init__"} == set(FLOOR)
+
+
 @pytest.mark.parametrize("path", python_files(), ids=relative)
 def test_imports_go_downward(path: Path):
-    name = unit(path)
-    if name == "__init__":
+    own = room(path)
+    if own == "__init__":
         assert own_imports(path) == set(), "the package loads its parts on first use"
         return
-    assert name in LAYER_OF, f"{name}: give it a layer in {relative(Path(__file__))}"
-    for other in own_imports(path) - {name, "config"}:
-        assert LAYER_OF[other] < LAYER_OF[name], f"{relative(path)} imports {other}"
-        assert name not in ONLY_CONFIG, f"{relative(path)} imports {other}"
+    for other in own_imports(path) - {own}:
+        assert FLOOR[other] < FLOOR[own], f"{relative(path)} imports {other}"
+
+
+def test_rooms_hold_no_circle():
+    """Inside a room too, modules depend on each other in one direction."""
+    waiting = {name: set() for name in map(module_name, python_files())}
+    for path in python_files():
+        found = {name for name in imports(ast.parse(path.read_text())) if name in waiting}
+        waiting[module_name(path)] = found - {module_name(path), "alitok_fast"}
+    while free := {name for name, needed in waiting.items() if not needed & waiting.keys()}:
+        waiting = {name: needed for name, needed in waiting.items() if name not in free}
+    assert waiting == {}
+
+
+def test_one_definition_of_a_name():
+    """Two functions or classes of one public name are two answers to one question (two `write_json`, two `psnr`)."""
+    places: dict[str, list[str]] = {}
+    for path in python_files():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(relative(path))
+    commands = {name for name, found in places.items() if any("/cli/" in path for path in found)}
+    assert {name: found for name, found in places.items() if len(found) > 1 and name not in commands} == {}
 
 
 @pytest.mark.parametrize("path", python_files(), ids=relative)
@@ -105,14 +135,12 @@ def test_models_never_branch_on_device():
 
 def test_lengths_come_from_the_config():
     """256 x 256 images of 16 x 16 patches give 17 prefix, 256 image and 273 tokens; no model knows that."""
-    modules = ("sampling", "decoding", "image_decoder", "streaming", "pipeline", "showing")
-    for part in ("models", "ops", *(f"{name}.py" for name in modules)):
-        for path in sorted((PACKAGE / part).glob("*.py")) if (PACKAGE / part).is_dir() else [PACKAGE / part]:
-            if not path.exists():
-                continue
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Constant) and type(node.value) is int:
-                    assert node.value not in (17, 272, 273, 274, 305), f"{relative(path)}:{node.lineno}"
+    for path in python_files():
+        if room(path) not in ("models", "ops", "inference", "pipelines"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and type(node.value) is int:
+                assert node.value not in (17, 272, 273, 274, 305), f"{relative(path)}:{node.lineno}"
 
 
 def test_weights_from_files_are_data():

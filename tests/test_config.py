@@ -21,7 +21,7 @@ from alitok_fast.config import (
 )
 def test_lengths_derive_from_the_image(name, grid, prefix, tokens):
     config = tokenizer_preset(name)
-    assert (config.grid, config.prefix_tokens, config.tokens) == (grid, prefix, tokens)
+    assert (config.grid, config.num_prefix_tokens, config.num_tokens) == (grid, prefix, tokens)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_lengths_derive_from_the_image(name, grid, prefix, tokens):
 )
 def test_published_generators(name, head_dim, hidden, scale, power, seed):
     config = generator_preset(name)
-    assert (config.head_dim, config.hidden, config.tokens) == (head_dim, hidden, 273)
+    assert (config.head_dim, config.hidden, config.num_tokens) == (head_dim, hidden, 273)
     assert (config.guidance_scale, config.guidance_power, config.seed) == (scale, power, seed)
     assert (config.vocabulary, config.first_class, config.no_condition) == (5098, 4097, 5097)
 

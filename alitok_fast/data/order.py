@@ -9,21 +9,21 @@ class DataOrder:
     """An endless walk over `size` samples, newly shuffled in each epoch.
 
     Position p of the walk is sample permutation(seed, p // size)[p % size];
-    step s covers positions s * batch to (s + 1) * batch - 1, across epoch ends.
+    step s covers positions s * batch_size to (s + 1) * batch_size - 1, across epoch ends.
     Rank r of `world` processes takes every world-th of them.
     """
 
-    def __init__(self, size: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         if size < 1:
             raise ValueError(f"size: expected at least one sample, got {size}")
-        if batch < 1 or batch % world:
-            raise ValueError(f"batch: expected a positive multiple of {world} processes, got {batch}")
-        self.size, self.batch, self.seed, self.rank, self.world = size, batch, seed, rank, world
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(f"batch_size: expected a positive multiple of {world} processes, got {batch_size}")
+        self.size, self.batch_size, self.seed, self.rank, self.world = size, batch_size, seed, rank, world
         self._permutations: dict[int, np.ndarray] = {}
 
     def at(self, step: int) -> list[tuple[int, int]]:
         """The (epoch, sample) pairs of one step."""
-        positions = range(step * self.batch + self.rank, (step + 1) * self.batch, self.world)
+        positions = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
         return [(p // self.size, int(self._permutation(p // self.size)[p % self.size])) for p in positions]
 
     def rng(self, epoch: int, sample: int) -> np.random.Generator:
@@ -32,7 +32,7 @@ class DataOrder:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._permutations:
-            # A step touches two epochs at most unless the data set is smaller than a batch.
+            # A step touches two epochs at most unless the data set is smaller than a batch_size.
             self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
             self._permutations[epoch] = np.random.default_rng([self.seed, 0, epoch]).permutation(self.size)
         return self._permutations[epoch]

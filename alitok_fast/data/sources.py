@@ -1,6 +1,6 @@
 """Image sources: IDX files (Fashion-MNIST) and folders of pictures.
 
-A source has `len(source)`, `source.classes` (names), `source.labels` (int64
+A source has `len(source)`, `source.class_names` (names), `source.labels` (int64
 array) and `source.image(i)`, an RGB uint8 array (H, W, 3).
 """
 
@@ -79,7 +79,7 @@ class IdxImages:
         self._images = np.pad(images, [(0, 0), *((half, half + odd) for half, odd in pads)])
         count = int(self.labels.max()) + 1
         fashion = "fashion" in str(folder.resolve()) and count == len(FASHION_MNIST_CLASSES)
-        self.classes = list(FASHION_MNIST_CLASSES) if fashion else [str(i) for i in range(count)]
+        self.class_names = list(FASHION_MNIST_CLASSES) if fashion else [str(i) for i in range(count)]
         self.name = f"{folder.name}/{split}"
 
     def __len__(self) -> int:
@@ -114,7 +114,7 @@ class FolderImages:
             raise ValueError(f"data: expected a folder, got {folder}")
         groups = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
         groups = groups or [folder]
-        self.classes = [group.name for group in groups]
+        self.class_names = [group.name for group in groups]
         files = [
             (path, label)
             for label, group in enumerate(groups)

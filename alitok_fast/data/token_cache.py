@@ -8,32 +8,32 @@ and `meta.json`, which is written last: a folder without it is unfinished, and
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from alitok_fast.data.transforms import cache_crops, to_tensor
+from alitok_fast.storage.files import differences, write_json
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class TokenCacheMeta:
     """What the tokens are; compared before an interrupted cache is continued."""
 
-    images: int
-    crops: int
-    tokens: int
+    num_images: int
+    num_crops: int
+    num_tokens: int
     codebook_size: int
     image_size: int
-    classes: list[str]
+    class_names: list[str]
     source: str
     tokenizer: str
     format: int = _FORMAT
@@ -52,21 +52,11 @@ class TokenCache:
 
     def draw(self, index: int, rng: np.random.Generator) -> np.ndarray:
         """One of the image's crops at random, (N,) int64."""
-        return self.tokens[index, int(rng.integers(self.meta.crops))].astype(np.int64)
+        return self.tokens[index, int(rng.integers(self.meta.num_crops))].astype(np.int64)
 
 
 def token_dtype(codebook_size: int) -> np.dtype:
     return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.int32)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Atomic: a temporary file, flushed to the disk, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_token_cache(
@@ -74,7 +64,7 @@ def write_token_cache(
     source,
     encode: Callable[[Tensor], Tensor],
     meta: TokenCacheMeta,
-    batch: int = 64,
+    batch_size: int = 64,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
     """Encode every image of `source` (see data.sources) into `folder`; continue an interrupted run.
@@ -86,7 +76,7 @@ def write_token_cache(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     progress_file, partial = folder / "progress.json", folder / "tokens.partial.npy"
-    shape, dtype = (meta.images, meta.crops, meta.tokens), token_dtype(meta.codebook_size)
+    shape, dtype = (meta.num_images, meta.num_crops, meta.num_tokens), token_dtype(meta.codebook_size)
     start = _resume_at(folder, meta)
     if start is None:
         return
@@ -94,17 +84,23 @@ def write_token_cache(
         tokens = np.lib.format.open_memmap(partial, mode="r+")
     else:
         tokens = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-    for first in progress(range(start, meta.images, batch)):
-        last = min(first + batch, meta.images)
-        crops = np.concatenate([cache_crops(source.image(i), meta.image_size, meta.crops) for i in range(first, last)])
+    for first in progress(range(start, meta.num_images, batch_size)):
+        last = min(first + batch_size, meta.num_images)
+        crops = np.concatenate(
+            [cache_crops(source.image(i), meta.image_size, meta.num_crops) for i in range(first, last)]
+        )
         found = encode(to_tensor(crops))
-        if found.shape != (len(crops), meta.tokens) or int(found.min()) < 0 or int(found.max()) >= meta.codebook_size:
+        if (
+            found.shape != (len(crops), meta.num_tokens)
+            or int(found.min()) < 0
+            or int(found.max()) >= meta.codebook_size
+        ):
             raise ValueError(
-                f"encode: expected ({len(crops)}, {meta.tokens}) tokens below {meta.codebook_size}, "
+                f"encode: expected ({len(crops)}, {meta.num_tokens}) tokens below {meta.codebook_size}, "
                 f"got shape {tuple(found.shape)} in {int(found.min())}..{int(found.max())}"
             )
-        tokens[first:last] = found.cpu().numpy().reshape(last - first, meta.crops, meta.tokens)
-        if (first // batch) % 16 == 0:
+        tokens[first:last] = found.cpu().numpy().reshape(last - first, meta.num_crops, meta.num_tokens)
+        if (first // batch_size) % 16 == 0:
             tokens.flush()
             write_json(progress_file, {"done": last, "meta": dataclasses.asdict(meta)})
     tokens.flush()
@@ -122,13 +118,11 @@ def _resume_at(folder: Path, meta: TokenCacheMeta) -> int | None:
             continue
         saved = json.loads(path.read_text())
         saved_meta = saved if name == "meta.json" else saved["meta"]
-        expected = dataclasses.asdict(meta)
-        for key in expected:
-            if saved_meta.get(key) != expected[key]:
-                raise ValueError(
-                    f"{folder}: holds a token cache with {key} {saved_meta.get(key)!r}, "
-                    f"expected {expected[key]!r}; choose another folder or delete it"
-                )
+        if different := differences(saved_meta, dataclasses.asdict(meta)):
+            raise ValueError(
+                f"{folder}: holds a token cache of other images or settings: {'; '.join(different)}; "
+                "choose another folder or delete it"
+            )
         if name == "meta.json":
             return None
         if (folder / "tokens.partial.npy").exists():
@@ -148,22 +142,30 @@ def validate_token_cache(folder: str | Path, check_range: bool = True) -> TokenC
         raise ValueError(f"{folder}: expected a token cache, got {reason}")
     try:
         raw = json.loads((folder / "meta.json").read_text())
-        meta = TokenCacheMeta(**raw)
+        meta = TokenCacheMeta(**_renamed(raw))
     except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{folder / 'meta.json'}: expected token cache metadata, got {error}") from error
-    if meta.format != _FORMAT:
+    if meta.format not in (1, _FORMAT):
         raise ValueError(f"{folder / 'meta.json'}: expected format {_FORMAT}, got {meta.format}")
-    tokens = _open_array(folder / "tokens.npy", (meta.images, meta.crops, meta.tokens), token_dtype(meta.codebook_size))
-    labels = _open_array(folder / "labels.npy", (meta.images,), np.dtype(np.int64))
-    if labels.min() < 0 or labels.max() >= len(meta.classes):
+    tokens = _open_array(
+        folder / "tokens.npy", (meta.num_images, meta.num_crops, meta.num_tokens), token_dtype(meta.codebook_size)
+    )
+    labels = _open_array(folder / "labels.npy", (meta.num_images,), np.dtype(np.int64))
+    if labels.min() < 0 or labels.max() >= len(meta.class_names):
         raise ValueError(
-            f"{folder / 'labels.npy'}: expected labels in 0..{len(meta.classes) - 1}, "
+            f"{folder / 'labels.npy'}: expected labels in 0..{len(meta.class_names) - 1}, "
             f"got {labels.min()}..{labels.max()}"
         )
     if check_range and int(tokens.max()) >= meta.codebook_size:
         largest = int(tokens.max())
         raise ValueError(f"{folder / 'tokens.npy'}: expected tokens below {meta.codebook_size}, got {largest}")
     return TokenCache(tokens, labels, meta)
+
+
+def _renamed(meta: dict[str, Any]) -> dict[str, Any]:
+    """Metadata as alitok_fast 0.1 wrote it, under today's names."""
+    names = {"images": "num_images", "crops": "num_crops", "tokens": "num_tokens", "classes": "class_names"}
+    return {names.get(name, name): value for name, value in meta.items()} if meta.get("format") == 1 else meta
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -174,12 +176,3 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarr
     if array.shape != shape or array.dtype != dtype:
         raise ValueError(f"{path}: expected {dtype} of shape {shape}, got {array.dtype} of shape {array.shape}")
     return array
-
-
-def weights_fingerprint(state: dict[str, Tensor]) -> str:
-    """A short hash of the weights that decide the tokens; a cache of another tokenizer is refused by it."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -47,7 +47,7 @@ def train_classifier(
     labels: Tensor,
     classes: int,
     epochs: int = 3,
-    batch: int = 128,
+    batch_size: int = 128,
     lr: float = 3e-3,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
@@ -59,12 +59,12 @@ def train_classifier(
     order = np.random.default_rng(seed)
     model = SmallClassifier(classes).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    per_epoch = len(images) // batch
+    per_epoch = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * per_epoch)
     for epoch in range(epochs):
         permutation = torch.from_numpy(order.permutation(len(images)))
         for step in range(per_epoch):
-            chosen = permutation[step * batch : (step + 1) * batch]
+            chosen = permutation[step * batch_size : (step + 1) * batch_size]
             x = images[chosen].float() / 255
             x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
             loss = F.cross_entropy(model(x), labels[chosen])
@@ -78,7 +78,7 @@ def train_classifier(
 
 
 @torch.inference_mode()
-def predict(model: SmallClassifier, images: Tensor, batch: int = 500) -> Tensor:
+def predict(model: SmallClassifier, images: Tensor, batch_size: int = 500) -> Tensor:
     """Classes (n,) of images (n, 3, H, W), uint8 or floats in [0, 1]."""
     scale = 255 if images.dtype == torch.uint8 else 1
-    return torch.cat([model(part.float() / scale).argmax(1) for part in images.split(batch)])
+    return torch.cat([model(part.float() / scale).argmax(1) for part in images.split(batch_size)])

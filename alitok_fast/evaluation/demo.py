@@ -23,16 +23,16 @@ from torch import Tensor
 
 from alitok_fast.data import open_source
 from alitok_fast.data.transforms import centre_crop
-from alitok_fast.decoding import Decoder
 from alitok_fast.evaluation.classifier import SmallClassifier, predict, train_classifier
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
 from alitok_fast.evaluation.feature_distance import features, frechet_distance, standard_error
 from alitok_fast.evaluation.psnr import psnr
-from alitok_fast.image_decoder import ImageDecoder
+from alitok_fast.inference.image_decoder import ImageDecoder
+from alitok_fast.inference.packed_generator import PackedGenerator
+from alitok_fast.inference.sampler import Sampler
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.loading import dtype_from_name, load_generator, load_tokenizer
 from alitok_fast.models.tokenizer import Tokenizer
-from alitok_fast.sampling import Sampler
 
 
 def all_images(source, size: int) -> Tensor:
@@ -42,13 +42,13 @@ def all_images(source, size: int) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate_tokenizer(tokenizer: Tokenizer, images: Tensor, batch: int = 250) -> dict[str, float]:
+def evaluate_tokenizer(tokenizer: Tokenizer, images: Tensor, batch_size: int = 250) -> dict[str, float]:
     """Reconstruction and codebook use over images (n, 3, S, S) uint8.
 
     `psnr` is the mean of the images' PSNR in dB; `psnr_of_mean_error` that of the error averaged over all images.
     """
     scores, counts = [], torch.zeros(tokenizer.config.codebook_size, dtype=torch.int64)
-    for part in images.split(batch):
+    for part in images.split(batch_size):
         real = part.float() / 255
         tokens = tokenizer.encode(real)
         scores.append(psnr(real, tokenizer.decode(tokens).clamp(0, 1)))
@@ -65,23 +65,23 @@ def evaluate_tokenizer(tokenizer: Tokenizer, images: Tensor, batch: int = 250) -
 
 
 def draw_samples(
-    generator: Generator | Decoder,
+    generator: Generator | PackedGenerator,
     decode: Callable[[Tensor], Tensor],
     per_class: int,
     seed: int = 0,
-    batch: int = 250,
+    batch_size: int = 250,
     **sampling,
 ) -> tuple[Tensor, Tensor]:
     """`per_class` images of every class, (n, 3, S, S) in [0, 1], and their labels (n,).
 
     `decode` turns tokens into images: `Tokenizer.decode` or an `ImageDecoder`.
     """
-    labels = torch.arange(generator.config.classes).repeat(per_class)
+    labels = torch.arange(generator.config.num_classes).repeat(per_class)
     ids = torch.arange(len(labels))
     sampler = Sampler(generator)
     images = [
         decode(sampler(part, seed=seed, image_ids=numbers, **sampling)).clamp(0, 1)
-        for part, numbers in zip(labels.split(batch), ids.split(batch), strict=True)
+        for part, numbers in zip(labels.split(batch_size), ids.split(batch_size), strict=True)
     ]
     return torch.cat(images), labels
 
@@ -129,7 +129,7 @@ def main() -> None:
     print(json.dumps({"tokenizer": evaluate_tokenizer(tokenizer, test_images)}), flush=True)
 
     classifier = train_classifier(
-        all_images(train_source, size), torch.from_numpy(train_source.labels), len(train_source.classes)
+        all_images(train_source, size), torch.from_numpy(train_source.labels), len(train_source.class_names)
     )
     accuracy = (predict(classifier, test_images) == test_labels).double().mean()
     print(json.dumps({"classifier_test_accuracy": float(accuracy)}), flush=True)
@@ -138,15 +138,15 @@ def main() -> None:
     guidance = arguments.guidance or [f"{config.guidance_scale},{config.guidance_power}"]
     for text, precision in itertools.product(guidance, arguments.precision or ["float32"]):
         scale, power = map(float, text.split(","))
-        dtype = dtype_from_name(precision, "weights")
+        dtype = dtype_from_name(precision, "weight_dtype")
         decode = ImageDecoder(tokenizer, dtype)
         images, labels = draw_samples(
-            Decoder(generator, dtype), decode, arguments.per_class, arguments.seed,
+            PackedGenerator(generator, dtype), decode, arguments.per_class, arguments.seed,
             guidance_scale=scale, guidance_power=power, temperature=arguments.temperature,
         )  # fmt: skip
         result = evaluate_samples(classifier, images, labels, real_features)
-        result["by_class"] = dict(zip(train_source.classes, result["by_class"], strict=True))
-        setting = {"guidance_scale": scale, "guidance_power": power, "weights": precision,
+        result["by_class"] = dict(zip(train_source.class_names, result["by_class"], strict=True))
+        setting = {"guidance_scale": scale, "guidance_power": power, "weight_dtype": precision,
                    "decode_dtype": str(decode.dtype).removeprefix("torch.")}  # fmt: skip
         print(json.dumps({**setting, **result}), flush=True)
 

@@ -13,14 +13,14 @@ from alitok_fast.models.rope import rope_table
 
 
 def condition_ids(
-    config: GeneratorConfig, labels: Tensor | None, batch: int, device: torch.device, check: bool = True
+    config: GeneratorConfig, labels: Tensor | None, batch_size: int, device: torch.device, check: bool = True
 ) -> Tensor:
-    """Embedding rows (batch,) of the labels, or of "no condition" where labels is None; `check` looks at the range."""
+    """Embedding rows (B,) of the labels, or of "no condition" where labels is None; `check` looks at the range."""
     if labels is None:
-        return torch.full((batch,), config.no_condition, dtype=torch.int64, device=device)
-    check_tensor("labels", labels, torch.int64, (batch,), device)
+        return torch.full((batch_size,), config.no_condition, dtype=torch.int64, device=device)
+    check_tensor("labels", labels, torch.int64, (batch_size,), device)
     if check:
-        check_range("labels", labels, 0, config.classes)
+        check_range("labels", labels, 0, config.num_classes)
     return labels + config.first_class
 
 
@@ -36,7 +36,8 @@ class Generator(nn.Module):
         self.embeddings = nn.Embedding(config.vocabulary, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            GeneratorBlock(config.width, config.heads, config.hidden, config.dropout) for _ in range(config.layers)
+            GeneratorBlock(config.width, config.num_heads, config.hidden, config.dropout)
+            for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(config.width)
         self.output = nn.Linear(config.width, config.codebook_size)
@@ -128,14 +129,14 @@ class Generator(nn.Module):
         cache.position += 1
         return self.output(self.norm(x + delta))
 
-    def condition_ids(self, labels: Tensor | None, batch: int) -> Tensor:
+    def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """Embedding rows (B,) of the labels, or of "no condition" where labels is None."""
         # A training step must not wait for the device to check a range.
-        return condition_ids(self.config, labels, batch, self.device, check=not self.training)
+        return condition_ids(self.config, labels, batch_size, self.device, check=not self.training)
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        check_tensor("tokens", tokens, torch.int64, ("B", f"n <= {self.config.tokens}"), self.device)
-        if tokens.shape[1] > self.config.tokens:
-            raise ValueError(f"tokens: expected at most {self.config.tokens} a row, got {tokens.shape[1]}")
+        check_tensor("tokens", tokens, torch.int64, ("B", f"n <= {self.config.num_tokens}"), self.device)
+        if tokens.shape[1] > self.config.num_tokens:
+            raise ValueError(f"tokens: expected at most {self.config.num_tokens} a row, got {tokens.shape[1]}")
         if not self.training:
             check_range("tokens", tokens, 0, self.config.codebook_size)

@@ -16,16 +16,16 @@ class KVCache:
     """
 
     def __init__(self, config: GeneratorConfig, rows: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.layers, rows, config.heads, config.tokens, config.head_dim)
+        shape = (config.num_layers, rows, config.num_heads, config.num_tokens, config.head_dim)
         with torch.inference_mode(False):  # else they could be written in such a mode only
             self.keys = torch.zeros(shape, device=device, dtype=dtype)
             self.values = torch.zeros(shape, device=device, dtype=dtype)
-            self.arrivals = torch.zeros(rows * config.heads, device=device, dtype=torch.int32)
+            self.arrivals = torch.zeros(rows * config.num_heads, device=device, dtype=torch.int32)
             self.position = torch.zeros((), device=device, dtype=torch.int64)
 
     @staticmethod
     def bytes_per_row(config: GeneratorConfig, dtype: torch.dtype) -> int:
-        return 2 * config.layers * config.width * config.tokens * dtype.itemsize
+        return 2 * config.num_layers * config.width * config.num_tokens * dtype.itemsize
 
     @property
     def rows(self) -> int:

@@ -31,14 +31,14 @@ class PointwiseConv(nn.Conv2d):
 class SelfAttention(nn.Module):
     """Multi-head attention of the tokenizer: fused qkv with bias, no rotary embedding, no dropout."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, prefix_len: int) -> Tensor:
-        qkv = self.in_proj(x).unflatten(-1, (3, self.heads, -1))
+        qkv = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1))
         return self.out_proj(prefix_attention(qkv, prefix_len).flatten(-2))
 
 
@@ -57,10 +57,10 @@ class Mlp(nn.Module):
 class TokenizerLayer(nn.Module):
     """Pre-LayerNorm transformer layer of the tokenizer's encoder and decoders."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, NORM_EPS)
-        self.attn = SelfAttention(width, heads)
+        self.attn = SelfAttention(width, num_heads)
         self.ln_2 = nn.LayerNorm(width, NORM_EPS)
         self.mlp = Mlp(width)
 
@@ -104,18 +104,18 @@ def dropout_seed(x: Tensor, dropout: float) -> Tensor | None:
 class GeneratorAttention(nn.Module):
     """Causal attention with RMSNorm on q and k, then rotary embedding."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = RMSNorm(width // heads)
-        self.k_norm = RMSNorm(width // heads)
+        self.q_norm = RMSNorm(width // num_heads)
+        self.k_norm = RMSNorm(width // num_heads)
         self.proj = nn.Linear(width, width)
 
     def project(self, x: Tensor) -> Tensor:
         """(..., width) to the packed (..., 3, heads, head_dim) that the attention operators read."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
@@ -150,10 +150,10 @@ class GeneratorAttention(nn.Module):
 class GeneratorBlock(nn.Module):
     """x + attn(rms(x)), then x + mlp(rms(x)). The residual stream x is float32 whatever the dtype of the weights."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, num_heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = RMSNorm(width)
-        self.attn = GeneratorAttention(width, heads, dropout)
+        self.attn = GeneratorAttention(width, num_heads, dropout)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, hidden)
         self.dropout = dropout

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from alitok_fast import checkpoint
-from alitok_fast.checkpoint import Checkpoint, read_checkpoint
 from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, TokenizerConfig
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.tokenizer import Tokenizer
+from alitok_fast.storage import checkpoint
+from alitok_fast.storage.checkpoint import Checkpoint, read_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMED = {  # by argument
     "dtype": _DTYPES,
-    "weights": {
+    "weight_dtype": {
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
         "int8": torch.int8,
@@ -64,7 +64,7 @@ def save_model(
 
 
 def dtype_from_name(name: str | None, argument: str = "dtype") -> torch.dtype | None:
-    """The torch dtype called `name`, None for None: of a model ("dtype"), its "weights" or the "decode_dtype"."""
+    """The torch dtype called `name`, None for None: of a model ("dtype"), its "weight_dtype" or the "decode_dtype"."""
     known = _NAMED[argument]
     if name is not None and name not in known:
         raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {name!r}")

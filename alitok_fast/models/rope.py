@@ -17,7 +17,7 @@ def rope_table(config: GeneratorConfig) -> Tensor:
     over the whole head; the image rows turn the first half of the pairs with the grid row and the second half with
     the grid column, both counted on from the prefix.
     """
-    dim, prefix, grid = config.head_dim, config.prefix_tokens, config.grid
+    dim, prefix, grid = config.head_dim, config.num_prefix_tokens, config.grid
     prefix_angles = torch.outer(torch.arange(prefix, device="cpu").float(), _frequencies(dim))
     axis_angles = torch.outer(torch.arange(prefix, prefix + grid, device="cpu").float(), _frequencies(dim // 2))
     by_row = axis_angles[:, None, :].expand(grid, grid, -1)

@@ -1,7 +1,7 @@
 """The AliTok tokenizer (arXiv 2506.05289, section 3): images to tokens and back.
 
-A token sequence is `prefix_tokens` tokens that stand for the first patch and the
-first row of patches, then `image_tokens` tokens in raster order.
+A token sequence is `num_prefix_tokens` tokens that stand for the first patch and the
+first row of patches, then `num_image_tokens` tokens in raster order.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from alitok_fast.config import TokenizerConfig
 from alitok_fast.models.checks import check_range, check_tensor
 from alitok_fast.models.layers import NORM_EPS, PointwiseConv, TokenizerLayer
-from alitok_fast.models.quantizer import Quantizer
+from alitok_fast.models.vector_quantizer import Quantizer
 from alitok_fast.ops.vq_lookup import VQLookup
 
 
 class TokenizerOutput(NamedTuple):
     """What a training step needs.
 
-    `reconstruction` (B, 3, H, W) in (0, 1); `aux` (B, 3, patch, prefix_tokens * patch) in (0, 1), stage 1 only;
+    `reconstruction` (B, 3, H, W) in (0, 1); `aux` (B, 3, patch, num_prefix_tokens * patch) in (0, 1), stage 1 only;
     `z` (B * N, code_dim) float32 features before quantizing; `vq` the look-up of those features.
     """
 
@@ -38,8 +38,8 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         width = config.encoder_width
-        self.positional_embedding = nn.Parameter(torch.empty(config.image_tokens, width))
-        self.latent_token_positional_embedding = nn.Parameter(torch.empty(config.tokens, width))
+        self.positional_embedding = nn.Parameter(torch.empty(config.num_image_tokens, width))
+        self.latent_token_positional_embedding = nn.Parameter(torch.empty(config.num_tokens, width))
         self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size)
         self.ln_pre = nn.LayerNorm(width, NORM_EPS)
         layers = range(config.encoder_layers)
@@ -66,9 +66,9 @@ class Decoder(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        width, start = config.decoder_width, config.decoder_start_tokens
+        width, start = config.decoder_width, config.num_start_tokens
         self.class_embedding = nn.Parameter(torch.empty(start, width))
-        self.latent_token_positional_embedding = nn.Parameter(torch.empty(start + config.tokens, width))
+        self.latent_token_positional_embedding = nn.Parameter(torch.empty(start + config.num_tokens, width))
         self.decoder_embed = nn.Linear(config.code_dim, width)
         self.ln_pre = nn.LayerNorm(width, NORM_EPS)
         layers = range(config.decoder_layers)
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         """codes (B, N, code_dim) -> images (B, 3, H, W) in (0, 1), and in stage 1 the auxiliary strip."""
         config = self.config
         x = self._trunk(codes)
-        prefix, image = x.split([config.prefix_tokens, config.image_tokens], dim=1)
+        prefix, image = x.split([config.num_prefix_tokens, config.num_image_tokens], dim=1)
         images = self._pixels(self.ffn(image), self.conv_out, config.grid)
         if config.stage == 2:
             return images, None
@@ -94,8 +94,8 @@ class Decoder(nn.Module):
     def rows(self, codes: Tensor) -> Tensor:
         """The whole image rows that the first n tokens hold (stage 1): (B, 3, rows * patch, W)."""
         config = self.config
-        rows = max(codes.shape[1] - config.prefix_tokens, 0) // config.grid
-        image = self._trunk(codes)[:, config.prefix_tokens :][:, : rows * config.grid]
+        rows = max(codes.shape[1] - config.num_prefix_tokens, 0) // config.grid
+        image = self._trunk(codes)[:, config.num_prefix_tokens :][:, : rows * config.grid]
         return self._pixels(self.ffn(image), self.conv_out, rows)
 
     def _trunk(self, codes: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         prefix_len = 0 if self.config.stage == 1 else x.shape[1]
         for layer in self.transformer:
             x = layer(x, prefix_len)
-        return self.ln_post(x)[:, self.config.decoder_start_tokens :]
+        return self.ln_post(x)[:, self.config.num_start_tokens :]
 
     def _pixels(self, values: Tensor, conv: PointwiseConv, rows: int) -> Tensor:
         """(B, rows * columns, patch * patch * 3), channels (p1, p2, c) -> (B, 3, rows * patch, columns * patch)."""
@@ -122,7 +122,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.latent_tokens = nn.Parameter(torch.empty(config.tokens, config.encoder_width))
+        self.latent_tokens = nn.Parameter(torch.empty(config.num_tokens, config.encoder_width))
         self.encoder = Encoder(config)
         self.quantize = Quantizer(config)
         self.decoder = Decoder(config)
@@ -178,7 +178,7 @@ class Tokenizer(nn.Module):
 
         Raises TypeError or ValueError for another dtype, shape, device or range.
         """
-        check_tensor("tokens", tokens, torch.int64, ("B", self.config.tokens), self.device)
+        check_tensor("tokens", tokens, torch.int64, ("B", self.config.num_tokens), self.device)
         check_range("tokens", tokens, 0, self.config.codebook_size)
         return self.decoder(self.quantize.embedding(tokens))[0]
 
@@ -187,19 +187,19 @@ class Tokenizer(nn.Module):
         """The image rows so far from the first n tokens, (B, n <= N) -> (B, 3, rows * patch, W); stage 1 only."""
         if self.config.stage != 1:
             raise ValueError(f"decode_rows: expected a stage-1 (causal) tokenizer, got stage {self.config.stage}")
-        check_tensor("tokens", tokens, torch.int64, ("B", f"n <= {self.config.tokens}"), self.device)
-        if tokens.shape[1] > self.config.tokens:
-            raise ValueError(f"tokens: expected at most {self.config.tokens} a row, got {tokens.shape[1]}")
+        check_tensor("tokens", tokens, torch.int64, ("B", f"n <= {self.config.num_tokens}"), self.device)
+        if tokens.shape[1] > self.config.num_tokens:
+            raise ValueError(f"tokens: expected at most {self.config.num_tokens} a row, got {tokens.shape[1]}")
         check_range("tokens", tokens, 0, self.config.codebook_size)
         return self.decoder.rows(self.quantize.embedding(tokens))
 
 
-def stage2_from_stage1(stage1: Tokenizer, buffer_tokens: int | None = None) -> Tokenizer:
+def stage2_from_stage1(stage1: Tokenizer, num_buffer_tokens: int | None = None) -> Tokenizer:
     """A stage-2 tokenizer with the encoder, latent tokens and codebook of `stage1`, frozen, and a fresh decoder."""
     if stage1.config.stage != 1:
         raise ValueError(f"stage1: expected a stage-1 tokenizer, got stage {stage1.config.stage}")
-    buffers = stage1.config.buffer_tokens if buffer_tokens is None else buffer_tokens
-    model = Tokenizer(replace(stage1.config, stage=2, buffer_tokens=buffers)).to(stage1.device, stage1.dtype)
+    buffers = stage1.config.num_buffer_tokens if num_buffer_tokens is None else num_buffer_tokens
+    model = Tokenizer(replace(stage1.config, stage=2, num_buffer_tokens=buffers)).to(stage1.device, stage1.dtype)
     model.latent_tokens.data.copy_(stage1.latent_tokens)
     model.encoder.load_state_dict(stage1.encoder.state_dict())
     model.quantize.embedding.load_state_dict(stage1.quantize.embedding.state_dict())
@@ -212,7 +212,7 @@ def stage2_from_stage1(stage1: Tokenizer, buffer_tokens: int | None = None) -> T
 def aux_target(images: Tensor, config: TokenizerConfig) -> Tensor:
     """What the prefix stands for: the first patch, then the first row of patches.
 
-    images (B, 3, H, W) -> (B, 3, patch, prefix_tokens * patch).
+    images (B, 3, H, W) -> (B, 3, patch, num_prefix_tokens * patch).
     """
     p = config.patch_size
     return torch.cat([images[:, :, :p, :p], images[:, :, :p, :]], dim=3)

@@ -71,8 +71,8 @@ def decode_reference(weights: PackedWeights, ids: Tensor, keys: Tensor, values: 
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A batch of token sequences being drawn: tensors that stay where they are, written by `draw_next`.
+class SampleState:
+    """A batch of token sequences being drawn: tensors that stay where they are, written by `sample_next`.
 
     Attributes:
         ids: (R,) int64, what each row is fed next; R = B, or 2 B with guidance, conditional rows first.
@@ -95,7 +95,7 @@ class Drawing:
     top_p: float | None = None
 
 
-def draw_next(drawing: Drawing, logits: Tensor, position: Tensor) -> None:
+def sample_next(drawing: SampleState, logits: Tensor, position: Tensor) -> None:
     """Draw token `position` of each image from the logits (R, K), and feed it next; nothing is read by the host."""
     column = position.reshape(1)
     drawn = sample_tokens(
@@ -116,9 +116,9 @@ def draw_next(drawing: Drawing, logits: Tensor, position: Tensor) -> None:
 
 
 def decode_tokens(
-    weights: PackedWeights, drawing: Drawing, keys: Tensor, values: Tensor, position: Tensor, steps: int
+    weights: PackedWeights, drawing: SampleState, keys: Tensor, values: Tensor, position: Tensor, steps: int
 ) -> None:
-    """`steps` times `decode`, `draw_next` and position + 1, to the last bit, in one native call.
+    """`steps` times `decode`, `sample_next` and position + 1, to the last bit, in one native call.
 
     Args:
         weights: packed on the CPU.
@@ -142,11 +142,11 @@ def decode_tokens(
 
 
 def decode_tokens_reference(
-    weights: PackedWeights, drawing: Drawing, keys: Tensor, values: Tensor, position: Tensor, steps: int
+    weights: PackedWeights, drawing: SampleState, keys: Tensor, values: Tensor, position: Tensor, steps: int
 ) -> None:
     """The definition of `decode_tokens`."""
     for _ in range(steps):
-        draw_next(drawing, decode_reference(weights, drawing.ids, keys, values, position), position)
+        sample_next(drawing, decode_reference(weights, drawing.ids, keys, values, position), position)
         position += 1
 
 

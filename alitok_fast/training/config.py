@@ -14,19 +14,19 @@ PRECISIONS = ("fp32", "bf16")
 class TrainConfig(Config):
     """What the tokenizer's and the generator's training have in common.
 
-    `batch` is the number of samples in one optimizer step, over all
-    `accumulate` micro-batches. `ema_decay` 0 keeps no moving average.
+    `batch_size` is the number of samples in one optimizer step, over all
+    `grad_accumulation` micro-batches. `ema_decay` 0 keeps no moving average.
     """
 
     steps: int = 500_000
-    batch: int = 64
-    accumulate: int = 1
+    batch_size: int = 64
+    grad_accumulation: int = 1
     lr: float = 4e-4
     end_lr: float = 1e-5
     warmup: int = 62_500
     betas: tuple[float, float] = (0.9, 0.96)
     weight_decay: float = 0.03
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     precision: str = "bf16"
     ema_decay: float = 0.0
     seed: int = 0
@@ -34,15 +34,19 @@ class TrainConfig(Config):
     save_every: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "save_every"):
+        for name in ("steps", "batch_size", "grad_accumulation", "log_every", "save_every"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("batch", self.batch % self.accumulate == 0, f"a multiple of accumulate {self.accumulate}")
+        self._check(
+            "batch_size",
+            self.batch_size % self.grad_accumulation == 0,
+            f"a multiple of grad_accumulation {self.grad_accumulation}",
+        )
         self._check("warmup", 0 <= self.warmup <= self.steps, f"0 to steps ({self.steps})")
         self._check("lr", 0 < self.lr, "a positive number")
         self._check("end_lr", 0 <= self.end_lr <= self.lr, f"0 to lr ({self.lr})")
         self._check("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "0 to 1, 1 excluded")
-        self._check("clip", self.clip > 0, "a positive number")
+        self._check("max_grad_norm", self.max_grad_norm > 0, "a positive number")
 
     def _check(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
@@ -59,7 +63,7 @@ class TokenizerTrainConfig(TrainConfig):
     """Stage 1 and stage 2 of the tokenizer (section 3.2); `aux_weight` counts in stage 1 only."""
 
     steps: int = 350_000
-    batch: int = 48
+    batch_size: int = 48
     lr: float = 1e-4
     end_lr: float = 2e-6
     warmup: int = 10_000
@@ -72,14 +76,14 @@ class TokenizerTrainConfig(TrainConfig):
 class GeneratorTrainConfig(TrainConfig):
     """The generator (section 3.3). Dropout rates belong to the model's configuration."""
 
-    batch: int = 2048
+    batch_size: int = 2048
 
 
 # The demo fits two CPU cores and an hour: smaller batches, higher rates, shorter schedules (docs/demo.md).
 _DEMO = dict(end_lr=2e-5, warmup=100, log_every=25, save_every=100)
-_DEMO_STAGE1 = TokenizerTrainConfig(steps=2400, batch=64, lr=1e-3, betas=(0.9, 0.99), **_DEMO)
-_DEMO_STAGE2 = TokenizerTrainConfig(steps=2000, batch=32, lr=1e-3, betas=(0.9, 0.99), **_DEMO)
-_DEMO_GENERATOR = GeneratorTrainConfig(steps=4000, batch=32, lr=1.5e-3, **_DEMO)
+_DEMO_STAGE1 = TokenizerTrainConfig(steps=2400, batch_size=64, lr=1e-3, betas=(0.9, 0.99), **_DEMO)
+_DEMO_STAGE2 = TokenizerTrainConfig(steps=2000, batch_size=32, lr=1e-3, betas=(0.9, 0.99), **_DEMO)
+_DEMO_GENERATOR = GeneratorTrainConfig(steps=4000, batch_size=32, lr=1.5e-3, **_DEMO)
 _TOKENIZER = TokenizerTrainConfig()
 
 TOKENIZER_PRESETS: dict[int, dict[str, TokenizerTrainConfig]] = {

@@ -23,7 +23,7 @@ class GeneratorTask:
 
     def __init__(self, model: Generator, cache: TokenCache, config: GeneratorTrainConfig) -> None:
         self.model, self.cache, self.config = model, cache, config
-        self._order = DataOrder(len(cache), config.batch // config.accumulate, config.seed)
+        self._order = DataOrder(len(cache), config.batch_size // config.grad_accumulation, config.seed)
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
         pairs = self._order.at(index)
@@ -41,10 +41,10 @@ class GeneratorTask:
         meta = self.cache.meta
         return {
             "data": meta.source,
-            "images": meta.images,
-            "crops": meta.crops,
+            "images": meta.num_images,
+            "crops": meta.num_crops,
             "tokenizer": meta.tokenizer,
-            "classes": meta.classes,
+            "classes": meta.class_names,
             "training": self.config.to_dict(),
         }
 
@@ -65,13 +65,15 @@ def train_generator(
     the settings differ from those of the run being resumed.
     """
     for name, expected, actual in (
-        ("tokens", model_config.tokens, cache.meta.tokens),
+        ("tokens", model_config.num_tokens, cache.meta.num_tokens),
         ("codebook_size", model_config.codebook_size, cache.meta.codebook_size),
     ):
         if expected != actual:
             raise ValueError(f"cache: expected {name} {expected} as in the generator's configuration, got {actual}")
-    if len(cache.meta.classes) > model_config.classes:
-        raise ValueError(f"cache: expected at most {model_config.classes} classes, got {len(cache.meta.classes)}")
+    if len(cache.meta.class_names) > model_config.num_classes:
+        raise ValueError(
+            f"cache: expected at most {model_config.num_classes} classes, got {len(cache.meta.class_names)}"
+        )
     torch.manual_seed(config.seed)
     model = Generator(model_config)
     run = RunFolder(out, "generator", config, model_config.to_dict(), resume)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from alitok_fast.models.loading import save_model
+from alitok_fast.progress import Bar
 from alitok_fast.training.config import TrainConfig
 from alitok_fast.training.meter import Meter
 from alitok_fast.training.optim import adamw, learning_rate
-from alitok_fast.training.progress import Bar
 from alitok_fast.training.run_folder import RunFolder
 
 
@@ -68,20 +68,20 @@ def train(
     start = _restore(run.load_state(), model, optimizer, ema, meter, device)
 
     with ThreadPoolExecutor(1) as pool, Bar("train", config.steps, start, progress) as bar:
-        ahead = pool.submit(task.batch, start * config.accumulate)
+        ahead = pool.submit(task.batch, start * config.grad_accumulation)
         for step in range(start, config.steps):
             lr = learning_rate(step, config.lr, config.end_lr, config.warmup, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            for micro in range(config.accumulate):
+            for micro in range(config.grad_accumulation):
                 batch = [part.to(device) for part in ahead.result()]
-                ahead = pool.submit(task.batch, step * config.accumulate + micro + 1)
+                ahead = pool.submit(task.batch, step * config.grad_accumulation + micro + 1)
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     output = task.loss(*batch)
-                (output.loss / config.accumulate).backward()
+                (output.loss / config.grad_accumulation).backward()
                 task.after_backward()
                 meter.add(output.loss, output.values, output.usage, samples=len(batch[0]))
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             _check_finite(step, output.loss, norm, run)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ def reconstruction_loss(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 def auxiliary_loss(target: Tensor, aux: Tensor, config: TokenizerConfig, weight: float) -> Tensor:
     """weight * prefix tokens / image tokens * MSE on the auxiliary strip (section 3.2)."""
-    return weight * config.prefix_tokens / config.image_tokens * F.mse_loss(aux.float(), target.float())
+    return weight * config.num_prefix_tokens / config.num_image_tokens * F.mse_loss(aux.float(), target.float())
 
 
 def generator_loss(logits: Tensor, tokens: Tensor) -> Tensor:

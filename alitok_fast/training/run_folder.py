@@ -8,13 +8,12 @@ back to the checkpoint's step on resume.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alitok_fast.checkpoint import write_atomically, write_json
+from alitok_fast.storage.files import differences, read_json, write_atomically, write_json
 from alitok_fast.training.config import TrainConfig
 
 # These change what is written when, and nothing about the result.
@@ -34,22 +33,18 @@ class RunFolder:
         if self.state_file.exists() and not resume:
             raise ValueError(f"out: {self.path} already holds a run; resume it, or choose another folder")
         if resume and config_file.exists():
-            self._check_same(json.loads(config_file.read_text()), json.loads(json.dumps(description)))
+            self._check_same(read_json(config_file, "a run's settings"), json.loads(json.dumps(description)))
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(config_file, description)
         if not self.state_file.exists():
             self.log_file.write_text("")
 
     def _check_same(self, saved: dict[str, Any], now: dict[str, Any]) -> None:
-        before, after = ({"kind": d["kind"], **d["train"], **d["model"]} for d in (saved, now))
-        for key in sorted((set(before) | set(after)) - _FREE_KEYS):
-            if before.get(key) != after.get(key):
-                file = self.path / "config.json"
-                raise ValueError(f"{key}: expected {before.get(key)!r} as in {file}, got {after.get(key)!r}")
+        if different := differences(saved, now, _FREE_KEYS):
+            raise ValueError(f"out: expected the settings in {self.path / 'config.json'}, got {'; '.join(different)}")
 
     def save_state(self, state: dict[str, Any]) -> None:
         write_atomically(self.state_file, lambda file: torch.save(state, file))
-        _sync_folder(self.state_file.parent)
 
     def load_state(self) -> dict[str, Any] | None:
         """The last checkpoint, its tensors on the CPU; None when there is none yet. Cuts the log back to its step."""
@@ -75,13 +70,3 @@ def _log_step(line: str, last: int) -> bool:
         return json.loads(line)["step"] <= last
     except (json.JSONDecodeError, KeyError, TypeError):
         return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; a no-op where folders cannot be opened."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from alitok_fast.data import TokenCache, validate_token_cache, write_token_cache
-from alitok_fast.data.token_cache import TokenCacheMeta, weights_fingerprint
+from alitok_fast.data.token_cache import TokenCacheMeta
 from alitok_fast.models.tokenizer import Tokenizer
-from alitok_fast.training.progress import tracked
+from alitok_fast.progress import tracked
+from alitok_fast.storage.files import weights_fingerprint
 
 
 def tokenize(
-    tokenizer: Tokenizer, source, out: str | Path, crops: int = 10, batch: int = 64, progress: bool = True
+    tokenizer: Tokenizer, source, out: str | Path, crops: int = 10, batch_size: int = 64, progress: bool = True
 ) -> TokenCache:
     """Write the token cache of an image source (alitok_fast.data.open_source) to the folder `out`, or finish it.
 
@@ -25,12 +26,12 @@ def tokenize(
     decisive = ("latent_tokens", "encoder.", "quantize.embedding.")
     encoder = {name: value for name, value in tokenizer.state_dict().items() if name.startswith(decisive)}
     meta = TokenCacheMeta(
-        images=len(source),
-        crops=crops,
-        tokens=config.tokens,
+        num_images=len(source),
+        num_crops=crops,
+        num_tokens=config.num_tokens,
         codebook_size=config.codebook_size,
         image_size=config.image_size,
-        classes=list(source.classes),
+        class_names=list(source.class_names),
         source=source.name,
         tokenizer=weights_fingerprint(encoder),
     )
@@ -40,5 +41,5 @@ def tokenize(
         return tokenizer.encode(images.to(tokenizer.device))
 
     with torch.inference_mode():
-        write_token_cache(out, source, encode, meta, batch, lambda batches: tracked("tokenize", batches, progress))
+        write_token_cache(out, source, encode, meta, batch_size, lambda batches: tracked("tokenize", batches, progress))
     return validate_token_cache(out)

@@ -28,7 +28,7 @@ class TokenizerTask:
 
     def __init__(self, model: Tokenizer, source, config: TokenizerTrainConfig) -> None:
         self.model, self.source, self.config = model, source, config
-        self._order = DataOrder(len(source), config.batch // config.accumulate, config.seed)
+        self._order = DataOrder(len(source), config.batch_size // config.grad_accumulation, config.seed)
         self._output = None
 
     def batch(self, index: int) -> tuple[Tensor]:
@@ -88,6 +88,6 @@ def train_tokenizer(
         fields = {**model_config.to_dict(), "stage": 1}
         model = Tokenizer(TokenizerConfig.from_dict(fields))
     else:
-        model = stage2_from_stage1(load_tokenizer(stage1), model_config.buffer_tokens)
+        model = stage2_from_stage1(load_tokenizer(stage1), model_config.num_buffer_tokens)
     run = RunFolder(out, f"tokenizer stage {stage}", config, model.config.to_dict(), resume)
     return train(TokenizerTask(model, source, config), config, run, device, tensorboard, progress)

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from alitok_fast import load_generator, load_tokenizer
 from alitok_fast._library import use_reference
-from alitok_fast.checkpoint import Checkpoint
 from alitok_fast.config import generator_preset
-from alitok_fast.decoding import Decoder
-from alitok_fast.image_decoder import ImageDecoder
+from alitok_fast.inference.image_decoder import ImageDecoder
+from alitok_fast.inference.packed_generator import PackedGenerator
+from alitok_fast.inference.quantized_generator import QuantizedGenerator
+from alitok_fast.inference.sampler import Sampler, guidance_schedule
 from alitok_fast.models import Generator
 from alitok_fast.models.loading import build
-from alitok_fast.models.quantize import QuantizedGenerator
 from alitok_fast.ops.sample_tokens import guided_logits
-from alitok_fast.sampling import Sampler, guidance_schedule
+from alitok_fast.storage.checkpoint import Checkpoint
 from alitok_fast.testing import relative_error
 from ceilings import synchronize
 from gpu.items import Context, Items, Number, Skipped, within
@@ -66,7 +66,7 @@ def demo_greedy(context: Context) -> list[Number]:
     config = exact.config
     with other_operators(context):
         logits = follow(exact, labels, tokens)
-    schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power)
+    schedule = guidance_schedule(config.num_tokens, config.guidance_scale, config.guidance_power)
     guided = torch.stack([guided_logits(row, scale) for row, scale in zip(logits, schedule, strict=True)], 1)
     behind = (guided.amax(-1) - guided.gather(2, tokens.unsqueeze(2)).squeeze(2)).max().item()
     equal = (guided.argmax(-1) == tokens).float().mean().item()
@@ -82,7 +82,7 @@ def demo_images(context: Context) -> list[Number]:
     """Pixels in float32 within a thousandth, in bfloat16 half a grey level (rms)."""
     tokenizer, exact = load_tokenizer("demo", context.device), load_tokenizer("demo")
     rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(exact.config.codebook_size, (8, exact.config.tokens), generator=rng)
+    tokens = torch.randint(exact.config.codebook_size, (8, exact.config.num_tokens), generator=rng)
     with other_operators(context), torch.no_grad():
         expected = exact.decode(tokens)
     numbers = []
@@ -100,11 +100,11 @@ def graph_as_steps(context: Context) -> list[Number]:
     drawn = sampler(LABELS, **settings)
     loop = sampler.loop(len(LABELS), guided=True)
     config = sampler.model.config
-    schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power)
+    schedule = guidance_schedule(config.num_tokens, config.guidance_scale, config.guidance_power)
     ids = torch.arange(len(LABELS), device=context.device)
     loop._start(LABELS.to(context.device), schedule, 3, ids, None)
     with torch.no_grad():
-        for _ in range(config.tokens):
+        for _ in range(config.num_tokens):
             loop.step()
     return [same("tokens", drawn, loop.drawing.tokens)]
 
@@ -220,7 +220,7 @@ def on(context: Context, outputs: dict[str, Tensor], steps: int) -> tuple[Tensor
 def fast(gen: Generator, context: Context, weights: torch.dtype) -> Any:
     """What samples fastest there in this precision."""
     if context.device.type == "cpu":
-        return Decoder(gen, weights)
+        return PackedGenerator(gen, weights)
     return copy.deepcopy(gen).to(context.device, weights)
 
 

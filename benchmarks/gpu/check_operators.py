@@ -78,7 +78,9 @@ def attention_shapes(context: Context) -> list[tuple[int, int, int, int, int]]:
     """Batch, length, heads, head dim, prefix: the generators, the tokenizer's decoder, a prefix; small ones."""
     if context.quick:
         return [(1, 70, 1, 48, 0), (1, 70, 1, 64, 70)]
-    generators = [(2, 1 + g.tokens, g.heads, g.head_dim, 0) for g in (GENERATORS[size] for size in ("b", "l", "xl"))]
+    generators = [
+        (2, 1 + g.num_tokens, g.num_heads, g.head_dim, 0) for g in (GENERATORS[size] for size in ("b", "l", "xl"))
+    ]
     return [*generators, (2, 305, 16, 64, 305), (1, 1058, 2, 48, 0), (1, 131, 3, 104, 17)]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from alitok_fast.checkpoint import write_atomically
+from alitok_fast.storage.files import write_atomically
 from gpu.runner import Result
 from report.pages import markdown_table
 from report.sections import Table

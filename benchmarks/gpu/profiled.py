@@ -17,12 +17,12 @@ items = Items()
 @items("cached_attention")
 def attend(context: Context) -> list[Number]:
     """Batch 8 with guidance, half-way through an image, another cache for each launch."""
-    rows, heads, dim = context.pick(quick=2, full=16), CONFIG.heads, CONFIG.head_dim
+    rows, heads, dim = context.pick(quick=2, full=16), CONFIG.num_heads, CONFIG.head_dim
     qkv = torch.randn(rows, 3, heads, dim, device=context.device).bfloat16()
     arrivals = torch.zeros(rows * heads, dtype=torch.int32, device=context.device)
-    position = torch.tensor(CONFIG.tokens // 2, device=context.device)
+    position = torch.tensor(CONFIG.num_tokens // 2, device=context.device)
     for _ in range(LAUNCHES):
-        keys, values = torch.randn(2, rows, heads, CONFIG.tokens, dim, device=context.device).bfloat16()
+        keys, values = torch.randn(2, rows, heads, CONFIG.num_tokens, dim, device=context.device).bfloat16()
         cached_attention(qkv, keys, values, position, arrivals=arrivals)
     return []
 
@@ -31,7 +31,7 @@ def attend(context: Context) -> list[Number]:
 def attention(context: Context) -> list[Number]:
     """Forward and backward over a training batch of 64."""
     batch = context.pick(quick=1, full=64)
-    shape = batch, 1 + CONFIG.tokens, 3, CONFIG.heads, CONFIG.head_dim
+    shape = batch, 1 + CONFIG.num_tokens, 3, CONFIG.num_heads, CONFIG.head_dim
     qkv = torch.randn(shape, device=context.device).bfloat16().requires_grad_()
     for _ in range(LAUNCHES):
         out = prefix_attention(qkv, 0)

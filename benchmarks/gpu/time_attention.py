@@ -24,10 +24,12 @@ items = Items()
 def shapes(context: Context) -> dict[str, tuple[int, int, int, int, int]]:
     """Batch, length, heads, head dim, prefix."""
     config = TOKENIZERS["256"]
-    length = config.tokens + config.decoder_start_tokens
+    length = config.num_tokens + config.num_start_tokens
     batch = context.pick(quick=1, full=128)
     own = {size: GENERATORS[size] for size in context.pick(quick=("b",), full=("b", "l", "xl"))}
-    generators = {f"{size.upper()}, causal": (batch, 1 + g.tokens, g.heads, g.head_dim, 0) for size, g in own.items()}
+    generators = {
+        f"{size.upper()}, causal": (batch, 1 + g.num_tokens, g.num_heads, g.head_dim, 0) for size, g in own.items()
+    }
     decoder = config.decoder_heads, config.decoder_width // config.decoder_heads
     return {**generators, "tokenizer's decoder": (batch, length, *decoder, length)}
 

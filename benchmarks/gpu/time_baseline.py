@@ -19,8 +19,8 @@ items = Items()
 
 @functools.cache
 def models(context: Context) -> tuple[Generator, Tokenizer]:
-    layers = context.pick(quick=2, full=GENERATORS["b"].layers)
-    gen = random_generator("b", context.device, layers=layers)
+    layers = context.pick(quick=2, full=GENERATORS["b"].num_layers)
+    gen = random_generator("b", context.device, num_layers=layers)
     return gen, random_tokenizer(context.device, encoder_layers=1, decoder_layers=1)
 
 
@@ -30,12 +30,12 @@ def beside(context: Context, batch: int) -> list[Number]:
     compiled = context.device.type == "cuda"  # on the CPU a compiler's minutes; the speed report has it
     ours = Ours(gen, None, batch, torch.bfloat16)
     baseline = Compiled(gen, tokenizer, batch, compiled, tuned=False)  # tuning takes minutes; the speed report has it
-    count = context.pick(quick=4, full=gen.config.tokens)
+    count = context.pick(quick=4, full=gen.config.num_tokens)
     taken: dict[str, list[float]] = {"alitok_fast": [], "torch.compile" if compiled else "the same, uncompiled": []}
     for _ in range(context.pick(quick=1, full=3)):
         runs = (lambda: ours.generate(labels), lambda: baseline.generate(labels, steps=count))
         for (name, seconds), run in zip(taken.items(), runs, strict=True):
-            steps = gen.config.tokens if name == "alitok_fast" else count
+            steps = gen.config.num_tokens if name == "alitok_fast" else count
             seconds.append(context.seconds(run, rounds=1)[0] / steps)
     (_, mine), (other, theirs) = taken.items()
     numbers = [

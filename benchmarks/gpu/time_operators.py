@@ -36,22 +36,22 @@ def timed(context: Context, name: str, calls: Sequence[Callable[[], object]], **
 
 def copies(context: Context, bytes_each: int) -> int:
     """How many buffers are worked on in turn so that no cache holds them, as a step finds weights and keys."""
-    return context.pick(quick=2, full=max(CONFIG.layers, -(-COLD_BYTES // bytes_each)))
+    return context.pick(quick=2, full=max(CONFIG.num_layers, -(-COLD_BYTES // bytes_each)))
 
 
 @items("cached_attention")
 def time_cached_attention(context: Context) -> list[Number]:
     """Half-way through an image."""
     numbers = []
-    position = CONFIG.tokens // 2
+    position = CONFIG.num_tokens // 2
     at = torch.tensor(position, device=context.device)
     for batch in context.pick(quick=(1,), full=(1, 8, 64, 256)):
-        rows, heads, dim = 2 * batch, CONFIG.heads, CONFIG.head_dim
+        rows, heads, dim = 2 * batch, CONFIG.num_heads, CONFIG.head_dim
         qkv = randn(context, rows, 3, heads, dim)
         arrivals = torch.zeros(rows * heads, dtype=torch.int32, device=context.device)
         for stored in (torch.bfloat16, torch.float8_e4m3fn):
             read = 2 * rows * heads * (position + 1) * dim * stored.itemsize
-            shape = 2, rows, heads, CONFIG.tokens, dim
+            shape = 2, rows, heads, CONFIG.num_tokens, dim
             caches = [randn(context, *shape).to(stored) for _ in range(copies(context, read))]
             calls = [partial(cached_attention, qkv, *cache, at, arrivals=arrivals) for cache in caches]
             name = f"batch {batch}, cache {str(stored).removeprefix('torch.')}"
@@ -120,7 +120,7 @@ def time_sample_tokens(context: Context) -> list[Number]:
 @items("vq_lookup")
 def time_vq_lookup(context: Context) -> list[Number]:
     config = TOKENIZERS["256"]
-    features = context.pick(quick=1, full=64) * config.tokens
+    features = context.pick(quick=1, full=64) * config.num_tokens
     z = randn(context, features, config.code_dim, dtype=torch.float32)
     codebook = randn(context, config.codebook_size, config.code_dim, dtype=torch.float32)
     work = dict(read=z.nbytes + codebook.nbytes, flops=2.0 * z.numel() * len(codebook), rate="fp32_flops")

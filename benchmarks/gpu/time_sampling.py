@@ -7,7 +7,7 @@ import functools
 import torch
 
 from alitok_fast.config import GENERATORS, TOKENIZERS
-from alitok_fast.image_decoder import ImageDecoder
+from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.models import Generator
 from floor import Machine, decode_floor, tokens_floor
 from gpu.items import Context, Items, Number, Skipped
@@ -22,8 +22,8 @@ items = Items()
 
 @functools.cache
 def generator(context: Context) -> Generator:
-    layers = context.pick(quick=2, full=GENERATORS["b"].layers)
-    return random_generator("b", context.device, layers=layers)
+    layers = context.pick(quick=2, full=GENERATORS["b"].num_layers)
+    return random_generator("b", context.device, num_layers=layers)
 
 
 def machine(context: Context, dtype: torch.dtype) -> Machine:
@@ -39,7 +39,7 @@ def least(context: Context, ours: Ours, weights: torch.dtype) -> float | None:
         return None
     config, batch = ours.gen.config, ours.loop.batch
     whole = tokens_floor(config, batch, ours.weight_bytes, ours.kv_bytes, machine(context, weights))
-    return whole / config.tokens
+    return whole / config.num_tokens
 
 
 def steps(context: Context, batch: int, name: str) -> list[Number]:
@@ -48,10 +48,10 @@ def steps(context: Context, batch: int, name: str) -> list[Number]:
         raise Skipped("needs a GPU")
     gen, images = generator(context), context.pick(quick=min(batch, 2), full=batch)
     ours = Ours(gen, None, images, weights, kv_dtype)
-    labels, count = torch.arange(images, device=context.device), gen.config.tokens
+    labels, count = torch.arange(images, device=context.device), gen.config.num_tokens
     seconds = context.seconds(lambda: ours.generate(labels), rounds=context.pick(quick=1, full=3))
     key = f"batch {batch}" if name == "bf16" else ""
-    name = f"B x {gen.config.layers} layers, batch {images}, {name}: a step"
+    name = f"B x {gen.config.num_layers} layers, batch {images}, {name}: a step"
     return [context.timed(name, seconds, count, least=least(context, ours, weights), key=key)]
 
 
@@ -67,7 +67,7 @@ def kernels_of_a_step(context: Context) -> list[Number]:
     for batch in (1, 64):
         ours = Ours(generator(context), None, batch, BF16)
         ours.generate(torch.arange(batch, device=context.device))  # captures
-        ours.loop.cache.position.fill_(ours.gen.config.tokens // 2)  # the mean of what attention sees
+        ours.loop.cache.position.fill_(ours.gen.config.num_tokens // 2)  # the mean of what attention sees
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             ours.loop._graph.replay()
@@ -90,7 +90,7 @@ def decode(context: Context) -> list[Number]:
     config, numbers = tokenizer.config, []
     images = ImageDecoder(tokenizer, BF16)
     for batch in context.pick(quick=(1,), full=(1, 8, 64)):
-        tokens = torch.zeros(batch, TOKENIZERS["256"].tokens, dtype=torch.int64, device=context.device)
+        tokens = torch.zeros(batch, TOKENIZERS["256"].num_tokens, dtype=torch.int64, device=context.device)
         floor = None if context.ceilings is None else decode_floor(config, batch, 2, machine(context, BF16))
         seconds = context.seconds(lambda tokens=tokens: images(tokens), rounds=context.pick(quick=2, full=10))
         numbers.append(context.timed(f"{config.decoder_layers} layers, batch {batch}, bf16", seconds, least=floor))

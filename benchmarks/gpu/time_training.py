@@ -24,10 +24,10 @@ class Training:
     def __init__(self, context: Context) -> None:
         self.context, self.config = context, GENERATORS["b"]
         self.batch = context.pick(quick=1, full=64)
-        layers = context.pick(quick=2, full=self.config.layers)
-        self.gen = random_generator("b", context.device, layers=layers).train().requires_grad_(True)
+        layers = context.pick(quick=2, full=self.config.num_layers)
+        self.gen = random_generator("b", context.device, num_layers=layers).train().requires_grad_(True)
         self.optimizer = adamw(self.gen, GeneratorTrainConfig())
-        shape = self.batch, self.config.tokens
+        shape = self.batch, self.config.num_tokens
         self.tokens = torch.randint(self.config.codebook_size, shape, device=context.device)
         self.labels = torch.arange(self.batch, device=context.device)
 
@@ -43,8 +43,8 @@ class Training:
     @property
     def flops(self) -> float:
         """Six for each weight and position, and attention's seven products over the visible pairs."""
-        config, length = self.gen.config, 1 + self.config.tokens
-        attention = config.layers * 7 * 2.0 * (length * (length + 1) // 2) * config.width * self.batch
+        config, length = self.gen.config, 1 + self.config.num_tokens
+        attention = config.num_layers * 7 * 2.0 * (length * (length + 1) // 2) * config.width * self.batch
         return 6.0 * step_weights(config) * length * self.batch + attention
 
 
@@ -61,7 +61,7 @@ def step(context: Context) -> list[Number]:
     last = train().item()
     assert torch.isfinite(torch.tensor([first, last])).all(), f"loss: expected finite numbers, got {first}, {last}"
     assert last < first, f"loss: expected it to fall on one batch, got {first} and then {last}"
-    name = f"batch {train.batch}, {train.gen.config.layers} layers, bf16 autocast"
+    name = f"batch {train.batch}, {train.gen.config.num_layers} layers, bf16 autocast"
     number = context.timed(name, seconds, flops=train.flops, key="step")
     return [number, Number("images", train.batch / number.value * 1e3, "per second", key="images")]
 

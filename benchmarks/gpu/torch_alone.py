@@ -49,7 +49,7 @@ def products(context: Context) -> list[Number]:
     """B's w1, more of them in turn than a cache holds; on a GPU with cuBLAS's reduced-precision reductions allowed, as
     torch has it, and not."""
     config = GENERATORS["b"]
-    layers = context.pick(quick=4, full=2 * config.layers)
+    layers = context.pick(quick=4, full=2 * config.num_layers)
     weights = [torch.randn(config.hidden, config.width, device=context.device).bfloat16() for _ in range(layers)]
     settings = (True, False) if context.device.type == "cuda" else (None,)
     numbers = []

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alitok_fast._library import use_reference
-from alitok_fast.cuda_graph import capture
-from alitok_fast.image_decoder import ImageDecoder
+from alitok_fast.inference.cuda_graph import capture
+from alitok_fast.inference.image_decoder import ImageDecoder
+from alitok_fast.inference.sampler import guidance_schedule
 from alitok_fast.models import Generator, Tokenizer
-from alitok_fast.sampling import guidance_schedule
 from peers import conditions
 from peers.eager import draw, rms_norm, rotate
 
@@ -57,11 +57,11 @@ class StaticStep:
     def __init__(self, gen: Generator, rows: int, block: Callable, finish: Callable) -> None:
         config = gen.config
         self.gen, self.block, self.finish = gen, block, finish
-        shape = (rows, config.heads, config.tokens, config.head_dim)
+        shape = (rows, config.num_heads, config.num_tokens, config.head_dim)
         self.caches = [
-            [torch.zeros(shape, dtype=gen.dtype, device=gen.device) for _ in range(2)] for _ in range(config.layers)
+            [torch.zeros(shape, dtype=gen.dtype, device=gen.device) for _ in range(2)] for _ in range(config.num_layers)
         ]
-        self.positions = torch.arange(config.tokens, device=gen.device)
+        self.positions = torch.arange(config.num_tokens, device=gen.device)
         self.weights = [_weights(block) for block in gen.blocks]
 
     def __call__(self, ids: Tensor, position: Tensor) -> Tensor:
@@ -112,10 +112,12 @@ class Compiled:
         finish = compile_(logits_of, **mode) if on_gpu else logits_of
         self._draw = compile_(draw) if on_gpu else draw
         self.static = StaticStep(self.gen, rows, compile_(block_step, **mode), finish)
-        self.schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power).to(self.device)
+        self.schedule = guidance_schedule(config.num_tokens, config.guidance_scale, config.guidance_power).to(
+            self.device
+        )
         self.ids = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.tokens = torch.zeros(batch, config.tokens, dtype=torch.int64, device=self.device)
+        self.tokens = torch.zeros(batch, config.num_tokens, dtype=torch.int64, device=self.device)
         self._step = self._advance
         self._images = ImageDecoder(tokenizer, torch.bfloat16)
         if on_gpu and compiled:
@@ -136,7 +138,7 @@ class Compiled:
         gen = self.gen
         self.position.zero_()
         self.ids.copy_(torch.cat([gen.condition_ids(labels, self.batch), gen.condition_ids(None, self.batch)]))
-        for _ in range(gen.config.tokens if steps is None else steps):
+        for _ in range(gen.config.num_tokens if steps is None else steps):
             self._step()
         return self.tokens.clone()
 

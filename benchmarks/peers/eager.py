@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alitok_fast._library import use_reference
+from alitok_fast.inference.sampler import guidance_schedule
 from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.models.layers import NORM_EPS, GeneratorBlock
-from alitok_fast.sampling import guidance_schedule
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -43,9 +43,11 @@ class EagerLoop:
     def __init__(self, gen: Generator, labels: Tensor) -> None:
         config = gen.config
         self.gen, self.batch = gen, len(labels)
-        self.schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power).to(gen.device)
+        self.schedule = guidance_schedule(config.num_tokens, config.guidance_scale, config.guidance_power).to(
+            gen.device
+        )
         self.ids = torch.cat([gen.condition_ids(labels, self.batch), gen.condition_ids(None, self.batch)])
-        self.caches: list[tuple[Tensor, Tensor] | None] = [None] * config.layers
+        self.caches: list[tuple[Tensor, Tensor] | None] = [None] * config.num_layers
         self.tokens: list[Tensor] = []
 
     @torch.no_grad()
@@ -69,7 +71,7 @@ class EagerLoop:
 
     def _attention(self, index: int, block: GeneratorBlock, x: Tensor, rope: Tensor) -> Tensor:
         attn = block.attn
-        q, k, v = attn.qkv(x).unflatten(-1, (3, attn.heads, -1)).unbind(2)
+        q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
         q = rotate(rms_norm(q, attn.q_norm.weight), rope)
         k = rotate(rms_norm(k, attn.k_norm.weight), rope)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
@@ -100,7 +102,7 @@ class Eager:
     def generate(self, labels: Tensor, steps: int | None = None) -> Tensor:
         """`steps` None draws all tokens."""
         loop = EagerLoop(self.gen, labels)
-        for _ in range(self.gen.config.tokens if steps is None else steps):
+        for _ in range(self.gen.config.num_tokens if steps is None else steps):
             loop.step()
         return torch.stack(loop.tokens, 1)
 

@@ -8,13 +8,13 @@ import time
 import torch
 from torch import Tensor
 
-from alitok_fast.cuda_graph import capture
-from alitok_fast.decoding import Decoder
-from alitok_fast.image_decoder import ImageDecoder
+from alitok_fast.inference.cuda_graph import capture
+from alitok_fast.inference.image_decoder import ImageDecoder
+from alitok_fast.inference.packed_generator import PackedGenerator
+from alitok_fast.inference.quantized_generator import QuantizedGenerator
+from alitok_fast.inference.sampler import Sampler
 from alitok_fast.models import Generator
-from alitok_fast.models.quantize import QuantizedGenerator
-from alitok_fast.ops.decode import draw_next
-from alitok_fast.sampling import Sampler
+from alitok_fast.ops.decode import sample_next
 from ceilings import synchronize
 from peers import conditions
 
@@ -32,7 +32,7 @@ class Ours:
     ) -> None:
         self.gen, self.decode = gen, images
         if gen.device.type == "cpu":
-            self.model = Decoder(gen, weights)
+            self.model = PackedGenerator(gen, weights)
         else:
             self.model = _on_gpu(gen, weights)
         self.sampler = Sampler(self.model, kv_dtype)
@@ -55,7 +55,7 @@ class Ours:
     @property
     def weight_bytes(self) -> int:
         """What each step reads of the weights."""
-        if isinstance(self.model, Decoder):
+        if isinstance(self.model, PackedGenerator):
             return self.model.packed.step_bytes
         unread = self.gen.embeddings.weight
         tensors = self.model.state_dict().values()
@@ -64,12 +64,12 @@ class Ours:
     def draw_seconds(self) -> float:
         """Of all draws of one batch, timed by themselves on normal logits: inside a step they are not told apart."""
         drawing, device = self.loop.drawing, self.model.device
-        codes, steps = self.model.config.codebook_size, self.model.config.tokens
+        codes, steps = self.model.config.codebook_size, self.model.config.num_tokens
         logits = torch.randn(len(drawing.ids), codes, device=device)
         position = torch.full((), steps // 2, dtype=torch.int64, device=device)
 
         def draw() -> None:
-            draw_next(drawing, logits, position)
+            sample_next(drawing, logits, position)
 
         if device.type == "cuda":
             draw = capture(device, draw).replay

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from alitok_fast.checkpoint import write_atomically
+from alitok_fast.storage.files import write_atomically
 from report import plots
 from report.collect import Report, collect
 from report.sections import Section, Table, sections

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from alitok_fast.checkpoint import write_atomically
+from alitok_fast.storage.files import write_atomically
 from report.collect import Image, collect
 from report.pages import JSON, MARKDOWN, markdown_table
 from report.sections import Table, number, seconds

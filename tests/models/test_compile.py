@@ -29,7 +29,7 @@ def assert_same(got, expected, tolerance=1e-4):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_generator(tiny_generator, autocast, dropout):
     gen = tiny_generator(dropout=dropout, class_dropout=dropout).train()
-    tokens = torch.randint(gen.config.codebook_size, (2, gen.config.tokens))
+    tokens = torch.randint(gen.config.codebook_size, (2, gen.config.num_tokens))
     labels = torch.tensor([1, 2])
 
     def loss(model):
@@ -47,7 +47,7 @@ def test_generator(tiny_generator, autocast, dropout):
 
 def test_generator_without_gradient(tiny_generator):
     gen = tiny_generator()
-    tokens = torch.randint(gen.config.codebook_size, (2, gen.config.tokens))
+    tokens = torch.randint(gen.config.codebook_size, (2, gen.config.num_tokens))
     with torch.no_grad():
         expected = gen(tokens, torch.tensor([1, 2]))
         torch.testing.assert_close(compiled(gen)(tokens, torch.tensor([1, 2])), expected, rtol=1e-4, atol=1e-5)

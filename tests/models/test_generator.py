@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from alitok_fast.checkpoint import Checkpoint, recognise
 from alitok_fast.config import generator_preset
+from alitok_fast.inference.sampler import guidance_schedule
 from alitok_fast.models import Generator
 from alitok_fast.models.loading import build
 from alitok_fast.models.rope import rope_table
 from alitok_fast.ops.sample_tokens import guided_logits
-from alitok_fast.sampling import guidance_schedule
+from alitok_fast.storage.checkpoint import Checkpoint, recognise
 from alitok_fast.testing import relative_error
 
 TOLERANCE = 1e-4
@@ -39,7 +39,7 @@ def test_logits_match_reference(reference, recipe):
     assert relative_error(conditional, outputs["logits_cond"][rows]) < TOLERANCE
     assert relative_error(unconditional, outputs["logits_uncond"][rows]) < TOLERANCE
 
-    schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power)
+    schedule = guidance_schedule(config.num_tokens, config.guidance_scale, config.guidance_power)
     guided = torch.stack(
         [
             guided_logits(torch.cat([conditional[:, i], unconditional[:, i]]), schedule[position])
@@ -61,7 +61,7 @@ def test_guidance_schedule_matches_reference(reference):
     name, outputs = reference
     config = generator_preset(name)
     assert (config.guidance_scale, config.guidance_power) == (outputs["guidance_scale"], outputs["guidance_scale_pow"])
-    schedule = guidance_schedule(config.tokens, config.guidance_scale, config.guidance_power)
+    schedule = guidance_schedule(config.num_tokens, config.guidance_scale, config.guidance_power)
     assert relative_error(schedule, outputs["cfg_scale"]) < 1e-6
 
 
@@ -84,7 +84,7 @@ def test_parameter_counts(name, millions):
 def test_512_follows_from_the_config():
     with torch.device("meta"):
         gen = Generator(generator_preset("b-512"))
-    assert gen.config.tokens == 33 + 1024
+    assert gen.config.num_tokens == 33 + 1024
     assert gen.rope.shape == (1 + 33 + 1024, gen.config.head_dim // 2, 2)
 
 
@@ -96,7 +96,7 @@ def test_rope_stays_exact_in_bfloat16(tiny_generator):
 
 def test_a_token_moves_only_later_logits(tiny_generator):
     gen = tiny_generator()
-    tokens = torch.randint(gen.config.codebook_size, (2, gen.config.tokens))
+    tokens = torch.randint(gen.config.codebook_size, (2, gen.config.num_tokens))
     labels = torch.tensor([1, 2])
     changed = tokens.clone()
     changed[:, 7] = (changed[:, 7] + 1) % gen.config.codebook_size
@@ -108,13 +108,13 @@ def test_a_token_moves_only_later_logits(tiny_generator):
 
 def test_cached_logits_equal_uncached(tiny_generator):
     gen = tiny_generator()
-    tokens = torch.randint(gen.config.codebook_size, (3, gen.config.tokens))
+    tokens = torch.randint(gen.config.codebook_size, (3, gen.config.num_tokens))
     labels = torch.tensor([0, 4, 9])
     ids = torch.cat([gen.condition_ids(labels, 3).unsqueeze(1), tokens], dim=1)
     cache = gen.new_cache(3)
     with torch.inference_mode():
         expected = gen(tokens, labels)
-        for step in range(gen.config.tokens):
+        for step in range(gen.config.num_tokens):
             assert relative_error(gen.step(ids[:, step], cache), expected[:, step]) < TOLERANCE
 
 
@@ -123,7 +123,7 @@ def test_step_refuses_other_rows_and_ends_in_nan(tiny_generator):
     cache = gen.new_cache(2)
     with pytest.raises(ValueError, match=r"ids: expected shape \(2,\), got \(3,\)"):
         gen.step(torch.zeros(3, dtype=torch.int64), cache)
-    cache.position.fill_(gen.config.tokens)
+    cache.position.fill_(gen.config.num_tokens)
     assert gen.step(torch.zeros(2, dtype=torch.int64), cache).isnan().all()
 
 
@@ -176,13 +176,13 @@ def test_reduced_precision_is_for_the_blocks_alone(tiny_generator):
     assert low.dtype == torch.bfloat16 and low.new_cache(1).keys.dtype == torch.bfloat16
     assert torch.equal(low.output.weight, exact) and low.norm.weight.dtype == torch.float32
     assert low.rope.dtype == torch.float32 and torch.equal(low.rope, gen.rope)
-    tokens = torch.randint(gen.config.codebook_size, (2, gen.config.tokens))
+    tokens = torch.randint(gen.config.codebook_size, (2, gen.config.num_tokens))
     labels = torch.tensor([0, 9])
     with torch.no_grad():
         expected, got = gen(tokens, labels), low(tokens, labels)
         cache, ids = low.new_cache(2), low.condition_ids(labels, 2)
         steps = []
-        for step in range(gen.config.tokens):
+        for step in range(gen.config.num_tokens):
             steps.append(low.step(ids, cache))
             ids = tokens[:, step]
     assert got.dtype == torch.float32

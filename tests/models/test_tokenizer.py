@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from alitok_fast.checkpoint import Checkpoint, recognise
 from alitok_fast.config import tokenizer_preset
 from alitok_fast.models import Tokenizer, load_tokenizer, stage2_from_stage1
 from alitok_fast.models.loading import build
 from alitok_fast.models.tokenizer import aux_target
+from alitok_fast.storage.checkpoint import Checkpoint, recognise
 from alitok_fast.testing import relative_error
 
 TOLERANCE = 1e-4
@@ -79,8 +79,8 @@ def test_parameter_count():
 def test_512_follows_from_the_config():
     with torch.device("meta"):
         model = Tokenizer(tokenizer_preset("512"))
-    assert model.config.tokens == 33 + 1024
-    assert model.latent_tokens.shape[0] == model.config.tokens
+    assert model.config.num_tokens == 33 + 1024
+    assert model.latent_tokens.shape[0] == model.config.num_tokens
     assert model.decoder.latent_token_positional_embedding.shape[0] == 32 + 33 + 1024
 
 
@@ -88,7 +88,7 @@ def test_512_follows_from_the_config():
 def test_encode_decode_shapes_and_ranges(tiny_tokenizer, stage):
     model = tiny_tokenizer(stage)
     tokens = model.encode(torch.rand(2, 3, 16, 16))
-    assert tokens.shape == (2, model.config.tokens) and tokens.dtype == torch.int64
+    assert tokens.shape == (2, model.config.num_tokens) and tokens.dtype == torch.int64
     images = model.decode(tokens)
     assert images.shape == (2, 3, 16, 16)
     assert 0 <= images.min() and images.max() <= 1
@@ -104,7 +104,7 @@ def test_encode_picks_the_nearest_code(tiny_tokenizer):
 
 def test_half_precision_decodes_near_float32(tiny_tokenizer):
     model = tiny_tokenizer()
-    tokens = torch.randint(model.config.codebook_size, (2, model.config.tokens))
+    tokens = torch.randint(model.config.codebook_size, (2, model.config.num_tokens))
     expected = model.decode(tokens)
     images = model.to(torch.bfloat16).decode(tokens)
     assert images.dtype == torch.bfloat16
@@ -114,10 +114,10 @@ def test_half_precision_decodes_near_float32(tiny_tokenizer):
 def test_causal_decoder_draws_the_rows_so_far(tiny_tokenizer):
     model = tiny_tokenizer(1)
     config = model.config
-    tokens = torch.randint(config.codebook_size, (2, config.tokens))
+    tokens = torch.randint(config.codebook_size, (2, config.num_tokens))
     whole = model.decode(tokens)
-    for n in (0, config.prefix_tokens, config.prefix_tokens + 2 * config.grid + 1, config.tokens):
-        rows = max(n - config.prefix_tokens, 0) // config.grid
+    for n in (0, config.num_prefix_tokens, config.num_prefix_tokens + 2 * config.grid + 1, config.num_tokens):
+        rows = max(n - config.num_prefix_tokens, 0) // config.grid
         part = model.decode_rows(tokens[:, :n])
         assert part.shape == (2, 3, rows * config.patch_size, config.image_size)
         # the final 1x1 convolution mixes colours only, so rows do not depend on what lies below them
@@ -146,7 +146,7 @@ def test_aux_target_is_first_patch_then_first_row(tiny_tokenizer):
     config = tiny_tokenizer().config
     images = torch.rand(2, 3, 16, 16)
     target = aux_target(images, config)
-    assert target.shape == (2, 3, config.patch_size, config.prefix_tokens * config.patch_size)
+    assert target.shape == (2, 3, config.patch_size, config.num_prefix_tokens * config.patch_size)
     assert torch.equal(target[..., :4], images[:, :, :4, :4])
     assert torch.equal(target[..., 4:], images[:, :, :4])
 
@@ -237,7 +237,7 @@ def test_bfloat16_decode_stays_within_a_few_grey_levels():
     """Stage 2 in bfloat16 is what pays on a CPU with AMX: at 256x256, batch 8, 4.1 times as fast as float32."""
     exact = load_tokenizer("demo")
     reduced = load_tokenizer("demo", dtype=torch.bfloat16)
-    shape = (4, exact.config.tokens)
+    shape = (4, exact.config.num_tokens)
     tokens = torch.randint(exact.config.codebook_size, shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         error = (reduced.decode(tokens).float() - exact.decode(tokens)).abs()

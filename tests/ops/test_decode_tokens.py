@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alitok_fast._library import use_reference
-from alitok_fast.ops.decode import Drawing, decode, decode_tokens, decode_tokens_reference, draw_next
+from alitok_fast.ops.decode import SampleState, decode, decode_tokens, decode_tokens_reference, sample_next
 from alitok_fast.ops.decode_weights import LayerWeights, PackedWeights, pack_weights
 
 LAYERS, HEADS, HEAD_DIM, HIDDEN, CODES, CAPACITY = 2, 2, 10, 37, 70, 19
@@ -37,9 +37,9 @@ def make_weights(dtype=torch.float32) -> PackedWeights:
     )  # fmt: skip
 
 
-def make_drawing(batch=3, guided=True, prompt=0, **rule) -> Drawing:
+def make_drawing(batch=3, guided=True, prompt=0, **rule) -> SampleState:
     generator = torch.Generator().manual_seed(1)
-    return Drawing(
+    return SampleState(
         ids=torch.randint(CODES + 3, (batch * (2 if guided else 1),), generator=generator),
         tokens=torch.randint(CODES, (batch, CAPACITY), generator=generator),
         prompt_length=torch.tensor(prompt),
@@ -50,15 +50,15 @@ def make_drawing(batch=3, guided=True, prompt=0, **rule) -> Drawing:
     )
 
 
-def state(drawing: Drawing, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def state(drawing: SampleState, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Poisoned keys and values, and position 0."""
     shape = (2, LAYERS, len(drawing.ids), HEADS, CAPACITY, HEAD_DIM)
     return *torch.full(shape, torch.nan, dtype=dtype), torch.tensor(0)
 
 
-def one_by_one(weights: PackedWeights, drawing: Drawing, keys: Tensor, values: Tensor, position: Tensor) -> None:
+def one_by_one(weights: PackedWeights, drawing: SampleState, keys: Tensor, values: Tensor, position: Tensor) -> None:
     for _ in range(CAPACITY):
-        draw_next(drawing, decode(weights, drawing.ids, keys, values, position), position)
+        sample_next(drawing, decode(weights, drawing.ids, keys, values, position), position)
         position += 1
 
 

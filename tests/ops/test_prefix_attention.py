@@ -150,7 +150,7 @@ def test_norm_and_rotation_are_optional(device, norm, rope):
 @pytest.mark.parametrize("preset", ["b", "l", "xl"])
 def test_generator_shapes(device, preset):
     config = GENERATORS[preset]
-    qkv, options = make(1, 1 + config.tokens, 2, config.head_dim, torch.bfloat16, device=device)
+    qkv, options = make(1, 1 + config.num_tokens, 2, config.head_dim, torch.bfloat16, device=device)
     assert_as_exact_as_reference(qkv, 0, options)
 
 

@@ -24,8 +24,8 @@ SHAPES = [
     (64, 1, 64),
     (1031, 1000, 64),
     (1, OFFICIAL.codebook_size, OFFICIAL.code_dim),
-    (2 * OFFICIAL.tokens, OFFICIAL.codebook_size, OFFICIAL.code_dim),
-    (3 * TOKENIZERS["demo"].tokens, TOKENIZERS["demo"].codebook_size, TOKENIZERS["demo"].code_dim),
+    (2 * OFFICIAL.num_tokens, OFFICIAL.codebook_size, OFFICIAL.code_dim),
+    (3 * TOKENIZERS["demo"].num_tokens, TOKENIZERS["demo"].codebook_size, TOKENIZERS["demo"].code_dim),
 ]
 
 

@@ -13,12 +13,20 @@ from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConf
 
 TOKENIZER = TokenizerConfig(
     image_size=8, patch_size=4, codebook_size=16, code_dim=8, encoder_width=16, encoder_layers=1, encoder_heads=2,
-    decoder_width=16, decoder_layers=1, decoder_heads=2, buffer_tokens=2, stage=1,
+    decoder_width=16, decoder_layers=1, decoder_heads=2, num_buffer_tokens=2, stage=1,
 )  # fmt: skip
 GENERATOR = GeneratorConfig(
-    width=16, layers=2, heads=2, grid=2, codebook_size=16, classes=3, hidden_multiple=8, dropout=0.1, class_dropout=0.5
+    width=16,
+    num_layers=2,
+    num_heads=2,
+    grid=2,
+    codebook_size=16,
+    num_classes=3,
+    hidden_multiple=8,
+    dropout=0.1,
+    class_dropout=0.5,
 )
-_COMMON = dict(batch=4, warmup=2, precision="fp32", log_every=2, save_every=3)
+_COMMON = dict(batch_size=4, warmup=2, precision="fp32", log_every=2, save_every=3)
 TOKENIZER_TRAINING = TokenizerTrainConfig(steps=12, lr=1e-2, **_COMMON)
 GENERATOR_TRAINING = GeneratorTrainConfig(steps=12, lr=1e-2, **_COMMON)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from alitok_fast.cli.train import with_settings
 from alitok_fast.config import GENERATORS, TOKENIZERS
-from alitok_fast.training.cli import with_settings
 from alitok_fast.training.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, GeneratorTrainConfig, TokenizerTrainConfig
 
 

@@ -33,7 +33,7 @@ def runs(idx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 1, tokens, stage 2 and generator, trained one after the other."""
     folder = tmp_path_factory.mktemp("runs")
     source = open_source(idx_folder, image_size=8)
-    longer = dict(steps=200, batch=8, lr=5e-3, save_every=200)
+    longer = dict(steps=200, batch_size=8, lr=5e-3, save_every=200)
     stage1 = train_tokenizer(
         source, folder / "stage1", 1, TOKENIZER, replace(TOKENIZER_TRAINING, **longer), progress=False
     )
@@ -112,7 +112,7 @@ def test_accumulation_equals_one_large_batch(runs: Path, tmp_path: Path) -> None
     cache = validate_token_cache(runs / "tokens")
     model = replace(GENERATOR, dropout=0.0, class_dropout=0.0)
     for parts in (1, 2):
-        config = replace(GENERATOR_TRAINING, accumulate=parts)
+        config = replace(GENERATOR_TRAINING, grad_accumulation=parts)
         train_generator(cache, tmp_path / str(parts), model, config, progress=False)
     one, two = state_of(tmp_path / "1"), state_of(tmp_path / "2")
     for name, value in one.items():
@@ -201,7 +201,7 @@ def test_arguments_are_checked(idx_folder: Path, runs: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="cache: expected tokens 13 .*, got 7"):
         train_generator(cache, tmp_path, replace(GENERATOR, grid=3), GENERATOR_TRAINING)
     with pytest.raises(ValueError, match="cache: expected at most 2 classes, got 3"):
-        train_generator(cache, tmp_path, replace(GENERATOR, classes=2), GENERATOR_TRAINING)
+        train_generator(cache, tmp_path, replace(GENERATOR, num_classes=2), GENERATOR_TRAINING)
 
 
 def test_tensorboard_absent_is_a_clear_error(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

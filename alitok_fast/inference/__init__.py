@@ -1,0 +1,1 @@
+"""Sampling and decoding at speed: models packed for it, the loop, graphs, memory."""

@@ -1,0 +1,89 @@
+"""A generator packed for sampling on the CPU: its weights in one arena, steps and their draws in one native call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from alitok_fast.models.generator import Generator, condition_ids
+from alitok_fast.models.kv_cache import KVCache
+from alitok_fast.models.layers import NORM_EPS
+from alitok_fast.ops.decode import SampleState, decode, decode_tokens
+from alitok_fast.ops.decode_weights import LayerWeights, pack_weights
+
+
+class PackedGenerator:
+    """Steps like `Generator.step`, out of weights rounded and packed once.
+
+    It holds a copy of the weights: later changes of `gen` do not reach it.
+
+    Args:
+        gen: the generator, on the CPU, of any floating dtype.
+        weight_dtype: of the matrices: torch.float32, torch.bfloat16, or torch.int8, which has a scale for each output
+            and 64 inputs. None takes the dtype of `gen`.
+
+    Raises:
+        ValueError: another dtype, or a generator that is not on the CPU.
+    """
+
+    def __init__(self, gen: Generator, weight_dtype: torch.dtype | None = None) -> None:
+        if gen.device.type != "cpu":
+            raise ValueError(f"gen: expected a generator on the CPU, got one on {gen.device}")
+        self.config = gen.config
+        self.device = gen.device
+        self.training = gen.training
+        with torch.inference_mode(False), torch.no_grad():  # they may be kept longer than such a mode
+            self.packed = pack_weights(
+                [_layer_weights(block) for block in gen.blocks],
+                norm=gen.norm.weight,
+                head=gen.output.weight,
+                head_bias=gen.output.bias,
+                embeddings=gen.embeddings.weight,
+                rope=gen.rope,
+                dtype=gen.dtype if weight_dtype is None else weight_dtype,
+                norm_eps=NORM_EPS,
+            )
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the key/value cache, unless another is asked for: float32 for float32 weights, else bfloat16."""
+        return torch.float32 if self.packed.dtype == torch.float32 else torch.bfloat16
+
+    def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `rows` sequences; `dtype` is float32, bfloat16 or None for `cache_dtype`."""
+        dtype = dtype or self.cache_dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"kv_dtype: expected float32 or bfloat16 on the CPU, got {name}")
+        return KVCache(self.config, rows, self.device, dtype)
+
+    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """As `Generator.step`; the logits are float32. Raises ValueError past the cache's end."""
+        logits = decode(self.packed, ids, cache.keys, cache.values, cache.position)
+        cache.position += 1
+        return logits
+
+    def draw(self, drawing: SampleState, cache: KVCache, steps: int) -> None:
+        """`steps` times `step` and `sample_next`, in one native call. Raises ValueError past the cache's end."""
+        decode_tokens(self.packed, drawing, cache.keys, cache.values, cache.position, steps)
+
+    def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor:
+        """As `Generator.condition_ids`."""
+        return condition_ids(self.config, labels, batch_size, self.device)
+
+
+def _layer_weights(block) -> LayerWeights:
+    attn, mlp = block.attn, block.mlp
+    return LayerWeights(
+        norm1=block.norm1.weight,
+        qkv=attn.qkv.weight,
+        qkv_bias=attn.qkv.bias,
+        q_norm=attn.q_norm.weight,
+        k_norm=attn.k_norm.weight,
+        proj=attn.proj.weight,
+        proj_bias=attn.proj.bias,
+        norm2=block.norm2.weight,
+        w1=mlp.w1.weight,
+        w3=mlp.w3.weight,
+        w2=mlp.w2.weight,
+    )

@@ -1,0 +1,184 @@
+"""Many images: balanced classes, any number of processes, resumable, one manifest.
+
+The images are numbered; image i has the label `labels[i]` and the noise of id i, so what it shows does not depend on
+who draws it. They are drawn in batches of fixed borders, so that even rounding does not: batch b is drawn by process
+b % world, and is done when its files are there. Files appear whole, by renaming; a killed run goes on where it was.
+The manifest says what the images are of. It is written with the first of them, when all settings have proved to work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from alitok_fast.pipelines.outputs import MANIFEST_NAME, output_at
+from alitok_fast.pipelines.pipeline import Pipeline
+from alitok_fast.storage.files import differences, read_json, weights_fingerprint, write_json
+
+# Where and when, not what: a run may be resumed on another device, with the same weights from another path.
+_FREE_KEYS = ("device", "versions", "model")
+
+
+def balanced_labels(classes: Sequence[int], images: int | None, per_class: int | None) -> list[int]:
+    """A label for each image, every class equally often: image i has `classes[i % len(classes)]`.
+
+    So each run of `len(classes)` images holds every class once, as do the parts of 5,000 on which ADM's evaluator
+    computes the Inception Score. Give `per_class`, or `images` in all, or both where they agree; neither means one a
+    class.
+    """
+    if not classes:
+        raise ValueError("labels: expected at least one class, got none")
+    twice = [label for label in dict.fromkeys(classes) if classes.count(label) > 1]
+    if twice:
+        raise ValueError(f"labels: expected each class once, got {twice[0]} again; per_class asks for more of each")
+    if per_class is not None and per_class < 1:
+        raise ValueError(f"per_class: expected at least 1, got {per_class}")
+    if images is not None:
+        if images < 1 or images % len(classes):
+            raise ValueError(f"num_images: expected a multiple of the {len(classes)} classes, got {images}")
+        if per_class is not None and per_class * len(classes) != images:
+            raise ValueError(f"num_images: expected {per_class * len(classes)}, per_class x classes, got {images}")
+        per_class = images // len(classes)
+    return list(classes) * (per_class or 1)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """This process's rank and their number: under torchrun, joined to the others; else 0 and 1.
+
+    The processes share nothing but barriers, for which gloo serves on every device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=7))  # the first to finish waits for the last
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+class BulkRun:
+    """SampleState `labels`, one image each, into `output`; this process is number `rank` of `world`."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        labels: Sequence[int],
+        output: Path,
+        settings: dict[str, Any],
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """`settings` as returned by `Pipeline.settings`. Nothing is written yet.
+
+        With `world` > 1 every process of the torch.distributed group creates its own, in the same way.
+        Raises ValueError where `output` holds another run or other files, or is no folder or npz file.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self.pipe, self.labels, self.settings = pipe, list(labels), settings
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        side = pipe.tokenizer.config.image_size
+        self.output = output_at(Path(output), len(self.labels), side)
+        self.manifest = {
+            **pipe.metadata(settings),
+            "generator_fingerprint": weights_fingerprint(pipe.generator.state_dict()),
+            "tokenizer_fingerprint": weights_fingerprint(pipe.tokenizer.state_dict()),
+            "num_images": len(self.labels),
+            "image_size": side,
+            "batch_size": batch_size,
+            "labels": self.labels,
+        }
+        if rank == 0:
+            self._look()
+        self._wait()  # before anybody writes
+        self.mine = [ids for ids in self._missing() if ids.start // batch_size % world == rank]
+
+    def _look(self) -> None:
+        """See that the output can be begun, or is of the same images."""
+        self.output.check()
+        if self.output.manifest.exists():
+            self._compare()
+        elif self.output.work.is_dir() and (taken := self.output.in_the_way()):
+            raise ValueError(
+                f"output: {self.output.work} holds {taken[0]}, but no {MANIFEST_NAME} of a run; choose another name"
+            )
+
+    def _compare(self) -> None:
+        file = self.output.manifest
+        different = differences(read_json(file, "the manifest of a run"), self.manifest, _FREE_KEYS)
+        if different:
+            raise ValueError(f"output: expected settings as in {file}, got others: {'; '.join(different)}")
+
+    def _begin(self) -> None:
+        """Write the manifest, unless it is there: by another process, or since the run is resumed."""
+        self.output.work.mkdir(parents=True, exist_ok=True)
+        if self.output.manifest.exists():
+            self._compare()
+        else:
+            write_json(self.output.manifest, self.manifest)
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    @property
+    def batches(self) -> list[range]:
+        """The image numbers of each batch."""
+        total, size = len(self.labels), self.batch_size
+        return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+    def _missing(self) -> list[range]:
+        """The batches that nobody has finished yet."""
+        return [] if self.output.complete else [ids for ids in self.batches if not self.output.holds(ids)]
+
+    @property
+    def share(self) -> int:
+        """The number of images that this process had to draw when it began."""
+        return sum(map(len, self.mine))
+
+    def draw(self, on_batch: Callable[[int], None] | None = None) -> None:
+        """Draw this process's share; files are written while the next batch is drawn.
+
+        `on_batch` is called with the number of images of each batch, once it is drawn.
+        """
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            writing: Future | None = None
+            for ids in self.mine:
+                samples = self.pipe([self.labels[i] for i in ids], image_ids=ids, **self.settings)
+                if writing is None:
+                    self._begin()
+                else:
+                    writing.result()  # an error while writing stops the run
+                writing = writer.submit(self.output.write, ids, samples.images)
+                if on_batch is not None:
+                    on_batch(len(ids))
+            if writing is not None:
+                writing.result()
+
+    def finish(self) -> None:
+        """Wait for every process; then put the pieces of an npz together, and remove what kills left behind.
+
+        Raises RuntimeError when images are missing.
+        """
+        self._wait()
+        if self.rank == 0:
+            left = sum(map(len, self._missing()))
+            if left:
+                raise RuntimeError(f"output: expected {len(self.labels)} images, {left} are missing; run again")
+            self.output.publish(self.batches, self.labels)
+        self._wait()
+
+    def pictures(self, ids: Sequence[int]) -> list[np.ndarray]:
+        """These images of the finished run, (H, W, 3) uint8."""
+        return self.output.pictures(ids)

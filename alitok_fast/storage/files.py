@@ -1,0 +1,161 @@
+"""Files that appear whole or not at all, JSON, fingerprints, and the one comparison of settings on resuming."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Container, Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
+
+SUFFIX = ".alitok-tmp"
+"""A file x is written as ".x.alitok-tmp" and renamed: what a killed writer left is overwritten by the next one."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary_path)`, flush to disk, rename onto `path`; on any failure the old file stays.
+
+    A link at `path` is replaced, not followed. Writers of one file, in any process, take turns.
+    Raises what `write` does; where the file system is at fault (disk full, no permission), OSError naming `path`.
+    """
+    try:
+        _write_atomically(path, write)
+    except OSError as error:
+        text = f"{path} was not written: {error.strerror or error}"
+        raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
+    except (RuntimeError, SafetensorError) as error:  # of a full disk, torch.save only says "unexpected pos 704 vs 598"
+        raise OSError(f"{path} was not written, the disk may be full: {first_line(error)}") from error
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}{SUFFIX}")
+    with _exclusive(temporary):
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path, wait: bool = True) -> Iterator[None]:
+    """Create `path` empty, unless it is there, and lock it; BlockingIOError where it is locked and `wait` is False.
+
+    The lock dies with its process. On systems without `fcntl` there is none.
+    """
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)  # the umask applies
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                current = os.path.samestat(os.stat(path), os.fstat(handle))
+            except FileNotFoundError:
+                current = False
+            if current:  # else its holder has renamed or removed it meanwhile
+                os.ftruncate(handle, 0)
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable; nothing where folders cannot be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def leftovers(folder: Path, names: Container[str]) -> list[Path]:
+    """Temporary files in `folder` that killed writers of files with these names left there."""
+    hidden = [file for file in folder.iterdir() if file.name.startswith(".") and file.name.endswith(SUFFIX)]
+    return [file for file in hidden if file.name[1 : -len(SUFFIX)] in names]
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write indented JSON, whole or not at all."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError naming the file and `what` was expected in it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected {what}, got {first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected {what}, got a {type(value).__name__}")
+    return value
+
+
+def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """A short hash of weights, by name and value in float32: the same on every device and in every file format."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Container[str] = ()) -> list[str]:
+    """What `before` says otherwise than `now`: "seed: expected 0, got 1", of lists the first entry, in order of `now`.
+
+    Dictionaries inside are compared key by key ("training.lr: ..."). `free` names the keys that may differ.
+    """
+    found = []
+    for key in [*now, *(key for key in before if key not in now)]:
+        expected, got = before.get(key), now.get(key)
+        if key in free or expected == got:
+            continue
+        if isinstance(expected, Mapping) and isinstance(got, Mapping):
+            found += [f"{key}.{line}" for line in differences(expected, got, free)]
+            continue
+        if isinstance(expected, list) and isinstance(got, list):
+            pairs = enumerate(zip_longest(expected, got))
+            index, (expected, got) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+            key = f"{key}[{index}]"
+        found.append(f"{key}: expected {expected!r}, got {got!r}")
+    return found
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` inside the block; it dies with its process. ValueError where another holds it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_exclusive(path, wait=False))
+        except BlockingIOError:
+            raise ValueError(
+                f"out: expected an output that nobody writes, got {path.parent}, which another process is writing "
+                f"(it holds {path.name})"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, its type's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
