@@ -11,19 +11,23 @@ from typing import Any
 __version__ = "0.2.0"
 
 _PUBLIC = {
-    "PackedGenerator": "alitok_fast.inference.packed_generator",
     "Generator": "alitok_fast.models",
     "GeneratorConfig": "alitok_fast.config",
+    "ImageDecoder": "alitok_fast.inference.image_decoder",
+    "PackedGenerator": "alitok_fast.inference.packed_generator",
     "Pipeline": "alitok_fast.pipelines.pipeline",
+    "QuantizedGenerator": "alitok_fast.inference.quantized_generator",
     "Sampler": "alitok_fast.inference.sampler",
+    "SamplingParams": "alitok_fast.inference.params",
     "Tokenizer": "alitok_fast.models",
     "TokenizerConfig": "alitok_fast.config",
     "load_generator": "alitok_fast.models",
     "load_tokenizer": "alitok_fast.models",
+    "on_rows": "alitok_fast.inference.streaming",
     "plan": "alitok_fast.inference.memory",
+    "prepare": "alitok_fast.inference.step_model",
     "sample": "alitok_fast.inference.sampler",
     "save_model": "alitok_fast.models",
-    "on_rows": "alitok_fast.inference.streaming",
     "use_reference": "alitok_fast._library",
 }
 

@@ -109,10 +109,10 @@ def bench_sampling(size, batch, generator, tokenizer, measure, mode, device, cei
         contenders[name] = contender(
             system,
             labels,
-            warm=None if batch <= 8 or device.type == "cuda" else system.draw_seconds,
+            warm=None if batch <= 8 or device.type == "cuda" else system.sampling_seconds,
             own=True,
             floor=floor(system, batch, weights, images, tokenizer, ceilings) if mode.timed else None,
-            draw=system.draw_seconds(),
+            draw=system.sampling_seconds(),
         )
     for name, make in peers(size, batch, gen, tokenizer, mode, device, reference_repo).items():
         system = make if isinstance(make, Missing) else made(make, gen, tokenizer, labels)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alitok_fast import Pipeline, load_tokenizer
+from alitok_fast import Pipeline, SamplingParams, load_tokenizer
 from alitok_fast.data import open_source, to_tensor
 from alitok_fast.models import Tokenizer
 from alitok_fast.pipelines.completion import filmstrip, grow
@@ -28,7 +28,7 @@ COLUMNS = 10
 def samples(pipe: Pipeline) -> Image.Image:
     """Eight of each class, a class a column."""
     labels = list(range(pipe.generator.config.num_classes)) * 8
-    names = [pipe.label_name(label) for label in labels]
+    names = [pipe.classes[label] for label in labels]
     return grid(pipe(labels, seed=0).images, COLUMNS, names[:COLUMNS] + [""] * (len(labels) - COLUMNS), scale=2)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     write_image(HERE / "test_set.png", reconstructions(pipe.tokenizer, photos))
     write_image(HERE / "completion.png", completions(pipe, photos, labels))
     if arguments.stage1:
-        frames = grow(pipe, load_tokenizer(arguments.stage1), [0, 1, 7, 8, 9], pipe.settings())
+        frames = grow(pipe, load_tokenizer(arguments.stage1), [0, 1, 7, 8, 9], SamplingParams())
         write_image(HERE / "growing.png", filmstrip(frames))
 
 

@@ -64,7 +64,7 @@ def evaluate_tokenizer(tokenizer: Tokenizer, images: Tensor, batch_size: int = 2
     }
 
 
-def draw_samples(
+def generate_samples(
     generator: Generator | PackedGenerator,
     decode: Callable[[Tensor], Tensor],
     per_class: int,
@@ -140,7 +140,7 @@ def main() -> None:
         scale, power = map(float, text.split(","))
         dtype = dtype_from_name(precision, "weight_dtype")
         decode = ImageDecoder(tokenizer, dtype)
-        images, labels = draw_samples(
+        images, labels = generate_samples(
             PackedGenerator(generator, dtype), decode, arguments.per_class, arguments.seed,
             guidance_scale=scale, guidance_power=power, temperature=arguments.temperature,
         )  # fmt: skip

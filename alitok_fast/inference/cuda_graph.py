@@ -8,6 +8,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ class Turn:
         self._holder: int | None = None
         self._done: torch.cuda.Event | None = None
         self._mark()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Turn, (self._device,)  # a copy is a turn of its own
 
     def __enter__(self) -> None:
         if self._holder == threading.get_ident():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from alitok_fast import _library
 from alitok_fast.inference.cuda_graph import Turn, capture, storage
 from alitok_fast.inference.int8_decoder import int8_decoder
-from alitok_fast.models.checks import check_range, check_tensor
+from alitok_fast.inference.origin import Origin
+from alitok_fast.models.checks import check_plain, check_range, check_tensor
 from alitok_fast.models.tokenizer import Tokenizer
 
 GRAPHS = 4  # batch sizes whose CUDA graphs are kept
@@ -31,8 +33,9 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 class ImageDecoder:
     """`Tokenizer.decode` in a dtype of its own; on a CUDA device under a graph for each batch size.
 
-    Where the dtype is another than the tokenizer's, it holds a copy of the decoder, and later changes of the
-    tokenizer do not reach it. Calls from several threads take turns, whatever streams they use.
+    Where the dtype is another than the tokenizer's, it holds a copy of the decoder, made anew when the tokenizer's
+    weights have changed since. Calls from several threads take turns, whatever streams they use. It can be pickled and
+    copied: graphs are made anew.
 
     Args:
         tokenizer: in evaluation mode.
@@ -54,22 +57,44 @@ class ImageDecoder:
             raise ValueError(f"decode_dtype: expected {', '.join(allowed)} on {tokenizer.device.type}, got {name}")
         self.config, self.device, self.dtype = tokenizer.config, tokenizer.device, dtype
         self._activations = torch.float32 if dtype == torch.int8 else dtype
+        self._take(tokenizer)
+        self._begin()
+
+    def _take(self, tokenizer: Tokenizer) -> None:
+        check_plain(tokenizer)
         self._embedding, self._decoder = tokenizer.quantize.embedding, tokenizer.decoder
-        if dtype != tokenizer.dtype:
-            copied = int8_decoder if dtype == torch.int8 else lambda decoder: copy.deepcopy(decoder).to(dtype)
+        self._origin = Origin(tokenizer if self.dtype != tokenizer.dtype else None)
+        if self.dtype != tokenizer.dtype:
             with torch.inference_mode(False), torch.no_grad():
-                self._embedding, self._decoder = copy.deepcopy(self._embedding), copied(self._decoder)
+                self._embedding = copy.deepcopy(self._embedding)
+                if self.dtype == torch.int8:
+                    self._decoder = int8_decoder(self._decoder)
+                else:
+                    self._decoder = copy.deepcopy(self._decoder).to(self.dtype)
+
+    def _begin(self) -> None:
         self._graphs: OrderedDict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
         self._pool: tuple[int, int] | None = None  # graphs take turns, and share their memory
         self._read_by_graphs: list[Tensor] = []
         self._turn = Turn(self.device)  # a graph has one place for its tokens
         self._turn.outlives(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("_graphs", "_pool", "_read_by_graphs", "_turn")
+        return {name: value for name, value in vars(self).items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) int64 -> images (B, 3, H, W) float32 in [0, 1]. Raises as `Tokenizer.decode`."""
         check_tensor("tokens", tokens, torch.int64, ("B", self.config.num_tokens), self.device)
         check_range("tokens", tokens, 0, self.config.codebook_size)
+        if self._origin.changed():
+            self._take(self._origin.module)
+            self._begin()
         parts = [self._images(part) for part in tokens.split(TOGETHER)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -1,57 +1,29 @@
-"""The cached loop that draws one batch of token sequences."""
+"""The cached loop that samples one batch of token sequences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from alitok_fast._library import native_enabled
-from alitok_fast.config import GeneratorConfig
-from alitok_fast.inference.cuda_graph import Turn, capture, storage
-from alitok_fast.inference.packed_generator import PackedGenerator
-from alitok_fast.models.generator import Generator
+from alitok_fast.inference.cuda_graph import Turn, capture
+from alitok_fast.inference.step_model import StepModel
 from alitok_fast.models.kv_cache import KVCache
-from alitok_fast.ops.decode import SampleState, sample_next
+from alitok_fast.ops.decode import SampleState
 
-
-class StepModel(Protocol):
-    """What the loop needs of a model: `models.Generator`, `QuantizedGenerator` and `PackedGenerator` have it.
-
-    On a CUDA device also `module`, an nn.Module that holds all that a step reads.
-    """
-
-    config: GeneratorConfig
-    device: torch.device
-    training: bool
-    cache_dtype: torch.dtype
-
-    def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache: ...
-    def step(self, ids: Tensor, cache: KVCache) -> Tensor: ...
-    def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor: ...
-
-
-def for_steps(gen: StepModel) -> StepModel:
-    """What to step with: a generator on the CPU packed into a `PackedGenerator`, anything else as it is."""
-    native = isinstance(gen, Generator) and gen.device.type == "cpu" and native_enabled()
-    return PackedGenerator(gen) if native else gen
+STEPS_PER_CALL = 16  # Ctrl-C waits for the end of a native call; starting one costs far less than a step
 
 
 class SamplingLoop:
-    """One batch being drawn. All that a step reads or writes are tensors that stay where they are.
+    """One batch while it is sampled. All that a step reads or writes are tensors that stay where they are.
 
     On a CUDA device the first run captures a step as a CUDA graph and replays it: no launch overhead, nothing read
     back. A loop can be run again with other labels, seeds and schedules.
 
-    A generator on the CPU is packed into a `PackedGenerator`, which samples many tokens in one native call; inside `use_reference` it runs as it is.
-
     Runs from several threads take turns, whatever streams they use. `turn` is given by an owner of several loops: it
-    makes them inside a turn, and calls `draw` inside one.
+    makes them inside a turn, and calls `run_in_turn` inside one.
     """
-
-    STEPS_PER_CALL = 16  # Ctrl-C waits for the end of a native call; starting one costs far less than a step
 
     def __init__(
         self,
@@ -64,22 +36,22 @@ class SamplingLoop:
         kv_dtype: torch.dtype | None = None,
         turn: Turn | None = None,
     ) -> None:
-        self.model, self.batch_size, self.guided = for_steps(model), batch_size, guided
+        self.model, self.batch_size, self.guided = model, batch_size, guided
         rows, steps, device = batch_size * (2 if guided else 1), model.config.num_tokens, model.device
         try:
             self.cache = self.model.new_cache(rows, kv_dtype)
         except RuntimeError as error:
             size = rows * KVCache.bytes_per_row(model.config, kv_dtype or self.model.cache_dtype)
             raise MemoryError(
-                f"labels: expected a batch that fits in memory, got {batch_size} images, {size / 2**30:.1f} GiB; "
-                "alitok_fast.plan(gen) says how many fit"
+                f"labels: expected a batch whose cache fits in memory, got {batch_size} images, "
+                f"{size / 2**30:.1f} GiB; alitok_fast.plan(gen) says how many fit"
             ) from error
 
         @torch.inference_mode(False)  # else they could be written in such a mode only
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.drawing = SampleState(
+        self.state = SampleState(
             ids=zeros(rows),
             tokens=zeros(batch_size, steps),
             prompt_length=zeros(),
@@ -104,11 +76,11 @@ class SamplingLoop:
         prompt_tokens: Tensor | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """tokens (B, N); arguments as in `sampling.sample`, checked there. Rows without a distribution hold -1."""
+        """tokens (B, N); arguments as in `sampler.sample`, checked there. Rows without a distribution hold -1."""
         with self.turn:
-            return self.draw(labels, schedule, seed, image_ids, prompt_tokens, on_step)
+            return self.run_in_turn(labels, schedule, seed, image_ids, prompt_tokens, on_step)
 
-    def draw(
+    def run_in_turn(
         self,
         labels: Tensor,
         schedule: Tensor | None,
@@ -119,40 +91,53 @@ class SamplingLoop:
     ) -> Tensor:
         """As `run`, for whoever has the turn."""
         if self.model.device.type == "cuda" and self._graph is None:
-            self._start(labels, schedule, seed, image_ids, prompt_tokens)
+            self.start(labels, schedule, seed, image_ids, prompt_tokens)
             self._graph = capture(self.model.device, self.step)
-            self._read_by_graph = storage(self.model.module)
-        self._start(labels, schedule, seed, image_ids, prompt_tokens)
-        tokens = self.drawing.tokens
+            self._read_by_graph = self.model.tensors()
+        self.start(labels, schedule, seed, image_ids, prompt_tokens)
+        tokens = self.state.tokens
         length = tokens.shape[1]
-        stride = 1 if on_step is not None else self.STEPS_PER_CALL
+        stride = 1 if on_step is not None else STEPS_PER_CALL
         for begin in range(0, length, stride):
             end = min(begin + stride, length)
-            self._advance(end - begin)
+            self.advance(end - begin)
             if on_step is not None:
                 on_step(begin, tokens[:, :end].clone())
         return tokens.clone()
 
-    def step(self) -> None:
-        """Feed the current ids, draw the next token of each image and make it current."""
-        position = self.cache.position.clone()
-        sample_next(self.drawing, self.model.step(self.drawing.ids, self.cache), position)
-
-    def _advance(self, steps: int) -> None:
-        if isinstance(self.model, PackedGenerator):
-            return self.model.draw(self.drawing, self.cache, steps)
-        for _ in range(steps):
-            self.step() if self._graph is None else self._graph.replay()
-
-    def _start(self, labels, schedule, seed, image_ids, prompt_tokens) -> None:
-        drawing, condition = self.drawing, self.model.condition_ids(labels, self.batch_size)
-        if self.guided:
+    def start(
+        self,
+        labels: Tensor,
+        schedule: Tensor | None,
+        seed: int,
+        image_ids: Tensor,
+        prompt_tokens: Tensor | None = None,
+    ) -> None:
+        """Put these images' beginnings where a step reads them."""
+        state, condition = self.state, self.model.condition_ids(labels, self.batch_size)
+        if state.schedule is not None:
             condition = torch.cat([condition, self.model.condition_ids(None, self.batch_size)])
-            drawing.schedule.copy_(schedule)
-        drawing.ids.copy_(condition)
+            state.schedule.copy_(schedule)
+        state.ids.copy_(condition)
         self.cache.position.zero_()
-        drawing.seed.fill_(seed)
-        drawing.image_ids.copy_(image_ids)
-        drawing.prompt_length.fill_(0 if prompt_tokens is None else prompt_tokens.shape[1])
+        state.seed.fill_(seed)
+        state.image_ids.copy_(image_ids)
+        state.prompt_length.fill_(0 if prompt_tokens is None else prompt_tokens.shape[1])
         if prompt_tokens is not None:
-            drawing.tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
+            state.tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
+
+    def advance(self, steps: int) -> None:
+        """Sample the next `steps` tokens of each image: replays of the graph, where one was captured."""
+        if self._graph is None:
+            return self.model.sample_steps(self.state, self.cache, steps)
+        for _ in range(steps):
+            self._graph.replay()
+
+    def step(self) -> None:
+        """Feed the current ids, sample the next token of each image and make it current; without the graph."""
+        self.model.sample_steps(self.state, self.cache, 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the cache, nearly all that a loop holds."""
+        return self.cache.keys.nbytes + self.cache.values.nbytes

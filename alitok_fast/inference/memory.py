@@ -1,27 +1,20 @@
-"""How many images fit: what a batch costs while it is drawn, and the largest that the memory holds."""
+"""How many images fit: what a batch costs while it is sampled, and the largest that the memory holds."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from alitok_fast.config import GeneratorConfig
+from alitok_fast.inference.step_model import StepModel
 from alitok_fast.models.kv_cache import KVCache
 
 USABLE = 0.9  # of the free memory: allocators round up, and others want some too
-
-
-class CachedModel(Protocol):
-    """`models.Generator`, `PackedGenerator` and `QuantizedGenerator` are."""
-
-    config: GeneratorConfig
-    device: torch.device
-    cache_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -42,25 +35,25 @@ class MemoryPlan:
 
 
 def plan(
-    gen: CachedModel,
+    gen: StepModel,
     device: torch.device | str | None = None,
     guided: bool = True,
     kv_dtype: torch.dtype | None = None,
 ) -> MemoryPlan:
-    """What drawing images with `gen` costs, beyond the model itself, and how many fit at a time.
+    """What sampling images with `gen` costs, beyond the model itself, and how many fit at a time.
 
     Args:
-        gen: a generator or decoder (of a `Pipeline`: `pipe.generator`, `pipe.sampler.model`).
+        gen: a generator, packed or not (of a `Pipeline`: `pipe.generator`, `pipe.sampler.model`).
         device: "cpu" or "cuda", whose free memory counts; None takes that of `gen`.
         guided: with guidance, which doubles the rows.
         kv_dtype: of the cache; None is what `gen` takes by itself.
 
     Raises:
-        TypeError: `gen` is neither.
+        TypeError: `gen` is none.
         ValueError: a device of another type, or one that is not there.
     """
-    if not hasattr(gen, "cache_dtype"):
-        raise TypeError(f"gen: expected a generator or decoder, got {type(gen).__name__}")
+    if not isinstance(gen, StepModel):
+        raise TypeError(f"gen: expected a generator, got {type(gen).__name__}")
     device = gen.device if device is None else torch.device(device)
     config, rows = gen.config, 2 if guided else 1
     # Activations, in float32: the residual, the normed rows, the widest product and its input, three times the logits.
@@ -90,24 +83,42 @@ def _free_memory() -> int:
 
 
 def _left_in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What the limits of containers leave (cgroup v2), from this process's group upwards; at least one number."""
+    """What the limits of containers leave, from this process's group upwards; at least one number."""
     left = [sys.maxsize]
-    try:
-        name = next(line[3:].strip() for line in own.read_text().splitlines() if line.startswith("0::"))
-        group = root / name.lstrip("/")
-        for folder in (group, *group.parents):
-            if (folder / "memory.max").is_file():
-                limit = (folder / "memory.max").read_text().strip()
-                if limit != "max":
-                    used, cache = int((folder / "memory.current").read_text()), _reclaimable(folder / "memory.stat")
-                    left.append(max(int(limit) - used + cache, 0))
-            if folder == root:
-                break
-    except (OSError, StopIteration, ValueError):
-        pass  # no such control groups here
+    for folder, version in _groups(root, own):
+        limit, used, cache = _FILES[version]
+        with contextlib.suppress(OSError, ValueError):  # no such control groups here, or no limit ("max")
+            allowed = int((folder / limit).read_text())
+            held = int((folder / used).read_text()) - _reclaimable(folder / "memory.stat", cache)
+            left.append(max(allowed - held, 0))
     return left
 
 
-def _reclaimable(stat: Path) -> int:
+_FILES = {  # of a version: the limit, what is used, and what of that are files in memory that give way
+    2: ("memory.max", "memory.current", "inactive_file "),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+}
+
+
+def _groups(root: Path, own: Path) -> Iterator[tuple[Path, int]]:
+    """The folders of this process's control groups that limit memory, inner before outer, and their version."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, name in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "memory" if controllers else root
+        group = top / name.lstrip("/")
+        while group != top and not group.is_dir():  # a container sees its own group as the top
+            group = group.parent
+        for folder in (group, *group.parents):
+            yield folder, 1 if controllers else 2
+            if folder == top:
+                break
+
+
+def _reclaimable(stat: Path, key: str) -> int:
     """Bytes of files in memory that give way when memory is short."""
-    return sum(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith("inactive_file "))
+    return sum(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith(key))

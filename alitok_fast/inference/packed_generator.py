@@ -1,15 +1,16 @@
-"""A generator packed for sampling on the CPU: its weights in one arena, steps and their draws in one native call."""
+"""A generator packed for sampling on the CPU: its weights in one arena, many steps in one native call."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from alitok_fast.inference.origin import Origin
 from alitok_fast.models.generator import Generator, condition_ids
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.models.layers import NORM_EPS
 from alitok_fast.ops.decode import SampleState, decode, decode_tokens
-from alitok_fast.ops.decode_weights import LayerWeights, pack_weights
+from alitok_fast.ops.decode_weights import WEIGHT_DTYPES, LayerWeights, pack_weights
 
 
 class PackedGenerator:
@@ -20,7 +21,7 @@ class PackedGenerator:
     Args:
         gen: the generator, on the CPU, of any floating dtype.
         weight_dtype: of the matrices: torch.float32, torch.bfloat16, or torch.int8, which has a scale for each output
-            and 64 inputs. None takes the dtype of `gen`.
+            and 64 inputs. None takes the dtype of `gen`; for float16, which has no kernels here, float32.
 
     Raises:
         ValueError: another dtype, or a generator that is not on the CPU.
@@ -31,7 +32,12 @@ class PackedGenerator:
             raise ValueError(f"gen: expected a generator on the CPU, got one on {gen.device}")
         self.config = gen.config
         self.device = gen.device
-        self.training = gen.training
+        self._origin = Origin(gen)
+        if weight_dtype is None:
+            weight_dtype = torch.float32 if gen.dtype == torch.float16 else gen.dtype
+        if weight_dtype not in WEIGHT_DTYPES:
+            name = str(weight_dtype).removeprefix("torch.")
+            raise ValueError(f"weight_dtype: expected float32, bfloat16 or int8 on the CPU, got {name}")
         with torch.inference_mode(False), torch.no_grad():  # they may be kept longer than such a mode
             self.packed = pack_weights(
                 [_layer_weights(block) for block in gen.blocks],
@@ -40,9 +46,19 @@ class PackedGenerator:
                 head_bias=gen.output.bias,
                 embeddings=gen.embeddings.weight,
                 rope=gen.rope,
-                dtype=gen.dtype if weight_dtype is None else weight_dtype,
+                dtype=weight_dtype,
                 norm_eps=NORM_EPS,
             )
+
+    @property
+    def training(self) -> bool:
+        """Whether the generator that this is a copy of is in training mode; False where it is gone."""
+        return self._origin.training
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the blocks' matrices."""
+        return self.packed.dtype
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -63,13 +79,17 @@ class PackedGenerator:
         cache.position += 1
         return logits
 
-    def draw(self, drawing: SampleState, cache: KVCache, steps: int) -> None:
+    def sample_steps(self, state: SampleState, cache: KVCache, steps: int) -> None:
         """`steps` times `step` and `sample_next`, in one native call. Raises ValueError past the cache's end."""
-        decode_tokens(self.packed, drawing, cache.keys, cache.values, cache.position, steps)
+        decode_tokens(self.packed, state, cache.keys, cache.values, cache.position, steps)
 
     def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """As `Generator.condition_ids`."""
         return condition_ids(self.config, labels, batch_size, self.device)
+
+    def tensors(self) -> list[Tensor]:
+        """What a step reads beside the cache."""
+        return [self.packed.arena, self.packed.vectors, self.packed.embeddings, self.packed.rope]
 
 
 def _layer_weights(block) -> LayerWeights:

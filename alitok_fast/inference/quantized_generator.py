@@ -7,8 +7,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from alitok_fast.models.generator import Generator, condition_ids
+from alitok_fast.inference.cuda_graph import storage
+from alitok_fast.inference.origin import Origin
+from alitok_fast.models.generator import Generator, condition_ids, sample_steps
 from alitok_fast.models.kv_cache import KVCache
+from alitok_fast.ops.decode import SampleState
 from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
 
 
@@ -41,14 +44,22 @@ class QuantizedGenerator:
     """
 
     def __init__(self, gen: Generator, weight_dtype: torch.dtype) -> None:
+        if weight_dtype not in (torch.int8, torch.float8_e4m3fn):
+            name = str(weight_dtype).removeprefix("torch.")
+            raise ValueError(f"weight_dtype: expected int8 or float8_e4m3fn, got {name}")
         self.config = gen.config
         self.device = gen.device
         self.dtype = gen.dtype
-        self.training = gen.training
         self.cache_dtype = gen.cache_dtype
         self.weight_dtype = weight_dtype
+        self._origin = Origin(gen)
         self.module = _shallow_copy(gen)
         self.module.blocks = _quantized(gen.blocks, weight_dtype)
+
+    @property
+    def training(self) -> bool:
+        """Whether the generator that this is a copy of is in training mode; False where it is gone."""
+        return self._origin.training
 
     def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
         """As `Generator.new_cache`."""
@@ -61,6 +72,14 @@ class QuantizedGenerator:
     def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """As `Generator.condition_ids`."""
         return condition_ids(self.config, labels, batch_size, self.device)
+
+    def sample_steps(self, state: SampleState, cache: KVCache, steps: int) -> None:
+        """As `Generator.sample_steps`."""
+        sample_steps(self, state, cache, steps)
+
+    def tensors(self) -> list[Tensor]:
+        """What a step reads beside the cache."""
+        return storage(self.module)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights by name, those in 8 bits with their scales."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_tensor(name: str, value: object, dtype: torch.dtype | None, shape: tuple, device: torch.device) -> None:
@@ -32,3 +32,10 @@ def check_range(name: str, value: Tensor, low: float, high: float, closed: bool 
         bracket = "]" if closed else ")"
         worst = value[~inside].flatten()[0].item()
         raise ValueError(f"{name}: expected values in [{low:g}, {high:g}{bracket}, got {worst:g}")
+
+
+def check_plain(model: nn.Module) -> None:
+    """That the forward pass of `model` is that of its plain weights; ValueError names the part that is not."""
+    for name, part in model.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            raise ValueError(f"{name or 'gen'}: expected a module without hooks and with its own forward, got another")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from alitok_fast.models.checks import check_range, check_tensor
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.models.layers import GeneratorBlock, RMSNorm
 from alitok_fast.models.rope import rope_table
+from alitok_fast.ops.decode import SampleState, sample_next
 
 
 def condition_ids(
@@ -22,6 +25,13 @@ def condition_ids(
     if check:
         check_range("labels", labels, 0, config.num_classes)
     return labels + config.first_class
+
+
+def sample_steps(model: Any, state: SampleState, cache: KVCache, steps: int) -> None:
+    """`Generator.sample_steps` for whatever has `step`, one step after the other."""
+    for _ in range(steps):
+        position = cache.position.clone()
+        sample_next(state, model.step(state.ids, cache), position)
 
 
 class Generator(nn.Module):
@@ -75,11 +85,6 @@ class Generator(nn.Module):
         return self
 
     @property
-    def module(self) -> Generator:
-        """Holds what a step reads, as `QuantizedGenerator.module` does."""
-        return self
-
-    @property
     def device(self) -> torch.device:
         return self.output.weight.device
 
@@ -87,6 +92,11 @@ class Generator(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the blocks' weights."""
         return self.blocks[0].attn.qkv.weight.dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """As `dtype`."""
+        return self.dtype
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -128,6 +138,14 @@ class Generator(nn.Module):
             x, delta = block.step(x, delta, self.rope, keys, values, cache.position, cache.arrivals)
         cache.position += 1
         return self.output(self.norm(x + delta))
+
+    def sample_steps(self, state: SampleState, cache: KVCache, steps: int) -> None:
+        """`steps` times: feed the current ids, sample the next token of each image and make it current."""
+        sample_steps(self, state, cache, steps)
+
+    def tensors(self) -> list[Tensor]:
+        """What a step reads beside the cache."""
+        return [tensor.data for tensor in (*self.parameters(), *self.buffers())]
 
     def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """Embedding rows (B,) of the labels, or of "no condition" where labels is None."""

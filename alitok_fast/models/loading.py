@@ -36,6 +36,7 @@ def load_tokenizer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     config: TokenizerConfig | None = None,
+    weights: str = "ema",
 ) -> Tokenizer:
     """A tokenizer in evaluation mode.
 
@@ -51,6 +52,7 @@ def load_generator(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     config: GeneratorConfig | None = None,
+    weights: str = "ema",
 ) -> Generator:
     """A generator in evaluation mode; `path_or_name` as for `load_tokenizer`."""
     return _load("generator", path_or_name, device, dtype, config)
@@ -72,7 +74,12 @@ def dtype_from_name(name: str | None, argument: str = "dtype") -> torch.dtype | 
 
 
 def convert(
-    source: str | os.PathLike, target: str | os.PathLike, kind: str | None = None, dtype: torch.dtype | None = None
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    kind: str | None = None,
+    dtype: torch.dtype | None = None,
+    weights: str = "ema",
+    force: bool = False,
 ) -> Path:
     """Write a checkpoint as a file in the released format (a `target` with its suffix) or as a folder of ours.
 
@@ -138,7 +145,10 @@ def _fetch(repository: str, kind: str) -> Path:
 
 
 def open_checkpoint(
-    kind: str, path_or_name: str | os.PathLike, config: TokenizerConfig | GeneratorConfig | None = None
+    kind: str,
+    path_or_name: str | os.PathLike,
+    config: TokenizerConfig | GeneratorConfig | None = None,
+    weights: str = "ema",
 ) -> Checkpoint:
     """The checkpoint that `load_tokenizer` or `load_generator` builds, with its provenance."""
     source = read_checkpoint(resolve(path_or_name, kind), config)

@@ -1,7 +1,7 @@
 """Many images: balanced classes, any number of processes, resumable, one manifest.
 
 The images are numbered; image i has the label `labels[i]` and the noise of id i, so what it shows does not depend on
-who draws it. They are drawn in batches of fixed borders, so that even rounding does not: batch b is drawn by process
+who samples it. They are sampled in batches of fixed borders, so that even rounding does not: batch b belongs to process
 b % world, and is done when its files are there. Files appear whole, by renaming; a killed run goes on where it was.
 The manifest says what the images are of. It is written with the first of them, when all settings have proved to work.
 """
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
+from alitok_fast.inference.params import SamplingParams
 from alitok_fast.pipelines.outputs import MANIFEST_NAME, output_at
 from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.storage.files import differences, read_json, weights_fingerprint, write_json
@@ -31,7 +31,7 @@ def balanced_labels(classes: Sequence[int], images: int | None, per_class: int |
     """A label for each image, every class equally often: image i has `classes[i % len(classes)]`.
 
     So each run of `len(classes)` images holds every class once, as do the parts of 5,000 on which ADM's evaluator
-    computes the Inception Score. Give `per_class`, or `images` in all, or both where they agree; neither means one a
+    computes the Inception Score. Give `per_class`, or `images` in all, or both where they agree; neither means one per
     class.
     """
     if not classes:
@@ -74,24 +74,25 @@ class BulkRun:
         pipe: Pipeline,
         labels: Sequence[int],
         output: Path,
-        settings: dict[str, Any],
+        params: SamplingParams,
         batch_size: int,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """`settings` as returned by `Pipeline.settings`. Nothing is written yet.
+        """Nothing is written yet.
 
         With `world` > 1 every process of the torch.distributed group creates its own, in the same way.
         Raises ValueError where `output` holds another run or other files, or is no folder or npz file.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        self.pipe, self.labels, self.settings = pipe, list(labels), settings
+        self.pipe, self.labels = pipe, list(labels)
+        self.params = params.resolved(pipe.generator.config)
         self.batch_size, self.rank, self.world = batch_size, rank, world
         side = pipe.tokenizer.config.image_size
         self.output = output_at(Path(output), len(self.labels), side)
         self.manifest = {
-            **pipe.metadata(settings),
+            **pipe.metadata(self.params),
             "generator_fingerprint": weights_fingerprint(pipe.generator.state_dict()),
             "tokenizer_fingerprint": weights_fingerprint(pipe.tokenizer.state_dict()),
             "num_images": len(self.labels),
@@ -144,23 +145,23 @@ class BulkRun:
 
     @property
     def share(self) -> int:
-        """The number of images that this process had to draw when it began."""
+        """The number of images that this process had to sample when it began."""
         return sum(map(len, self.mine))
 
-    def draw(self, on_batch: Callable[[int], None] | None = None) -> None:
-        """Draw this process's share; files are written while the next batch is drawn.
+    def sample(self, on_batch: Callable[[int], None] | None = None) -> None:
+        """Sample this process's share; files are written while the next batch is sampled.
 
-        `on_batch` is called with the number of images of each batch, once it is drawn.
+        `on_batch` is called with the number of images of each batch, once it is sampled.
         """
         with ThreadPoolExecutor(max_workers=1) as writer:
             writing: Future | None = None
             for ids in self.mine:
-                samples = self.pipe([self.labels[i] for i in ids], image_ids=ids, **self.settings)
+                samples = self.pipe([self.labels[i] for i in ids], self.params, image_ids=ids)
                 if writing is None:
                     self._begin()
                 else:
                     writing.result()  # an error while writing stops the run
-                writing = writer.submit(self.output.write, ids, samples.images)
+                writing = writer.submit(self.output.write, ids, samples.pixels)
                 if on_batch is not None:
                     on_batch(len(ids))
             if writing is not None:

@@ -1,17 +1,18 @@
-"""Pictures of sampling itself: photographs completed by the generator, and drawings as they grow."""
+"""Photographs completed by the generator, and pictures that are watched while they grow."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from alitok_fast.data.transforms import centre_crop, to_tensor
+from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.streaming import on_rows
 from alitok_fast.models import Tokenizer
+from alitok_fast.pipelines.class_names import Label
 from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.storage.images import grid, to_uint8
 
@@ -19,13 +20,13 @@ BLANK = 255
 
 
 def complete(
-    pipe: Pipeline, photos: Sequence[np.ndarray], label: int | str, rows: int, variants: int, settings: dict[str, Any]
+    pipe: Pipeline, photos: Sequence[np.ndarray], label: Label, rows: int, variants: int, params: SamplingParams
 ) -> Image.Image:
     """Photographs (H, W, 3) uint8, completed from their upper part: a sheet with one line for each.
 
     Each line shows the photograph (resized and cropped about its centre), what the generator is given of it, and
     `variants` completions as pictures of class `label`. `rows` rows of patches are given, 0 <= rows <= grid (and the
-    prefix tokens, which stand for the first row); `settings` as returned by `Pipeline.settings`.
+    prefix tokens, which stand for the first row).
     """
     config = pipe.tokenizer.config
     if not 0 <= rows <= config.grid:
@@ -35,18 +36,18 @@ def complete(
     cropped = np.stack([centre_crop(photo, config.image_size) for photo in photos])
     tokens = pipe.tokenizer.encode(to_tensor(cropped).to(pipe.tokenizer.device))
     prompt = tokens[:, : config.num_prefix_tokens + rows * config.grid].repeat_interleave(variants, 0)
-    drawn = pipe([label] * len(prompt), prompt_tokens=prompt, **settings).images
+    completed = pipe(pipe.classes.ids(label) * len(prompt), params, prompt_tokens=prompt).pixels
     given = cropped.copy()
     given[:, rows * config.patch_size :] = BLANK
     pictures, captions = [], []
     for i in range(len(photos)):
-        pictures += [cropped[i], given[i], *drawn[i * variants : (i + 1) * variants]]
+        pictures += [cropped[i], given[i], *completed[i * variants : (i + 1) * variants]]
         captions += ["photograph", f"{rows} of {config.grid} rows", *["completed"] * variants]
     return grid(pictures, 2 + variants, captions)
 
 
-def grow(pipe: Pipeline, stage1: Tokenizer, labels: Sequence[int | str], settings: dict[str, Any]) -> list[np.ndarray]:
-    """Frames (B, H, W, 3) uint8 of drawings: one after each row of patches, the last one decoded by `pipe`.
+def grow(pipe: Pipeline, stage1: Tokenizer, labels: Sequence[Label], params: SamplingParams) -> list[np.ndarray]:
+    """Frames (B, H, W, 3) uint8: one after each row of patches, the last one decoded by `pipe`.
 
     `stage1` is the causal tokenizer that the pipeline's codes come from; what it has not painted yet is white.
     Raises ValueError where its codebook is another.
@@ -64,7 +65,7 @@ def grow(pipe: Pipeline, stage1: Tokenizer, labels: Sequence[int | str], setting
         frame[:, : images.shape[2]] = to_uint8(images)
         parts[-1].append(frame)
 
-    tokens = pipe.sampler(pipe.label_ids(labels), on_step=on_rows(stage1, show), **settings)
+    tokens = pipe.sampler(pipe.classes.ids(labels), params, on_step=on_rows(stage1, show))
     frames = [np.concatenate(row) for row in zip(*parts, strict=True)]
     return [*frames, to_uint8(pipe.image_decoder(tokens))]
 

@@ -61,8 +61,8 @@ class PngFolder:
     def holds(self, ids: Sequence[int]) -> bool:
         return all(is_whole_png(file, self.side) for file in self.files(ids))
 
-    def write(self, ids: Sequence[int], images: Sequence[Image.Image]) -> None:
-        for file, image in zip(self.files(ids), images, strict=True):
+    def write(self, ids: Sequence[int], pixels: np.ndarray) -> None:
+        for file, image in zip(self.files(ids), pixels, strict=True):
             write_image(file, image)
 
     def publish(self, batches: Sequence[range], labels: Sequence[int]) -> None:
@@ -122,8 +122,8 @@ class NpzFile:
             return False
         return piece.dtype == np.uint8 and piece.shape == (len(ids), self.side, self.side, 3)
 
-    def write(self, ids: Sequence[int], images: Sequence[Image.Image]) -> None:
-        write_npy(self.piece(ids), np.stack([np.asarray(image) for image in images]))
+    def write(self, ids: Sequence[int], pixels: np.ndarray) -> None:
+        write_npy(self.piece(ids), pixels)
 
     def publish(self, batches: Sequence[range], labels: Sequence[int]) -> None:
         """Put the pieces together and remove them; what a kill interrupts, the next call finishes."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from alitok_fast import __version__
 from alitok_fast.data.sources import UnreadableImageError, read_image
 from alitok_fast.data.transforms import centre_crop, to_tensor
 from alitok_fast.evaluation.psnr import psnr
@@ -32,7 +35,7 @@ class Reconstruction:
     @property
     def psnr(self) -> float:
         """Peak signal-to-noise ratio in dB."""
-        pair = (torch.from_numpy(image)[None].double() / 255 for image in (self.original, self.image))
+        pair = (torch.tensor(image)[None].double() / 255 for image in (self.original, self.image))
         return float(psnr(*pair))
 
 
@@ -42,6 +45,8 @@ def reconstruct(tokenizer: Tokenizer, photo: np.ndarray, tile: bool = False, bat
     It is resized and cropped about its centre to the tokenizer's size; with `tile` it keeps its resolution instead,
     and is cut into squares of that size, each a token sequence of its own (edges that fill no square are cropped off).
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     size = tokenizer.config.image_size
     if tile:
         if min(photo.shape[:2]) < size:
@@ -80,10 +85,26 @@ def reconstruct_files(
     return results
 
 
+def describe(results: Mapping[Path, Reconstruction], tile: bool) -> dict[str, Any]:
+    """What was reconstructed and how well, as JSON values."""
+    return {
+        "photos": [
+            {
+                "file": str(path),
+                "psnr": result.psnr if math.isfinite(result.psnr) else None,
+                "tokens": result.tokens.numel(),
+            }
+            for path, result in results.items()
+        ],
+        "tile": tile,
+        "versions": {"alitok_fast": __version__, "torch": torch.__version__},
+    }
+
+
 def side_by_side(results: Mapping[Path, Reconstruction]) -> Image.Image:
     """One row for each photograph: the original, its reconstruction with the PSNR."""
     rows = [
-        grid([r.original, r.image], 2, [path.name, f"{r.tokens.numel()} tokens, PSNR {r.psnr:.2f} dB"])
+        grid([r.original, r.image], 2, [path.name, f"PSNR {r.psnr:.2f} dB, {r.tokens.numel()} tokens"])
         for path, r in results.items()
     ]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), BACKGROUND)

@@ -159,3 +159,9 @@ def locked(path: Path) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, its type's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shown(text: object, limit: int = 80) -> str:
+    """Text from a file or a user for a message: control characters escaped, and shortened to `limit` characters."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
+    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"

@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from alitok_fast.storage.files import write_atomically
+from alitok_fast.storage.files import shown, write_atomically
 
 MARGIN, CAPTION = 4, 18  # pixels
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
@@ -22,8 +22,33 @@ BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, 3, H, W) floats to (B, H, W, 3) uint8: clamped to [0, 1], times 255, truncated (as published)."""
+    """(B, 3, H, W) floats to (B, H, W, 3) uint8: clamped to [0, 1], times 255, truncated (as published).
+
+    Raises RuntimeError for NaN or infinity, which would become black.
+    """
+    if not bool(torch.isfinite(images).all()):
+        raise RuntimeError(
+            "images: expected finite pixels, got NaN or infinity; the weights or the precision are at fault"
+        )
     return (images.float().clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+def grid_size(
+    count: int,
+    columns: int,
+    cell: tuple[int, int],
+    captions: Sequence[str] | None = None,
+    scale: int | None = None,
+) -> tuple[int, int]:
+    """Width and height in pixels of what `grid` makes of `count` images of `cell` (width, height)."""
+    width, height = (side * _factor(cell, scale) for side in cell)
+    rows = -(-count // columns)
+    captioned = sum(any(captions[row * columns : (row + 1) * columns]) for row in range(rows)) if captions else 0
+    return min(count, columns) * (width + MARGIN) + MARGIN, captioned * CAPTION + rows * (height + MARGIN) + MARGIN
+
+
+def _factor(cell: tuple[int, int], scale: int | None) -> int:
+    return scale if scale is not None else max(1, -(-96 // cell[0]))
 
 
 def grid(
@@ -42,16 +67,14 @@ def grid(
     if columns < 1:
         raise ValueError(f"columns: expected at least 1, got {columns}")
     pictures = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
-    width, height = pictures[0].size
-    factor = scale if scale is not None else max(1, -(-96 // width))
-    cell_width, cell_height = width * factor, height * factor
-    rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
-    heights = [CAPTION if captions and any(captions[i] for i in row) else 0 for row in rows]
-    size = (len(rows[0]) * (cell_width + MARGIN) + MARGIN, sum(heights) + len(rows) * (cell_height + MARGIN) + MARGIN)
-    sheet = Image.new("RGB", size, BACKGROUND)
+    cell = pictures[0].size
+    cell_width, cell_height = (side * _factor(cell, scale) for side in cell)
+    sheet = Image.new("RGB", grid_size(len(pictures), columns, cell, captions, scale), BACKGROUND)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     top = MARGIN
-    for row, caption_height in zip(rows, heights, strict=True):
+    for start in range(0, len(pictures), columns):
+        row = range(start, min(start + columns, len(pictures)))
+        caption_height = CAPTION if captions and any(captions[index] for index in row) else 0
         for column, index in enumerate(row):
             left = MARGIN + column * (cell_width + MARGIN)
             if caption_height:
@@ -64,6 +87,7 @@ def grid(
 
 
 def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    text = shown(text, limit=width)  # no character is narrower than a pixel
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -71,20 +95,42 @@ def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     return text + "…"
 
 
-def check_image_name(path: Path) -> str:
-    """The format that the suffix of `path` names; ValueError for a suffix that is no picture's, or a missing folder."""
-    formats = Image.registered_extensions()
-    if path.suffix.lower() not in formats:
-        raise ValueError(f"path: expected the name of a picture, such as {path.stem}.png, got {path}")
+FORMATS = {  # by suffix: Pillow's name, and the most pixels that a side may have
+    ".png": ("PNG", 2**31 - 1),
+    ".jpg": ("JPEG", 65500),
+    ".jpeg": ("JPEG", 65500),
+    ".webp": ("WEBP", 16383),
+    ".gif": ("GIF", 65535),
+    ".bmp": ("BMP", 2**31 - 1),
+    ".tif": ("TIFF", 2**31 - 1),
+    ".tiff": ("TIFF", 2**31 - 1),
+    ".ppm": ("PPM", 2**31 - 1),
+}
+
+
+def check_image_name(path: Path, size: tuple[int, int] | None = None) -> str:
+    """The format that the suffix of `path` names, by Pillow's name.
+
+    Raises ValueError for a suffix of no format that is written here, a folder that is not there, or a picture of
+    `size` (width, height) pixels that is too large for the format.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"path: expected a file ending in {', '.join(FORMATS)}, got {path}")
     if not path.parent.is_dir():
         raise ValueError(f"path: expected a file in a folder that exists, got {path}")
-    return formats[path.suffix.lower()]
+    kind, largest = FORMATS[path.suffix.lower()]
+    if size is not None and max(size) > largest:
+        raise ValueError(
+            f"path: expected at most {largest} pixels a side in {kind}, got {size[0]} x {size[1]} for {path}; a "
+            ".png may be larger"
+        )
+    return kind
 
 
 def write_image(path: Path, image: np.ndarray | Image.Image) -> None:
     """Write one picture in the format that the suffix names."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    _write_picture(path, picture, check_image_name(path))
+    _write_picture(path, picture, check_image_name(path, picture.size))
 
 
 def _write_picture(path: Path, picture: Image.Image, kind: str, **options) -> None:

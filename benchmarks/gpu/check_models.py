@@ -102,11 +102,11 @@ def graph_as_steps(context: Context) -> list[Number]:
     config = sampler.model.config
     schedule = guidance_schedule(config.num_tokens, config.guidance_scale, config.guidance_power)
     ids = torch.arange(len(LABELS), device=context.device)
-    loop._start(LABELS.to(context.device), schedule, 3, ids, None)
+    loop.start(LABELS.to(context.device), schedule, 3, ids, None)
     with torch.no_grad():
         for _ in range(config.num_tokens):
             loop.step()
-    return [same("tokens", drawn, loop.drawing.tokens)]
+    return [same("tokens", drawn, loop.state.tokens)]
 
 
 @items("twice the same bits")

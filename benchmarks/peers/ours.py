@@ -10,9 +10,8 @@ from torch import Tensor
 
 from alitok_fast.inference.cuda_graph import capture
 from alitok_fast.inference.image_decoder import ImageDecoder
-from alitok_fast.inference.packed_generator import PackedGenerator
-from alitok_fast.inference.quantized_generator import QuantizedGenerator
 from alitok_fast.inference.sampler import Sampler
+from alitok_fast.inference.step_model import prepare
 from alitok_fast.models import Generator
 from alitok_fast.ops.decode import sample_next
 from ceilings import synchronize
@@ -31,11 +30,10 @@ class Ours:
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.gen, self.decode = gen, images
-        if gen.device.type == "cpu":
-            self.model = PackedGenerator(gen, weights)
-        else:
-            self.model = _on_gpu(gen, weights)
-        self.sampler = Sampler(self.model, kv_dtype)
+        if gen.device.type != "cpu" and weights != torch.float32:
+            gen = copy.deepcopy(gen).to(torch.bfloat16)
+        self.model = prepare(gen, weights)
+        self.sampler = Sampler(self.model, kv_dtype=kv_dtype)
         self.loop = self.sampler.loop(batch, guided=True)
         self.kv_dtype = kv_dtype
         self.error = {torch.float32: 1e-4}.get(weights, 5e-2) if kv_dtype is None else 0.1
@@ -55,35 +53,25 @@ class Ours:
     @property
     def weight_bytes(self) -> int:
         """What each step reads of the weights."""
-        if isinstance(self.model, PackedGenerator):
-            return self.model.packed.step_bytes
         unread = self.gen.embeddings.weight
-        tensors = self.model.state_dict().values()
-        return sum(tensor.nbytes for tensor in tensors if tensor.shape != unread.shape)
+        return sum(tensor.nbytes for tensor in self.model.tensors() if tensor.shape != unread.shape)
 
-    def draw_seconds(self) -> float:
-        """Of all draws of one batch, timed by themselves on normal logits: inside a step they are not told apart."""
-        drawing, device = self.loop.drawing, self.model.device
+    def sampling_seconds(self) -> float:
+        """Of choosing all tokens of one batch, timed by itself on normal logits: inside a step it is not told apart."""
+        state, device = self.loop.state, self.model.device
         codes, steps = self.model.config.codebook_size, self.model.config.num_tokens
-        logits = torch.randn(len(drawing.ids), codes, device=device)
+        logits = torch.randn(len(state.ids), codes, device=device)
         position = torch.full((), steps // 2, dtype=torch.int64, device=device)
 
-        def draw() -> None:
-            sample_next(drawing, logits, position)
+        def once() -> None:
+            sample_next(state, logits, position)
 
         if device.type == "cuda":
-            draw = capture(device, draw).replay
-        draw()
+            once = capture(device, once).replay
+        once()
         synchronize(device)
         begin = time.perf_counter()
         for _ in range(steps):
-            draw()
+            once()
         synchronize(device)
         return time.perf_counter() - begin
-
-
-def _on_gpu(gen: Generator, weights: torch.dtype) -> Generator | QuantizedGenerator:
-    if weights == torch.float32:
-        return gen
-    rounded = copy.deepcopy(gen).to(torch.bfloat16)
-    return rounded if weights == torch.bfloat16 else QuantizedGenerator(rounded, weights)

@@ -14,7 +14,7 @@ from alitok_fast.data import open_source
 from alitok_fast.data.transforms import centre_crop
 from alitok_fast.evaluation.classifier import predict, train_classifier
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
-from alitok_fast.evaluation.demo import draw_samples, evaluate_samples, evaluate_tokenizer
+from alitok_fast.evaluation.demo import evaluate_samples, evaluate_tokenizer, generate_samples
 from alitok_fast.evaluation.feature_distance import features, frechet_distance, standard_error
 from alitok_fast.evaluation.psnr import psnr
 from alitok_fast.inference.image_decoder import ImageDecoder
@@ -44,7 +44,7 @@ def test_classifier_learns_a_simple_task() -> None:
     images = torch.randint(0, 60, (256, 3, 16, 16), generator=rng, dtype=torch.uint8)
     for i, label in enumerate(labels):  # mirror images keep the class: bright above, or bright below
         images[i, :, 8 * int(label) : 8 * int(label) + 8] += 150
-    model = train_classifier(images[:192], labels[:192], 2, epochs=4, batch=32)
+    model = train_classifier(images[:192], labels[:192], 2, epochs=4, batch_size=32)
     assert (predict(model, images[192:]) == labels[192:]).double().mean() > 0.95
     with pytest.raises(TypeError, match="images: expected uint8, got torch.float32"):
         train_classifier(images.float(), labels, 2)
@@ -66,13 +66,13 @@ def test_tokenizer_and_samples_are_measured() -> None:
         GeneratorConfig(width=16, num_layers=1, num_heads=2, grid=2, codebook_size=16, num_classes=3, hidden_multiple=8)
     ).eval()
     images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
-    result = evaluate_tokenizer(tokenizer, images, batch=2)
+    result = evaluate_tokenizer(tokenizer, images, batch_size=2)
     tokens = tokenizer.encode(images / 255)
     scores = psnr(images / 255, tokenizer.decode(tokens))
     assert result["psnr"] == pytest.approx(scores.mean().item(), rel=1e-5)
     assert result["codebook_usage"] == len(tokens.unique()) / 16
 
-    drawn, labels = draw_samples(generator, tokenizer.decode, per_class=2, seed=3, batch=4)
+    drawn, labels = generate_samples(generator, tokenizer.decode, per_class=2, seed=3, batch_size=4)
     assert drawn.shape == (6, 3, 8, 8) and labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert torch.allclose(drawn, tokenizer.decode(sample(generator, labels, seed=3)), atol=1e-5)
 
@@ -108,7 +108,7 @@ def test_lower_precision_draws_as_good_garments() -> None:
 
     def measure(dtype: torch.dtype) -> dict:
         decode = ImageDecoder(load_tokenizer("demo"), dtype)
-        drawn, asked = draw_samples(PackedGenerator(load_generator("demo"), dtype), decode, per_class=30)
+        drawn, asked = generate_samples(PackedGenerator(load_generator("demo"), dtype), decode, per_class=30)
         return evaluate_samples(classifier, drawn, asked, features(classifier, real))
 
     full = measure(torch.float32)

@@ -214,7 +214,7 @@ def test_plan_counts_the_cache(tiny_generator):
 
 def test_plan_refuses_what_it_does_not_know(tiny_generator):
     gen = tiny_generator()
-    with pytest.raises(TypeError, match="gen: expected a generator or decoder, got int"):
+    with pytest.raises(TypeError, match="gen: expected a generator, got int"):
         plan(3)
     with pytest.raises(ValueError, match="device: expected cpu or cuda, whose free memory is known, got meta"):
         plan(gen, "meta")
@@ -239,11 +239,13 @@ def test_plan_counts_the_limits_of_containers(tmp_path):
 
 def test_bad_arguments(tiny_generator):
     gen = tiny_generator()
-    with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or int8, got float16"):
+    with pytest.raises(ValueError, match="weight_dtype: expected float32, bfloat16 or int8 on the CPU, got float16"):
         PackedGenerator(gen, torch.float16)
     with pytest.raises(ValueError, match="kv_dtype: expected float32 or bfloat16 on the CPU, got float8_e4m3fn"):
         sample(PackedGenerator(gen), [1], kv_dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="gen: expected a generator on the CPU, got one on meta"):
         PackedGenerator(gen.to("meta"))
+    training = tiny_generator().train()
     with pytest.raises(ValueError, match="gen: expected evaluation mode"):
-        sample(PackedGenerator(tiny_generator().train()), [1])
+        sample(PackedGenerator(training), [1])
+    assert sample(PackedGenerator(training.eval()), [1]).shape == (1, gen.config.num_tokens)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alitok_fast import Pipeline
+from alitok_fast import Pipeline, SamplingParams
 from alitok_fast.device import check_device, local_device
 from alitok_fast.pipelines.bulk import BulkRun, balanced_labels
 
@@ -29,12 +29,12 @@ def pipe(tiny_folder) -> Pipeline:
 
 
 def start(pipe, output, batch_size=2, labels=LABELS, **settings) -> BulkRun:
-    return BulkRun(pipe, labels, output, pipe.settings(**settings), batch_size)
+    return BulkRun(pipe, labels, output, SamplingParams(**settings), batch_size)
 
 
 def draw_all(pipe, output, **settings) -> BulkRun:
     run = start(pipe, output, **settings)
-    run.draw()
+    run.sample()
     run.finish()
     return run
 
@@ -93,7 +93,7 @@ def test_folder_of_pngs(pipe, tmp_path):
     run = start(pipe, tmp_path / "out", seed=3)
     counts = []
     assert run.share == 9
-    run.draw(counts.append)
+    run.sample(counts.append)
     run.finish()
     assert counts == [2, 2, 2, 2, 1]
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
@@ -121,12 +121,12 @@ def test_processes_share_the_work(pipe, tmp_path, monkeypatch, name):
     monkeypatch.setattr(BulkRun, "_wait", lambda self: None)  # test_cli.py has a real group
 
     def processes() -> list[BulkRun]:
-        return [BulkRun(pipe, LABELS, tmp_path / name, pipe.settings(), 2, rank, 3) for rank in range(3)]
+        return [BulkRun(pipe, LABELS, tmp_path / name, SamplingParams(), 2, rank, 3) for rank in range(3)]
 
     runs = processes()
     assert [run.share for run in runs] == [4, 3, 2]
     for run in runs[::-1]:
-        run.draw()
+        run.sample()
     assert [run.share for run in processes()] == [0, 0, 0]
     runs[0].finish()
     assert np.array_equal(drawn(runs[0]), expected(pipe))
@@ -145,14 +145,14 @@ def test_a_stopped_run_goes_on_without_repeating(pipe, tmp_path, name):
             raise Stop
 
     with pytest.raises(Stop):
-        run.draw(stop_after_two)
+        run.sample(stop_after_two)
     with pytest.raises(RuntimeError, match="output: expected 9 images, 5 are missing; run again"):
         run.finish()
     before = files_of(run.output.work)
     again = start(pipe, tmp_path / name)
     assert again.share == 5
     counts.clear()
-    again.draw(counts.append)
+    again.sample(counts.append)
     assert counts == [2, 2, 1]
     assert before.items() <= files_of(run.output.work).items()
     again.finish()
@@ -160,7 +160,7 @@ def test_a_stopped_run_goes_on_without_repeating(pipe, tmp_path, name):
 
 
 def test_another_run_in_the_same_place_is_refused(pipe, tmp_path):
-    start(pipe, tmp_path / "out").draw()
+    start(pipe, tmp_path / "out").sample()
     for change, message in [
         ({"seed": 1}, "seed: expected 0, got 1"),
         ({"guidance_scale": 9.0}, "guidance_scale: expected 3.0, got 9.0"),
@@ -207,9 +207,9 @@ def test_weights_in_8_bits_have_a_fingerprint_too(pipe, tmp_path, tiny_generator
 
 @pytest.mark.parametrize("text", ['{"seed": 0, "model": "x', "", "[1]"])
 def test_a_damaged_manifest_is_named(pipe, tmp_path, text):
-    start(pipe, tmp_path / "out").draw()
+    start(pipe, tmp_path / "out").sample()
     (tmp_path / "out" / "manifest.json").write_text(text)
-    with pytest.raises(ValueError, match="output: expected the manifest of a run in .*out/manifest.json, got "):
+    with pytest.raises(ValueError, match=".*out/manifest.json: expected the manifest of a run, got "):
         start(pipe, tmp_path / "out")
 
 
@@ -217,14 +217,14 @@ def test_a_damaged_manifest_is_named(pipe, tmp_path, text):
 @pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:-5], lambda whole: b"x" * len(whole)])
 def test_damaged_images_are_drawn_again(pipe, tmp_path, name, file, damage):
     run = start(pipe, tmp_path / name)
-    run.draw()
+    run.sample()
     file = run.output.work / file
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(RuntimeError, match="2 are missing"):
         run.finish()
     again = start(pipe, tmp_path / name)
     assert again.share == 2
-    again.draw()
+    again.sample()
     again.finish()
     assert np.array_equal(drawn(again), expected(pipe))
 
@@ -241,10 +241,10 @@ def test_images_of_another_size_are_drawn_again(pipe, tmp_path):
 
 def test_temporary_files_are_removed(pipe, tmp_path):
     run = start(pipe, tmp_path / "out")
-    run.draw()
-    for name in (".3.png.abcd_012", ".manifest.json.abcdefgh"):
+    run.sample()
+    for name in (".3.png.alitok-tmp", ".manifest.json.alitok-tmp"):
         (tmp_path / "out" / name).write_text("half")
-    others = {".3.png.swp", ".9.png.abcdefgh", ".hidden", "note.txt"}
+    others = {".3.png.swp", ".9.png.alitok-tmp", ".hidden", "note.txt"}
     for name in others:
         (tmp_path / "out" / name).write_text("not ours")
     start(pipe, tmp_path / "out").finish()
@@ -255,7 +255,7 @@ def test_temporary_files_are_removed(pipe, tmp_path):
 def test_the_end_of_an_npz_can_be_interrupted(pipe, tmp_path, monkeypatch, before):
     """Killed before the archive, then the manifest moves to its place, or before the pieces are removed."""
     run = start(pipe, tmp_path / "out.npz")
-    run.draw()
+    run.sample()
     with monkeypatch.context() as patch:
         if before == "pieces":
             patch.setattr("alitok_fast.pipelines.outputs.shutil.rmtree", stop)
@@ -305,7 +305,7 @@ def test_foreign_files_beside_an_npz_are_left_alone(pipe, tmp_path):
 @pytest.mark.parametrize("wrong", [{"top_k": 0}, {"guidance_scale": -1.0}, {"temperature": float("nan")}])
 def test_wrong_settings_write_nothing(pipe, tmp_path, name, wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
-        start(pipe, tmp_path / name, **wrong).draw()
+        start(pipe, tmp_path / name, **wrong).sample()
     assert [file.name for file in tmp_path.iterdir()] == ["tiny"]
     draw_all(pipe, tmp_path / name)
 
@@ -343,7 +343,7 @@ def test_a_full_disk_is_named(pipe, tmp_path, name, file, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
     try:
         with pytest.raises(OSError, match=rf"{file} was not written: File too large"):
-            run.draw()
+            run.sample()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert set(files_of(run.output.work)) == {"manifest.json"}
@@ -355,7 +355,7 @@ def test_an_error_while_writing_stops_the_run(pipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr("alitok_fast.pipelines.outputs.write_image", full)
     with pytest.raises(OSError, match="No space left"):
-        start(pipe, tmp_path / "out").draw()
+        start(pipe, tmp_path / "out").sample()
 
 
 # --- devices --------------------------------------------------------------------------------------------------------

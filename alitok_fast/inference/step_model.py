@@ -1,0 +1,90 @@
+"""What steps: the protocol of the sampling loop, and the one place that decides how a generator is packed for it."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from alitok_fast._library import native_enabled
+from alitok_fast.config import GeneratorConfig
+from alitok_fast.inference.packed_generator import PackedGenerator
+from alitok_fast.inference.quantized_generator import QuantizedGenerator
+from alitok_fast.models.checks import check_plain
+from alitok_fast.models.generator import Generator
+from alitok_fast.models.kv_cache import KVCache
+from alitok_fast.ops.decode import SampleState
+
+
+@runtime_checkable
+class StepModel(Protocol):
+    """A generator that appends one position at a time; `Generator`, `PackedGenerator`, `QuantizedGenerator` are.
+
+    `weight_dtype` is that of the blocks' matrices, `cache_dtype` that of the key/value cache unless another is asked
+    for. `training` is read at every call, as modules change it.
+    """
+
+    config: GeneratorConfig
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def training(self) -> bool: ...
+    @property
+    def weight_dtype(self) -> torch.dtype: ...
+    @property
+    def cache_dtype(self) -> torch.dtype: ...
+
+    def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor:
+        """Embedding rows (B,) of the labels, or of "no condition"."""
+        ...
+
+    def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `rows` sequences."""
+        ...
+
+    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Append one id to each sequence, ids (R,); the logits (R, K) of what follows."""
+        ...
+
+    def sample_steps(self, state: SampleState, cache: KVCache, steps: int) -> None:
+        """`steps` times: feed the current ids, sample the next token of each image, make it current."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads beside the cache: a CUDA graph of steps keeps them."""
+        ...
+
+
+def prepare(generator: Generator | StepModel, weight_dtype: torch.dtype | None = None) -> StepModel:
+    """What samples with `generator` fastest where it lies, out of matrices in `weight_dtype`.
+
+    | generator | weight_dtype | result |
+    |---|---|---|
+    | on the CPU | None, float32, bfloat16, int8 | `PackedGenerator`, a copy; None is the generator's dtype |
+    | on a GPU | None or the generator's dtype | the generator itself |
+    | on a GPU | int8, float8_e4m3fn | `QuantizedGenerator`, a copy of the blocks' weights |
+    | packed or quantized before | None or its own | itself |
+
+    Inside `use_reference` a generator on the CPU steps itself, too. Weights of float16 are packed as float32 on the
+    CPU, which holds them exactly.
+
+    Raises:
+        TypeError: `generator` cannot step.
+        ValueError: a `weight_dtype` that is not in the table, or a generator whose forward pass is not that of its
+            plain weights (adapters, hooks, parametrizations), which a copy of the weights would leave out.
+    """
+    if not isinstance(generator, Generator):
+        if not isinstance(generator, StepModel):
+            raise TypeError(f"gen: expected a generator, got {type(generator).__name__}")
+        if weight_dtype not in (None, generator.weight_dtype):
+            have, want = (str(dtype).removeprefix("torch.") for dtype in (generator.weight_dtype, weight_dtype))
+            raise ValueError(f"weight_dtype: expected the generator's {have}, got {want}")
+        return generator
+    check_plain(generator)
+    if generator.device.type == "cpu" and (native_enabled() or weight_dtype is not None):
+        return PackedGenerator(generator, weight_dtype)
+    if weight_dtype in (None, generator.dtype):
+        return generator
+    return QuantizedGenerator(generator, weight_dtype)
