@@ -83,7 +83,7 @@ def main() -> None:
     except (ValueError, TypeError, ArithmeticError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if os.environ.get("ALITOK_TRACEBACK"):
             raise
-        computing = isinstance(error, RuntimeError | ArithmeticError | MemoryError)
+        computing = isinstance(error, RuntimeError | FloatingPointError | MemoryError)
         status = _complain(str(error) or "out of memory", 1 if computing else 2)
     except Exception as error:
         if not hasattr(error, "format_message"):  # neither the library's nor the parser's complaint: a bug

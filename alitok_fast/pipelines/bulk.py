@@ -23,6 +23,7 @@ from alitok_fast.pipelines.outputs import MANIFEST_NAME, output_at
 from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.storage.files import differences, read_json, weights_fingerprint, write_json
 
+MOST_IMAGES = 100_000_000
 # Where and when, not what: a run may be resumed on another device, with the same weights from another path.
 _FREE_KEYS = ("device", "versions", "model")
 
@@ -39,9 +40,12 @@ def balanced_labels(classes: Sequence[int], images: int | None, per_class: int |
     twice = [label for label in dict.fromkeys(classes) if classes.count(label) > 1]
     if twice:
         raise ValueError(f"labels: expected each class once, got {twice[0]} again; per_class asks for more of each")
-    if per_class is not None and per_class < 1:
-        raise ValueError(f"per_class: expected at least 1, got {per_class}")
+    if per_class is not None and not 1 <= per_class <= MOST_IMAGES // len(classes):
+        expected = f"1 to {MOST_IMAGES // len(classes)}"
+        raise ValueError(f"per_class: expected {expected}, got {per_class}")
     if images is not None:
+        if images > MOST_IMAGES:
+            raise ValueError(f"num_images: expected at most {MOST_IMAGES}, got {images}")
         if images < 1 or images % len(classes):
             raise ValueError(f"num_images: expected a multiple of the {len(classes)} classes, got {images}")
         if per_class is not None and per_class * len(classes) != images:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alitok_fast.storage.images import grid, to_uint8, write_film, write_image, write_npz
+from alitok_fast.storage.images import check_image_name, grid, grid_size, to_uint8, write_film, write_image, write_npz
 
 
 def test_values_are_clamped_and_truncated():
@@ -50,10 +50,40 @@ def test_written_pictures_read_back(tmp_path, suffix):
 
 
 def test_names_that_are_no_picture(tmp_path):
-    with pytest.raises(ValueError, match="expected the name of a picture, such as x.png"):
+    with pytest.raises(ValueError, match="path: expected a file ending in .png, .jpg, .*, got .*x.txt"):
         write_image(tmp_path / "x.txt", np.zeros((2, 2, 3), np.uint8))
     with pytest.raises(ValueError, match="expected a file in a folder that exists"):
         write_image(tmp_path / "no" / "x.png", np.zeros((2, 2, 3), np.uint8))
+
+
+@pytest.mark.parametrize("suffix", [".psd", ".fits", ".xbm", ".eps", ""])
+def test_formats_that_are_only_read_are_refused_before_the_work(tmp_path, suffix):
+    with pytest.raises(ValueError, match="path: expected a file ending in .png"):
+        check_image_name(tmp_path / f"x{suffix}")
+
+
+@pytest.mark.parametrize("suffix, largest", [(".jpg", 65500), (".webp", 16383), (".gif", 65535)])
+def test_pictures_too_large_for_their_format_are_refused_before_the_work(tmp_path, suffix, largest):
+    assert check_image_name(tmp_path / f"x{suffix}", (largest, 10)) == check_image_name(tmp_path / f"x{suffix}")
+    with pytest.raises(
+        ValueError, match=f"at most {largest} pixels a side in .*, got {largest + 1} x 10 for .*x{suffix}"
+    ):
+        check_image_name(tmp_path / f"x{suffix}", (largest + 1, 10))
+
+
+@pytest.mark.parametrize("captions", [None, ["a", "", "b", "c", ""], [""] * 5, ["", "", "", "x", ""]])
+@pytest.mark.parametrize("columns, scale", [(2, None), (5, 3), (7, 1)])
+def test_the_size_of_a_grid_is_known_before_it_is_made(captions, columns, scale):
+    images = [np.zeros((20, 30, 3), np.uint8)] * 5
+    assert grid(images, columns, captions, scale).size == grid_size(5, columns, (30, 20), captions, scale)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_are_finite(value):
+    images = torch.zeros(2, 3, 4, 4)
+    images[1, 2, 0, 0] = value
+    with pytest.raises(RuntimeError, match="images: expected finite pixels, got NaN or infinity"):
+        to_uint8(images)
 
 
 def test_npz_is_written_in_pieces_and_read_by_numpy(tmp_path):
