@@ -28,7 +28,7 @@ def bench_decode(size, weights, batch, generator, mode, compare, device):
     decoder = PackedGenerator(gen, DTYPES[weights])
     cache, static = decoder.new_cache(2 * batch), gen.new_cache(2 * batch)
     assert relative_error(decoder.step(eager.ids, cache), eager.logits()) < ERROR[weights]
-    for index in range(gen.config.num_layers):  # as if half an image were drawn
+    for index in range(gen.config.num_layers):  # as if half an image were sampled
         past = torch.randn(2, 2 * batch, gen.config.num_heads, position, gen.config.head_dim)
         cache.keys[index, :, :, :position], cache.values[index, :, :, :position] = past
         static.keys[index, :, :, :position], static.values[index, :, :, :position] = past

@@ -1,4 +1,4 @@
-"""Whole models: the drawings of the one that ships, golden outputs of B, graphs, repeats, threads on their own streams.
+"""Whole models: the samples of the one that ships, golden outputs of B, graphs, repeats, threads on their own streams.
 
 On a GPU the CPU is what results are compared with; on the CPU, torch's own operators (`use_reference`).
 """
@@ -59,7 +59,7 @@ def other_operators(context: Context) -> contextlib.AbstractContextManager:
 
 @items("demo, greedy")
 def demo_greedy(context: Context) -> list[Number]:
-    """Every token drawn is the largest of the logits elsewhere, or cannot be told from it in float32."""
+    """Every token sampled is the largest of the logits elsewhere, or cannot be told from it in float32."""
     labels = LABELS[: context.pick(quick=2, full=None)]
     tokens = Sampler(demo(context))(labels, temperature=0.0).cpu()
     exact = load_generator("demo").requires_grad_(False)
@@ -93,11 +93,11 @@ def demo_images(context: Context) -> list[Number]:
     return numbers
 
 
-@items("a graph draws as single steps do")
+@items("a graph samples as single steps do")
 def graph_as_steps(context: Context) -> list[Number]:
     """To the last bit. On the CPU: many steps in one native call."""
     sampler, settings = Sampler(demo(context)), dict(seed=3)
-    drawn = sampler(LABELS, **settings)
+    sampled = sampler(LABELS, **settings)
     loop = sampler.loop(len(LABELS), guided=True)
     config = sampler.model.config
     schedule = guidance_schedule(config.num_tokens, config.guidance_scale, config.guidance_power)
@@ -106,7 +106,7 @@ def graph_as_steps(context: Context) -> list[Number]:
     with torch.no_grad():
         for _ in range(config.num_tokens):
             loop.step()
-    return [same("tokens", drawn, loop.state.tokens)]
+    return [same("tokens", sampled, loop.state.tokens)]
 
 
 @items("twice the same bits")

@@ -195,7 +195,7 @@ def check_quantized_linear(context: Context) -> list[Number]:
 
 @items("sample_tokens")
 def check_sample_tokens(context: Context) -> list[Number]:
-    """What is drawn is the largest of kept logits plus noise, or cannot be told from it in float32."""
+    """What is sampled is the largest of kept logits plus noise, or cannot be told from it in float32."""
     images, codes = context.pick(quick=(4, 500), full=(64, 4096))
     logits, ids = randn(context, 2 * images, codes, seed=4), torch.arange(images, device=context.device)
     seed, step, scale = (torch.tensor(x, device=context.device) for x in (1, 7, 3.0))

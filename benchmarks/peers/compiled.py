@@ -15,7 +15,7 @@ from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.sampler import guidance_schedule
 from alitok_fast.models import Generator, Tokenizer
 from peers import conditions
-from peers.eager import draw, rms_norm, rotate
+from peers.eager import rms_norm, rotate, sample_token
 
 
 def block_step(
@@ -85,7 +85,7 @@ class Compiled:
     """Whole images of one batch size.
 
     The block is compiled, one program for all layers; on a GPU what comes after the blocks is, too, and the
-    whole step, the draw with it, is recorded as one CUDA graph, which counts its own steps. (Compiled as one program
+    whole step, sampling included, is recorded as one CUDA graph, which counts its own steps. (Compiled as one program
     instead, its 24 to 32 layers take minutes, most of it in the tuning of the same products again and again.) Images
     are decoded by torch's operators in bfloat16, on a GPU as a second graph.
 
@@ -110,7 +110,7 @@ class Compiled:
         mode = {"mode": "max-autotune-no-cudagraphs"} if on_gpu and tuned else {}
         # On the CPU the head is one product of torch's library, which compiling does not change.
         finish = compile_(logits_of, **mode) if on_gpu else logits_of
-        self._draw = compile_(draw) if on_gpu else draw
+        self._sample = compile_(sample_token) if on_gpu else sample_token
         self.static = StaticStep(self.gen, rows, compile_(block_step, **mode), finish)
         self.schedule = guidance_schedule(config.num_tokens, config.guidance_scale, config.guidance_power).to(
             self.device
@@ -134,7 +134,7 @@ class Compiled:
 
     @torch.no_grad()
     def generate(self, labels: Tensor, steps: int | None = None) -> Tensor:
-        """`steps` None draws all tokens."""
+        """`steps` None samples all tokens."""
         gen = self.gen
         self.position.zero_()
         self.ids.copy_(torch.cat([gen.condition_ids(labels, self.batch), gen.condition_ids(None, self.batch)]))
@@ -147,7 +147,7 @@ class Compiled:
             return self._images(tokens)
 
     def _advance(self) -> None:
-        drawn = self._draw(self.static(self.ids, self.position), self.schedule.index_select(0, self.position))
-        self.tokens.index_copy_(1, self.position, drawn.unsqueeze(1))
-        self.ids.copy_(drawn.repeat(2))
+        sampled = self._sample(self.static(self.ids, self.position), self.schedule.index_select(0, self.position))
+        self.tokens.index_copy_(1, self.position, sampled.unsqueeze(1))
+        self.ids.copy_(sampled.repeat(2))
         self.position += 1

@@ -30,7 +30,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return rotated.flatten(3).type_as(x)
 
 
-def draw(logits: Tensor, scale: Tensor) -> Tensor:
+def sample_token(logits: Tensor, scale: Tensor) -> Tensor:
     """(2 B, K) -> (B,) tokens."""
     conditional, unconditional = logits.chunk(2)
     guided = unconditional + (conditional - unconditional) * scale
@@ -38,7 +38,7 @@ def draw(logits: Tensor, scale: Tensor) -> Tensor:
 
 
 class EagerLoop:
-    """One batch with guidance; `step` draws the next token of each image, as the reference does."""
+    """One batch with guidance; `step` samples the next token of each image, as the reference does."""
 
     def __init__(self, gen: Generator, labels: Tensor) -> None:
         config = gen.config
@@ -62,7 +62,7 @@ class EagerLoop:
         return self.gen.output(rms_norm(x, self.gen.norm.weight)).squeeze(1)
 
     def step(self) -> None:
-        self.append(draw(self.logits(), self.schedule[len(self.tokens)]))
+        self.append(sample_token(self.logits(), self.schedule[len(self.tokens)]))
 
     def append(self, tokens: Tensor) -> None:
         """Make (B,) tokens the current ones."""
@@ -100,7 +100,7 @@ class Eager:
         return torch.stack(result, 1)
 
     def generate(self, labels: Tensor, steps: int | None = None) -> Tensor:
-        """`steps` None draws all tokens."""
+        """`steps` None samples all tokens."""
         loop = EagerLoop(self.gen, labels)
         for _ in range(self.gen.config.num_tokens if steps is None else steps):
             loop.step()

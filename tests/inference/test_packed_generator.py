@@ -237,6 +237,18 @@ def test_plan_counts_the_limits_of_containers(tmp_path):
     assert memory._left_in_groups(tmp_path, tmp_path / "none") == [sys.maxsize]
 
 
+@pytest.mark.parametrize("seen_from", ["outside", "inside the container"])
+def test_plan_counts_the_limits_of_the_first_version_of_control_groups(tmp_path, seen_from):
+    group = tmp_path / "memory" / "docker" / "abc" if seen_from == "outside" else tmp_path / "memory"
+    group.mkdir(parents=True)
+    own = tmp_path / "cgroup"
+    own.write_text("5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/\n")
+    (group / "memory.limit_in_bytes").write_text("1000\n")
+    (group / "memory.usage_in_bytes").write_text("700\n")
+    (group / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 150\n")
+    assert min(memory._left_in_groups(tmp_path, own)) == 1000 - 700 + 150
+
+
 def test_bad_arguments(tiny_generator):
     gen = tiny_generator()
     with pytest.raises(ValueError, match="weight_dtype: expected float32, bfloat16 or int8 on the CPU, got float16"):
