@@ -13,7 +13,7 @@ from timing import Contender
 
 
 class System(Protocol):
-    """Samples images of one batch size. `error` bounds how far its logits and pixels may be off (`bench_sampling.check`)."""
+    """Samples images of one batch size; `error` bounds its logits and pixels (`bench_sampling.check`)."""
 
     error: float
 
