@@ -1,4 +1,4 @@
-"""Attention of one new position over a static key/value cache: the sampling loop's half of `prefix_attention`."""
+"""Attention of one new position over a static key/value cache: `prefix_attention` for the sampling loop."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 from alitok_fast._library import native_enabled, register_fake
+from alitok_fast.ops.arguments import (
+    check_one_device,
+    check_optional_tensors,
+    check_tensors,
+    number,
+    without_autocast,
+)
+from alitok_fast.ops.derivatives import refuse_gradients, refuse_transforms
 from alitok_fast.ops.prefix_attention import rms_norm, rotate
 
 E4M3_MAX = 448.0
@@ -24,39 +32,65 @@ def cached_attention(
     scale: float | None = None,
     arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Append one position to each row's cache and attend from it to all positions so far.
+    """Append one position to each row's cache, and attend from it to all positions so far.
 
-    Equals position `position` of `prefix_attention(..., prefix_len=0)` over the whole sequence. Nothing is copied to
-    the host: `position` lives on the device, so that one captured CUDA graph serves every step.
+    The result equals position `position` of `prefix_attention(..., prefix_len=0)` over the whole sequence. Nothing is
+    copied to the host: `position` lies on the device, so that one captured CUDA graph serves every step.
+
+    Source: the generator's causal attention (AliTok, arXiv 2506.05289, section 3), one step at a time.
+
+    Devices: CPU and CUDA. The dtype of the result is that of `qkv`, also under autocast.
+
+    Gradients: none. Arguments that require one are refused unless gradients are off (`torch.no_grad()`), as are
+    forward-mode derivatives; `prefix_attention` has gradients. `torch.vmap` refuses the operator, because it writes its
+    cache in place; a vmapped dimension belongs into R.
 
     Args:
-        qkv: (R, 3, H, D) float32, bfloat16 or float16, contiguous: the new position of R sequences; D a multiple of 8
-            up to 128.
-        keys, values: (R, H, N, D), N up to 16384, written at `position` in place. The dtype of `qkv`, or float8_e4m3fn,
-            to which keys and values are rounded, saturating at 448. Keys are stored normalised and rotated.
-        position: one int64 element on the device of `qkv`, in [0, N). Outside, nothing is written and the result is
-            NaN: the range is known on the device alone.
-        q_norm_weight, k_norm_weight: (D,), both or neither, RMSNorm as in `prefix_attention`.
-        norm_eps: added to the mean square.
-        rope: (>= N, D / 2, 2) float32, (cos, sin) of each position; row `position` is used.
-        scale: factor on the logits, default D ** -0.5.
-        arrivals: (R * H,) int32 zeros on the device of `qkv`, which are zeros again afterwards. With them CUDA shares
-            the keys of few rows among several blocks, which count here how many have finished; calls that may run at
-            the same time need their own. None is one block for each row and head. The CPU ignores them.
+        qkv: (R, 3, H, D) float32, bfloat16 or float16, contiguous: query, key and value of the new position of R
+            sequences; D a multiple of 8 up to 128.
+        keys: (R, H, N, D), N up to 16,384, in the dtype of `qkv` or float8_e4m3fn; `position` is written in place.
+            Keys are stored normalised and rotated; float8_e4m3fn rounds them, saturating at 448.
+        values: as `keys`, with the same dtype and strides.
+        position: one int64 element on the device of `qkv`, in [0, N). Outside that range nothing is written and the
+            result is NaN, because only the device knows the value.
+        q_norm_weight: (D,) floating point, or None: RMSNorm of the query, as in `prefix_attention`.
+        k_norm_weight: (D,), the same for the key; given exactly where `q_norm_weight` is.
+        norm_eps: a number >= 0, added to the mean square.
+        rope: (>= N, D / 2, 2) float32, (cos, sin) of each position, of which row `position` is used; or None.
+        scale: finite factor on the logits; None is D ** -0.5.
+        arrivals: (R * H,) int32 zeros on the device of `qkv`, which are zeros again afterwards, or None. With them CUDA
+            shares the keys of few rows among several blocks, which count here how many have finished; calls that may
+            run at the same time need their own. Without them each row and head has one block. The CPU ignores them.
 
     Returns:
         (R, H, D) in the dtype of `qkv`. Sums and softmax are float32.
 
     Raises:
-        TypeError, ValueError, RuntimeError: naming the argument, what was expected and what was given.
+        TypeError: for an argument of another type.
+        ValueError: for shapes, dtypes, strides, devices or values that do not fit. The message names the argument, what
+            was expected and what was given.
+        RuntimeError: where a derivative is asked for.
+        ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    check_tensors(qkv=qkv, keys=keys, values=values, position=position)
+    check_optional_tensors(q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, rope=rope, arrivals=arrivals)
+    if qkv.ndim != 4:
+        raise ValueError(f"qkv: expected 4 dimensions, got shape {tuple(qkv.shape)}")
+    norm_eps = number("norm_eps", norm_eps, lowest=0)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     if q_norm_weight is not None and k_norm_weight is not None:
         q_norm_weight, k_norm_weight = q_norm_weight.float(), k_norm_weight.float()
-    operator = torch.ops.alitok.cached_attention if native_enabled() else cached_attention_reference
+    operator = cached_attention_reference
+    if native_enabled():
+        inputs = {"qkv": qkv, "keys": keys, "values": values, "q_norm_weight": q_norm_weight,
+                  "k_norm_weight": k_norm_weight, "rope": rope}  # fmt: skip
+        refuse_gradients("cached_attention", "prefix_attention has gradients", **inputs)
+        refuse_transforms("cached_attention", "prefix_attention has gradients", **inputs)
+        operator = torch.ops.alitok.cached_attention
     return operator(qkv, keys, values, position, q_norm_weight, k_norm_weight, norm_eps, rope, scale, arrivals)
 
 
+@without_autocast
 def cached_attention_reference(
     qkv: Tensor,
     keys: Tensor,
@@ -82,7 +116,7 @@ def cached_attention_reference(
     _store(values, row, v)
     compute = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     seen = torch.arange(keys.shape[2], device=qkv.device) <= row
-    # Positions behind this one are uninitialised, maybe NaN: replaced, since 0 * NaN is NaN.
+    # Later positions are uninitialised, and may be NaN. They are replaced, since 0 * NaN is NaN.
     stored_keys = torch.where(seen[:, None], keys.to(compute), 0)
     stored_values = torch.where(seen[:, None], values.to(compute), 0)
     logits = scale * (q.to(compute) @ stored_keys.transpose(-1, -2))
@@ -92,11 +126,15 @@ def cached_attention_reference(
 
 def _store(cache: Tensor, row: Tensor, x: Tensor) -> None:
     if cache.dtype == torch.float8_e4m3fn:
-        # As bytes: index_copy_ does not know the type.
+        # Copied as bytes, because index_copy_ does not know the dtype.
         cache, x = cache.view(torch.uint8), x.clamp(-E4M3_MAX, E4M3_MAX).to(cache.dtype).view(torch.uint8)
     cache.index_copy_(2, row, x.to(cache.dtype))
 
 
 @register_fake("cached_attention")
 def _(qkv, keys, values, position, q_norm_weight, k_norm_weight, norm_eps, rope, scale, arrivals):
+    check_one_device(
+        qkv=qkv, keys=keys, values=values, position=position, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
+        rope=rope, arrivals=arrivals,
+    )  # fmt: skip
     return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])

@@ -1,4 +1,4 @@
-"""Cached steps of the generator for all rows: one, with its logits, or several, each with its draw."""
+"""Cached steps of the generator for all rows: one, with its logits, or several, each with its sample."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alitok_fast._library import native_enabled, register_fake
+from alitok_fast.ops.arguments import check_one_device, integer, real, without_autocast
 from alitok_fast.ops.decode_weights import PackedWeights, unpack_weights
 from alitok_fast.ops.prefix_attention import rotate
 from alitok_fast.ops.sample_tokens import sample_tokens
 
 
 def decode(weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """Append one position to every row and return the logits after it.
+    """Append one position to every row, and return the logits after it.
 
     Activations are float32 between the matrices. They enter float32 matrices as they are, bfloat16 matrices rounded to
-    bfloat16 (the head: as a sum of two bfloat16 numbers), int8 matrices as 16-bit integers with a scale for each row.
+    bfloat16 (the head: as a sum of two bfloat16 numbers), and int8 matrices as 16-bit integers with a scale per row.
     Sums are float32, or exact integers for int8. A row's logits do not depend on the other rows.
 
+    Source: a step of AliTok's generator (arXiv 2506.05289, section 3) with a key/value cache.
+
+    Devices: CPU. Gradients: none.
+
     Args:
-        weights: packed on the CPU.
+        weights: the result of `pack_weights`.
         ids: (R,) int64, rows of the embedding.
-        keys, values: (layers, R, heads, capacity, head_dim) float32 or bfloat16, contiguous; `position` is written,
-            the ones before it are read. Keys are stored normalised and rotated.
+        keys: (layers, R, heads, capacity, head_dim) float32 or bfloat16, contiguous; `position` is written, earlier
+            positions are read. Keys are stored normalised and rotated.
+        values: of the shape and dtype of `keys`.
         position: () int64 in [0, capacity).
 
     Returns:
@@ -43,6 +49,7 @@ def decode(weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, po
     )  # fmt: skip
 
 
+@without_autocast
 def decode_reference(weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
     """The definition of `decode`, with float32 (float64 for a float64 cache) activations throughout."""
     compute = torch.float64 if keys.dtype == torch.float64 else torch.float32
@@ -72,7 +79,7 @@ def decode_reference(weights: PackedWeights, ids: Tensor, keys: Tensor, values: 
 
 @dataclass(frozen=True)
 class SampleState:
-    """A batch of token sequences being drawn: tensors that stay where they are, written by `sample_next`.
+    """A batch of token sequences being sampled: tensors that stay where they are, written by `sample_next`.
 
     Attributes:
         ids: (R,) int64, what each row is fed next; R = B, or 2 B with guidance, conditional rows first.
@@ -95,34 +102,36 @@ class SampleState:
     top_p: float | None = None
 
 
-def sample_next(drawing: SampleState, logits: Tensor, position: Tensor) -> None:
-    """Draw token `position` of each image from the logits (R, K), and feed it next; nothing is read by the host."""
+def sample_next(state: SampleState, logits: Tensor, position: Tensor) -> None:
+    """Sample token `position` of each image from the logits (R, K), and feed it next; the host reads nothing."""
     column = position.reshape(1)
-    drawn = sample_tokens(
+    sampled = sample_tokens(
         logits,
-        guidance_scale=None if drawing.schedule is None else drawing.schedule.index_select(0, column).squeeze(0),
-        temperature=drawing.temperature,
-        top_k=drawing.top_k,
-        top_p=drawing.top_p,
-        seed=drawing.seed,
-        image_ids=drawing.image_ids,
+        guidance_scale=None if state.schedule is None else state.schedule.index_select(0, column).squeeze(0),
+        temperature=state.temperature,
+        top_k=state.top_k,
+        top_p=state.top_p,
+        seed=state.seed,
+        image_ids=state.image_ids,
         step=position,
     )
-    given = drawing.tokens.index_select(1, column).squeeze(1)
-    drawn = torch.where(position < drawing.prompt_length, given, drawn)
-    drawing.tokens.index_copy_(1, column, drawn.unsqueeze(1))
+    given = state.tokens.index_select(1, column).squeeze(1)
+    sampled = torch.where(position < state.prompt_length, given, sampled)
+    state.tokens.index_copy_(1, column, sampled.unsqueeze(1))
     # A row without a distribution is marked -1; it is reported at the end, so that no step waits for the device.
-    drawing.ids.copy_(drawn.clamp(min=0).repeat(len(drawing.ids) // len(drawn)))
+    state.ids.copy_(sampled.clamp(min=0).repeat(state.ids.shape[0] // sampled.shape[0]))
 
 
 def decode_tokens(
-    weights: PackedWeights, drawing: SampleState, keys: Tensor, values: Tensor, position: Tensor, steps: int
+    weights: PackedWeights, state: SampleState, keys: Tensor, values: Tensor, position: Tensor, steps: int
 ) -> None:
-    """`steps` times `decode`, `sample_next` and position + 1, to the last bit, in one native call.
+    """Do `decode`, `sample_next` and position + 1, `steps` times, in one native call; the results agree to the last bit.
+
+    Devices: CPU. Gradients: none.
 
     Args:
-        weights: packed on the CPU.
-        drawing: of sequences on the CPU, contiguous; its `ids` and `tokens` are written.
+        weights: the result of `pack_weights`.
+        state: sequences on the CPU, contiguous; its `ids` and `tokens` are written.
         keys, values: as for `decode`.
         position: () int64, moved on by `steps`.
         steps: >= 1; position + steps is at most the capacity.
@@ -131,30 +140,45 @@ def decode_tokens(
         TypeError, ValueError: naming the argument, what was expected and what was given.
         ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
+    steps, temperature = integer("steps", steps), real("temperature", state.temperature)
+    top_k = None if state.top_k is None else integer("top_k", state.top_k)
+    top_p = None if state.top_p is None else real("top_p", state.top_p)
     if not native_enabled():
-        return decode_tokens_reference(weights, drawing, keys, values, position, steps)
+        return decode_tokens_reference(weights, state, keys, values, position, steps)
     return torch.ops.alitok.decode_tokens(
-        weights.arena, weights.vectors, weights.embeddings, weights.rope, drawing.ids, keys, values, position,
-        drawing.tokens, drawing.prompt_length, drawing.schedule, drawing.temperature, drawing.top_k, drawing.top_p,
-        drawing.seed, drawing.image_ids, steps, weights.hidden, weights.codes, weights.dtype.itemsize,
+        weights.arena, weights.vectors, weights.embeddings, weights.rope, state.ids, keys, values, position,
+        state.tokens, state.prompt_length, state.schedule, temperature, top_k, top_p,
+        state.seed, state.image_ids, steps, weights.hidden, weights.codes, weights.dtype.itemsize,
         weights.norm_eps,
     )  # fmt: skip
 
 
 def decode_tokens_reference(
-    weights: PackedWeights, drawing: SampleState, keys: Tensor, values: Tensor, position: Tensor, steps: int
+    weights: PackedWeights, state: SampleState, keys: Tensor, values: Tensor, position: Tensor, steps: int
 ) -> None:
     """The definition of `decode_tokens`."""
     for _ in range(steps):
-        sample_next(drawing, decode_reference(weights, drawing.ids, keys, values, position), position)
+        sample_next(state, decode_reference(weights, state.ids, keys, values, position), position)
         position += 1
 
 
 @register_fake("decode")
 def _(arena, vectors, embeddings, rope, ids, keys, values, position, hidden, codes, weight_bytes, norm_eps):
+    check_one_device(
+        arena=arena, vectors=vectors, embeddings=embeddings, rope=rope, ids=ids, keys=keys, values=values,
+        position=position,
+    )  # fmt: skip
     return vectors.new_empty(ids.shape[0], codes)
 
 
 @register_fake("decode_tokens")
-def _(*arguments):
+def _(
+    arena, vectors, embeddings, rope, ids, keys, values, position, tokens, prompt_length, schedule, temperature, top_k,
+    top_p, seed, image_ids, *sizes,
+):  # fmt: skip
+    check_one_device(
+        arena=arena, vectors=vectors, embeddings=embeddings, rope=rope, ids=ids, keys=keys, values=values,
+        position=position, tokens=tokens, prompt_length=prompt_length, schedule=schedule, seed=seed,
+        image_ids=image_ids,
+    )  # fmt: skip
     return None

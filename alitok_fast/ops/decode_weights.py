@@ -14,7 +14,7 @@ from alitok_fast.ops.quantized_linear import GROUP_INPUTS, rounded_up_to_bfloat1
 
 PANEL_OUTPUTS = 32
 DEPTH_MULTIPLE = 64
-OFFSET = 32768  # the kernel's unsigned activations are so much too large
+OFFSET = 32768  # the kernel's unsigned activations exceed the signed ones by this number
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
@@ -80,7 +80,24 @@ def pack_weights(
     dtype: torch.dtype,
     norm_eps: float = 1e-5,
 ) -> PackedWeights:
-    """Round the matrices to `dtype` and lay them out for streaming. Raises ValueError for another dtype."""
+    """Round the matrices to `dtype`, and lay them out for streaming through `decode`.
+
+    Args:
+        layers: the blocks of the generator.
+        norm: (width,), the weight of the last norm.
+        head: (codes, width), the output matrix.
+        head_bias: (codes,), its bias.
+        embeddings: (vocabulary, width).
+        rope: (positions, head_dim / 2, 2) float32.
+        dtype: float32, bfloat16 or int8.
+        norm_eps: added to the mean squares.
+
+    Returns:
+        PackedWeights: a copy; later changes of the weights do not reach it.
+
+    Raises:
+        ValueError: for another dtype.
+    """
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or int8, got {str(dtype).removeprefix('torch.')}")
     matrices, vectors = [], []
@@ -96,7 +113,7 @@ def pack_weights(
         rope=rope,
         dtype=dtype,
         hidden=layers[0].w2.shape[1],
-        codes=len(head),
+        codes=head.shape[0],
         norm_eps=norm_eps,
     )
 
@@ -142,7 +159,7 @@ def _head_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _interleave(w1: Tensor, w3: Tensor) -> Tensor:
-    """Half a panel of w1, half a panel of w3, and so on: a thread meets both factors of SwiGLU together."""
+    """Half a panel of w1, half a panel of w3, and so on, so that a thread meets both factors of SwiGLU together."""
     half = PANEL_OUTPUTS // 2
     padding = _round_up(len(w1), half) - len(w1)
     pair = [F.pad(w.detach(), (0, 0, 0, padding)).unflatten(0, (-1, half)) for w in (w1, w3)]

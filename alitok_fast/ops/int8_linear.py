@@ -1,4 +1,4 @@
-"""A linear layer with weights and activations in 8 bits, for the many rows of a decoder pass on the CPU."""
+"""A linear layer with weights and activations in 8 bits, for the many rows of an image decoder's pass on the CPU."""
 
 from __future__ import annotations
 
@@ -7,22 +7,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alitok_fast._library import native_enabled, register_autograd, register_fake
+from alitok_fast.ops.arguments import (
+    as_rows,
+    check_dtype,
+    check_matrix,
+    check_one_device,
+    check_optional_tensors,
+    check_tensors,
+    integer,
+    without_autocast,
+)
 from alitok_fast.ops.decode_weights import PANEL_OUTPUTS, grouped_by_four_bytes, one_output_a_row
+from alitok_fast.ops.derivatives import refuse_transforms
 from alitok_fast.ops.quantized_linear import GROUP_INPUTS
 
+NO_GRADIENTS = "8-bit products are for decoding"
 LARGEST = 127
-OFFSET = 128  # stored weights are so much too large
+OFFSET = 128  # stored weights are unsigned, and exceed the signed ones by this number
 
 
 def pack_int8(weight: Tensor) -> Tensor:
-    """Round weights (outputs, inputs), a scale for each output and 64 inputs, and lay them out for `int8_linear`.
+    """Round a weight matrix to int8, with a scale for each output and 64 inputs, and lay it out for `int8_linear`.
+
+    Args:
+        weight: (outputs, inputs) floating point, on any device. Gradients are not recorded.
 
     Returns:
-        (ceil(outputs / 32), ceil(inputs / 64), 2176) uint8; csrc/int8_linear.h states the layout.
+        (ceil(outputs / 32), ceil(inputs / 64), 2176) uint8 on the CPU; csrc/int8_linear.h states the layout.
 
     Raises:
-        ValueError: where a weight is not finite.
+        TypeError: for what is not a floating-point tensor.
+        ValueError: for another number of dimensions, and where a weight is not finite.
     """
+    check_matrix("weight", weight)
     weight = weight.detach().float().cpu()
     if not weight.isfinite().all():
         raise ValueError("weight: expected finite numbers, got some that are not")
@@ -34,7 +51,7 @@ def pack_int8(weight: Tensor) -> Tensor:
 
 
 def unpack_int8(packed: Tensor, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """What `pack_int8` made: integers (outputs, groups, 64) and scales (outputs, groups), both float32."""
+    """The inverse of `pack_int8`: whole numbers (outputs, groups, 64) and scales (outputs, groups), both float32."""
     bytes_, scale = packed.split([PANEL_OUTPUTS * GROUP_INPUTS, 4 * PANEL_OUTPUTS], -1)
     whole = one_output_a_row(bytes_, torch.uint8).transpose(1, 2).float() - OFFSET
     scale = scale.contiguous().view(torch.float32).transpose(1, 2)
@@ -48,38 +65,60 @@ def round_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     groups = x.float().unflatten(-1, (-1, GROUP_INPUTS))
     largest = groups.abs().amax(-1)
-    inverse = torch.full_like(largest, LARGEST) / largest  # a number over a tensor would be rounded twice
+    inverse = torch.full_like(largest, LARGEST) / largest  # a Python number over a tensor would be rounded twice
     usable = largest.isfinite() & inverse.isfinite()
     whole = torch.where(usable[..., None], (groups * inverse[..., None]).round(), 0.0)
-    empty = torch.where(largest.isfinite(), 0.0, torch.nan)
+    # Not torch.where of two numbers: its result has the default dtype, which is the user's to choose.
+    empty = torch.zeros_like(largest).masked_fill(~largest.isfinite(), torch.nan)
     return whole, torch.where(usable, largest / LARGEST, empty)
 
 
 def int8_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """x W^T + bias; every 64 neighbouring inputs of a row of x share a scale, as those of the weights do (W8A8).
+    """Return x W^T + bias, with x and W in 8 bits: 64 neighbouring inputs of a row share a scale (W8A8).
+
+    Source: no paper; the rounding is described and measured in docs/precision.md.
+
+    Devices: CPU. The dtype of the result is `dtype`, also under autocast.
+
+    Gradients: none; differentiating the result is refused, as are forward-mode derivatives. `torch.vmap` runs the
+    operator once per element.
 
     Args:
         x: (..., inputs) float32 or bfloat16, on the CPU.
-        weight: of `pack_int8`.
+        weight: the result of `pack_int8` for W, (ceil(outputs / 32), ceil(inputs / 64), 2176) uint8.
         bias: (outputs,) float32, or None.
-        outputs: of W.
-        dtype: of the result, float32 or bfloat16.
+        outputs: the number of rows of W, >= 0.
+        dtype: the dtype of the result, float32 or bfloat16.
 
     Returns:
-        (..., outputs). Sums are float32. Where a group of x is not finite, its row is NaN.
+        (..., outputs) in `dtype`. Sums are float32. A row of x with NaN or an infinity gives a row of NaN.
 
     Raises:
-        RuntimeError, ValueError: naming the argument, what was expected and what was given; gradients are refused.
+        TypeError: for an argument of another type.
+        ValueError: for shapes, dtypes or devices that do not fit. The message names the argument, what was expected and
+            what was given.
+        RuntimeError: where a derivative is asked for.
+        ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
-    operator = torch.ops.alitok.int8_linear if native_enabled() else int8_linear_reference
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    return operator(rows, weight, bias, outputs, dtype).view(*x.shape[:-1], outputs)
+    check_tensors(x=x, weight=weight)
+    check_optional_tensors(bias=bias)
+    check_dtype("dtype", dtype)
+    outputs, rows = integer("outputs", outputs), as_rows("x", x)
+    shape = (*x.shape[:-1], outputs)
+    refuse_transforms("int8_linear", NO_GRADIENTS, x=x, bias=bias)
+    if native_enabled():
+        return torch.ops.alitok.int8_linear(rows, weight, bias, outputs, dtype).view(shape)
+    out = int8_linear_reference(rows, weight, bias, outputs, dtype)
+    if out.requires_grad:
+        out.register_hook(_refuse)  # the derivative of rounding is not the one that anybody wants
+    return out.view(shape)
 
 
+@without_autocast
 def int8_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, dtype: torch.dtype) -> Tensor:
-    """The definition of `int8_linear` for (rows, inputs). With `dtype` float64 sums are exact to that."""
+    """The definition of `int8_linear` for (rows, inputs). With `dtype` float64, sums are float64 too."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     rounded = _scaled(*round_groups(F.pad(x, (0, -x.shape[1] % GROUP_INPUTS))), compute)
     out = rounded @ _scaled(*unpack_int8(weight, outputs, x.shape[1]), compute).T
@@ -92,12 +131,12 @@ def _scaled(whole: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @register_fake("int8_linear")
 def _(x, weight, bias, outputs, dtype):
+    check_one_device(x=x, weight=weight, bias=bias)
     return x.new_empty(x.shape[0], outputs, dtype=dtype)
 
 
-def _backward(ctx, *_):
-    raise RuntimeError("int8_linear: expected inputs without gradients, got some to differentiate; 8-bit products are "
-                       "for decoding")  # fmt: skip
+def _refuse(*_):
+    raise RuntimeError(f"int8_linear: expected inputs without gradients, got some to differentiate; {NO_GRADIENTS}")
 
 
-register_autograd("int8_linear", _backward, lambda ctx, inputs, output: None)
+register_autograd("int8_linear", _refuse, lambda ctx, inputs, output: None)

@@ -1,4 +1,4 @@
-"""One token for each image out of its logits: guidance, temperature, top-k, top-p and a counter-based draw."""
+"""One token per image, sampled from its logits: guidance, temperature, top-k, top-p and counter-based noise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 from alitok_fast._library import native_enabled, register_fake
+from alitok_fast.ops.arguments import (
+    LARGEST_FLOAT32,
+    check_one_device,
+    check_tensors,
+    integer,
+    number,
+    real,
+    without_autocast,
+)
 from alitok_fast.ops.philox import DOMAIN_SAMPLE, philox4x32, split64
 
 
@@ -20,63 +29,77 @@ def sample_tokens(
     image_ids: Tensor,
     step: Tensor | int,
 ) -> Tensor:
-    """Draw one code for each image.
+    """Sample one code per image.
 
-    The draw is the Gumbel-max trick, argmax over k of logit_k + temperature * g_k, which has the distribution
-    softmax(logits / temperature). The noise g depends on (seed, image id, step, k) alone: an image is the same in any
-    batch, any split of a batch, and on any number of devices.
+    The sample is argmax over k of logit_k + temperature * g_k with Gumbel noise g (the Gumbel-max trick), which has the
+    distribution softmax(logits / temperature). The noise depends on (seed, image id, step, k) alone: an image is the
+    same in any batch, any split of a batch, and on any number of devices.
 
-    Temperature apart, the order is guidance, top-k, top-p, draw. Equal logits are never told apart by top-k or top-p:
-    all codes that equal the last one kept are kept. A logit of -inf is a code that is never drawn; with guidance it
+    Guidance comes first, then top-k, then top-p, then the sample. Equal logits are never told apart by top-k or top-p:
+    all codes that equal the last one kept are kept. A logit of -inf is a code that is never sampled; with guidance it
     suffices that one of the two rows says so.
 
-    Args:
-        logits: (B, K) float32, bfloat16 or float16; with guidance (2 B, K), B conditional rows c, then B
-            unconditional rows u. Computed in float32.
-        guidance_scale: s in u + (c - u) * s; a number, or a () or (B,) float32 tensor. None: no guidance.
-        temperature: 0, or in 1e-30..1e30. 0 is greedy: the largest logit, the lowest index on a tie, without noise.
-        top_k: >= 1, keep the k largest logits. None keeps all.
-        top_p: in (0, 1], keep the smallest set of codes, largest first, whose probability (at this temperature, of
-            what top-k kept) reaches top_p. None keeps all.
-        seed: int in the range of int64, or () int64 tensor.
-        image_ids: (B,) int64, any value.
-        step: int in [0, 2**32), or () int64 tensor, of which the low 32 bits count.
+    Source: classifier-free guidance as in AliTok's sampling (arXiv 2506.05289, section 4); the noise is Philox4x32-10
+    (see `alitok_fast.ops.philox`).
 
-    Tensors lie on the device of `logits`. Nothing is copied to the host, so that a captured CUDA graph draws anew
-    when `seed`, `image_ids`, `step` or `guidance_scale` change in place.
+    Devices: CPU and CUDA. Tensors lie on the device of `logits`. Nothing is copied to the host, so that a captured CUDA
+    graph samples anew when `seed`, `image_ids`, `step` or `guidance_scale` change in place. Autocast changes nothing.
+
+    Gradients: none; the result is an integer. `torch.vmap` runs the operator once per element, whose noise is the same
+    where seed, image id and step are.
+
+    Args:
+        logits: (B, K) float32, bfloat16 or float16, K in 1..2**30; with guidance (2 B, K): B conditional rows c, then B
+            unconditional rows u. Computed in float32.
+        guidance_scale: s in u + (c - u) * s: a finite number that float32 holds, or a () or (B,) float32 tensor. None
+            is no guidance.
+        temperature: 0, or a number in 1e-30..1e30. 0 is greedy: the largest logit, the lowest index on a tie, no noise.
+        top_k: >= 1, keep the k largest logits. None keeps all.
+        top_p: in (0, 1], keep the smallest set of codes, largest first, whose probability (at this temperature, among
+            what top-k kept) reaches top_p. None keeps all.
+        seed: int in the range of int64, or an int64 tensor of one element.
+        image_ids: (B,) int64, any value.
+        step: int in [0, 2**32), or an int64 tensor of one element, of which the low 32 bits count.
 
     Returns:
-        (B,) int64 in [0, K). -1 for a row that is no distribution: one with NaN or +inf after guidance, or with
-        nothing but -inf. Looking for that here would stop a CUDA stream; whoever reads the ids back checks it.
+        (B,) int64 in [0, K). -1 stands for a row that is no distribution: one with NaN or +inf after guidance, or with
+        nothing but -inf. Looking for such rows here would stop a CUDA stream; whoever reads the ids back checks them.
 
     Raises:
-        TypeError, ValueError, RuntimeError: naming the argument, what was expected and what was given.
+        TypeError: for an argument of another type.
+        ValueError: for shapes, dtypes, devices or values that do not fit. The message names the argument, what was
+            expected and what was given.
         ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
+    check_tensors(logits=logits, image_ids=image_ids)
+    if guidance_scale is not None and not isinstance(guidance_scale, Tensor):
+        guidance_scale = number("guidance_scale", guidance_scale)
+        if abs(guidance_scale) > LARGEST_FLOAT32:
+            raise ValueError(f"guidance_scale: expected a number that float32 holds, got {guidance_scale}")
+        guidance_scale = _filled(guidance_scale, torch.float32, logits.device)
+    temperature = real("temperature", temperature)
+    top_k = None if top_k is None else integer("top_k", top_k)
+    top_p = None if top_p is None else real("top_p", top_p)
+    if not isinstance(seed, Tensor):
+        seed = _filled(integer("seed", seed), torch.int64, logits.device)
+    if not isinstance(step, Tensor):
+        step = _filled(integer("step", step, 0, 2**32 - 1), torch.int64, logits.device)
     operator = torch.ops.alitok.sample_tokens if native_enabled() else sample_tokens_reference
-    if guidance_scale is not None:
-        guidance_scale = _as_tensor(guidance_scale, torch.float32, logits.device)
-    seed = _as_tensor(_in_range("seed", seed, -(2**63), 2**63), torch.int64, logits.device)
-    step = _as_tensor(_in_range("step", step, 0, 2**32), torch.int64, logits.device)
-    return operator(logits, guidance_scale, float(temperature), top_k, top_p, seed, image_ids, step)
+    return operator(logits, guidance_scale, temperature, top_k, top_p, seed, image_ids, step)
 
 
 @register_fake("sample_tokens")
 def _(logits, guidance_scale, temperature, top_k, top_p, seed, image_ids, step):
+    check_one_device(logits=logits, guidance_scale=guidance_scale, seed=seed, image_ids=image_ids, step=step)
     return torch.empty_like(image_ids, memory_format=torch.contiguous_format)
 
 
-def _in_range(name: str, value: Tensor | int, lowest: int, end: int) -> Tensor | int:
-    if isinstance(value, int) and not lowest <= value < end:
-        raise ValueError(f"{name}: expected a number in [{lowest}, {end}), got {value}")
-    return value
-
-
-def _as_tensor(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     # A fill is a kernel argument: unlike torch.tensor it copies nothing from the host, and can be captured.
-    return value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
+@without_autocast
 def sample_tokens_reference(
     logits: Tensor,
     guidance_scale: Tensor | None,
@@ -103,7 +126,7 @@ def guided_logits(logits: Tensor, guidance_scale: Tensor | None) -> Tensor:
         return logits.float()
     conditional, unconditional = logits.float().chunk(2)
     x = unconditional + (conditional - unconditional) * guidance_scale.reshape(-1, 1)
-    # The sum is -inf for a masked code, but NaN if the other row is NaN or +inf: that must not be hidden.
+    # The sum is -inf for a masked code, but NaN if the other row is NaN or +inf, which must not be hidden.
     return torch.where(conditional + unconditional == -torch.inf, -torch.inf, x)
 
 
@@ -126,9 +149,9 @@ def gumbel_noise(
 ) -> Tensor:
     """(B, codes) standard Gumbel noise: -log(-log(u)).
 
-    Code k takes word k % 4 of the counter (k // 4, step, image id low, image id high), a word r giving
-    1 - u = (r + 1/2) / 2**32. That is rounded to float32, and u formed only inside log1p: the noise is large where u
-    is near 1, and 1 - u has 24 significant bits there, down to 2**-33. u is at least 2**-24.
+    Code k takes word k % 4 of the counter (k // 4, step, image id low, image id high). A word r gives
+    1 - u = (r + 1/2) / 2**32, which is rounded to float32; u itself is formed only inside log1p. The noise is large
+    where u is near 1, and 1 - u has 24 significant bits there, down to 2**-33. u is at least 2**-24.
     """
     low, high = split64(image_ids[:, None])
     block = torch.arange(-(-codes // 4), device=image_ids.device) | DOMAIN_SAMPLE
