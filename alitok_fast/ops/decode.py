@@ -125,7 +125,7 @@ def sample_next(state: SampleState, logits: Tensor, position: Tensor) -> None:
 def decode_tokens(
     weights: PackedWeights, state: SampleState, keys: Tensor, values: Tensor, position: Tensor, steps: int
 ) -> None:
-    """Do `decode`, `sample_next` and position + 1, `steps` times, in one native call; the results agree to the last bit.
+    """Do `decode`, `sample_next` and position + 1, `steps` times, in one native call; all bits of the result agree.
 
     Devices: CPU. Gradients: none.
 

@@ -12,10 +12,13 @@ from torch.autograd import forward_ad
 
 from alitok_fast._library import use_reference
 from alitok_fast.ops import (
+    LayerWeights,
     add_rms_norm,
     cached_attention,
+    decode,
     int8_linear,
     pack_int8,
+    pack_weights,
     prefix_attention,
     quantize_weight,
     quantized_linear,
@@ -125,6 +128,32 @@ def test_packing_knows_no_defaults(dtype):
     assert packed.shape == (2, 2, 2176) and torch.equal(packed, pack_int8(weight))
     for found, expected in zip(quantized, quantize_weight(weight, torch.float8_e4m3fn), strict=True):
         assert found.dtype == expected.dtype and torch.equal(found.float(), expected.float())
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_decode_knows_no_defaults(weight_dtype):
+    vectors, matrices = random(6, 8).unbind(0), random(5, 8, 8)
+    layer = LayerWeights(
+        vectors[0], random(24, 8), random(24), *vectors[1:3], matrices[0], *vectors[3:5], *matrices[1:4]
+    )
+    rest = vectors[5], random(5, 8), random(5), random(9, 8), ROPE
+    ids, position, caches = torch.tensor([3, 4]), torch.tensor(0), torch.zeros(2, 1, 2, 1, 4, 8)
+
+    def logits() -> Tensor:
+        return decode(pack_weights([layer], *rest, weight_dtype), ids, *caches.clone(), position)
+
+    with use_reference():
+        reference = logits()
+    expected, before = logits(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+            found = logits()
+            with use_reference():
+                assert torch.equal(logits(), reference)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "cached_attention"])
