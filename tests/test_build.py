@@ -1,7 +1,8 @@
-"""The binary: what it may need of torch and of the machine, what happens without it; and the build's own choices."""
+"""The binary: what it may need of torch and of the machine, and what happens without it."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from alitok_fast import info
+from alitok_fast import _library, info
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSION = importlib.util.find_spec("alitok_fast._C")
@@ -52,12 +53,33 @@ def test_loads_without_cuda_and_from_anywhere():
 
 
 @native
+def test_is_stripped():
+    """No names that only a debugger needs; the file in build/ has them."""
+    assert ".symtab" not in run("readelf", "--sections", "--wide", EXTENSION.origin)
+
+
+def unstripped() -> Path:
+    """The extension with its functions' names: the file in build/ that the installed one was made of."""
+    for file in (ROOT / "build").glob(f"*/{Path(EXTENSION.origin).name}"):
+        if code_of(file) == code_of(Path(EXTENSION.origin)):
+            return file
+    pytest.skip("the extension was not built in this checkout, and is stripped")
+
+
+def code_of(file: Path) -> str:
+    """A fingerprint of the machine code."""
+    return hashlib.sha256(
+        run("objdump", "--full-contents", "--section=.text", file).partition("\n\n")[2].encode()
+    ).hexdigest()
+
+
+@native
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="instruction sets of x86-64")
 def test_wide_instructions_stay_in_their_namespaces():
     """A machine without AVX runs everything outside alitok::avx2 and alitok::avx512, static initialisers included."""
     vector = re.compile(r"%[xyz]mm\d|%tmm\d")
     function, strays, seen = "", set(), set()
-    for line in run("objdump", "-d", "-C", "--no-show-raw-insn", EXTENSION.origin).splitlines():
+    for line in run("objdump", "-d", "-C", "--no-show-raw-insn", unstripped()).splitlines():
         if line.endswith(">:"):
             function = line.split("<", 1)[1][:-2]
             continue
@@ -125,8 +147,78 @@ def test_bad_extension_says_how_to_mend_it(tmp_path: Path, damage: str):
     assert "reference [0, 0, 0]" in out
     assert f"native extension is {'missing' if damage == 'missing' else 'broken'}" in out
     assert damage != "cut short" or "cut short" in out
-    assert f"{sys.executable} -m pip install --force-reinstall --no-deps ." in out
+    assert f"{sys.executable} -m pip install --no-deps --force-reinstall ." in out
     assert "extension   not loaded" in out and "off         alitok_fast: its native extension" in out
+
+
+def copied_package(target: Path, extension: bool) -> Path:
+    left_out = ["weights", "__pycache__", *([] if extension else ["_C*"])]
+    shutil.copytree(ROOT / "alitok_fast", target / "alitok_fast", ignore=shutil.ignore_patterns(*left_out))
+    return target / "alitok_fast"
+
+
+def complaint(cwd: Path, *path: Path) -> str:
+    settings = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    return run(sys.executable, "-c", USE_OPERATOR, cwd=cwd, env=settings)
+
+
+@native
+def test_a_checkout_that_hides_the_installed_package_is_named(tmp_path: Path):
+    """Started in an unbuilt checkout, Python finds that first; to install once more would change nothing."""
+    installed = copied_package(tmp_path / "site-packages", extension=True)
+    checkout = copied_package(tmp_path / "checkout", extension=False).parent
+    (checkout / "pyproject.toml").touch()
+    out = complaint(checkout, installed.parent)
+    assert f"The source checkout {checkout} hides the installed package in {installed}" in out
+    assert (
+        f"Start Python in another folder, or build this checkout in place with: {sys.executable} -m pip install" in out
+    )
+    assert f"--editable {checkout}" in out and "--force-reinstall" not in out
+
+
+@native
+def test_an_unbuilt_checkout_is_built_in_place(tmp_path: Path):
+    checkout = copied_package(tmp_path / "checkout", extension=False).parent
+    (checkout / "pyproject.toml").touch()
+    out = complaint(checkout)
+    assert f"Build it in this checkout with: {sys.executable} -m pip install --no-deps --editable {checkout}" in out
+    assert "hides" not in out
+
+
+@native
+def test_an_extension_for_another_python_is_named(tmp_path: Path):
+    package = copied_package(tmp_path, extension=False)
+    (package / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    assert re.search(
+        r"expected _C\.\S+, for this Python, in .*, got _C\.cpython-39\S+, for another", complaint(tmp_path)
+    )
+
+
+@pytest.mark.parametrize(
+    ("checkout", "origin", "hint"),
+    [
+        ("/src", None, "pip install --editable '/src[train]'"),
+        (".", None, "pip install --editable '.[train]'"),
+        (None, None, "pip install 'alitok_fast[train]'"),
+        (None, {"url": "https://x.org/a.whl", "archive_info": {}}, "pip install 'alitok_fast[train]'"),
+        (None, {"url": "file:///a%20b/src", "dir_info": {}}, "pip install '/a b/src[train]'"),
+        (
+            None,
+            {"url": "https://x.org/a.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
+            "pip install 'alitok_fast[train] @ git+https://x.org/a.git'",
+        ),
+    ],
+)
+def test_extras_are_asked_for_where_the_package_came_from(monkeypatch, tmp_path, checkout, origin, hint):
+    metadata = tmp_path / "alitok_fast-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: alitok_fast\nVersion: 0\n")
+    if origin:
+        (metadata / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_library, "CHECKOUT", checkout and (tmp_path if checkout == "." else Path(checkout)))
+    assert _library.install_hint("train") == hint
 
 
 # ---- info ----
@@ -180,123 +272,3 @@ def test_a_toolkit_that_is_too_new_is_off(monkeypatch, toolkit, torch_cuda, driv
     values = info._cuda({"loaded": True, "cuda": toolkit, "cuda_archs": "90-real"})
     found = [reason for reason in values["off"] if "built with CUDA" in reason]
     assert len(found) == (message is not None) and (message is None or re.search(message, found[0]))
-
-
-# ---- the build's choices ----
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"tested_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def backend(monkeypatch):
-    pytest.importorskip("setuptools")
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.delenv("ALITOK_TORCH", raising=False)
-    monkeypatch.delenv("UV", raising=False)
-    return load("build_backend")
-
-
-def fake_torch(folder: Path, version: str) -> Path:
-    (folder / "torch" / "include").mkdir(parents=True)
-    metadata = folder / f"torch-{version}.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
-    return folder / "torch"
-
-
-def test_takes_the_torch_that_is_there(backend, monkeypatch, tmp_path: Path):
-    torch = fake_torch(tmp_path / "new", "2.10.1+cu130")
-    monkeypatch.setenv("ALITOK_TORCH", str(torch))
-    assert backend.find_torch() == (torch, "2.10.1+cu130")
-    assert not [name for name in backend.requirements() if name.startswith("torch")]
-
-
-def test_asks_for_torch_where_there_is_none_or_an_old_one(backend, monkeypatch, tmp_path: Path):
-    for torch in (tmp_path / "nothing" / "torch", fake_torch(tmp_path / "old", "2.9.1")):
-        monkeypatch.setenv("ALITOK_TORCH", str(torch))
-        assert backend.find_torch() is None
-        assert "torch>=2.10" in backend.requirements()
-
-
-def test_finds_the_torch_of_an_activated_environment(backend, monkeypatch, tmp_path: Path):
-    """uv isolates a build in another interpreter; all it leaves of an activated environment is PATH."""
-    torch = fake_torch(tmp_path / "lib" / "python3.11" / "site-packages", "2.13.0")
-    (tmp_path / "pyvenv.cfg").touch()
-    monkeypatch.setattr(backend.sysconfig, "get_paths", lambda: {"purelib": "", "platlib": ""})
-    monkeypatch.setattr(backend.site, "getusersitepackages", lambda: "")
-    monkeypatch.setattr(sys, "path", [])
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert backend.find_torch() == (torch, "2.13.0")
-
-
-def test_uv_that_hides_the_environment_is_told_what_to_add(backend, monkeypatch):
-    monkeypatch.setenv("UV", "/somewhere/uv")
-    monkeypatch.setattr(backend, "find_torch", lambda: None)
-    monkeypatch.setattr(backend, "visible_environments", list)
-    with pytest.raises(SystemExit, match="ALITOK_TORCH=.* uv pip install"):
-        backend.requirements()
-
-
-def test_asks_for_missing_tools(backend, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(backend, "find_torch", lambda: backend.Torch(tmp_path, "2.13.0"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert backend.requirements() == ["cmake>=3.22", "ninja"]
-    (tmp_path / "cmake").write_text("#!/bin/sh\necho cmake version 3.18.4\n")
-    (tmp_path / "ninja").write_text("#!/bin/sh\necho 1.11.1\n")
-    for tool in ("cmake", "ninja"):
-        (tmp_path / tool).chmod(0o755)
-    assert backend.requirements() == ["cmake>=3.22"]
-
-
-def configure(torch: Path, build: Path, cuda: str = "AUTO") -> subprocess.CompletedProcess:
-    options = (f"-DALITOK_TORCH={torch}", f"-DPython_EXECUTABLE={sys.executable}", f"-DALITOK_CUDA={cuda}")
-    command = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("line", ["cuda: Optional[str] = {}", "cuda = {}"])
-def test_an_nvcc_newer_than_torch_is_refused(tmp_path: Path, line: str):
-    """Such kernels do not start where the driver is just new enough for torch; older ones do, with any torch."""
-    nvcc = re.search(r"release (\d+)\.", run("nvcc", "--version"))
-    for tool in ("cmake", "ninja"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"no {tool} on this machine")
-    major, torch = int(nvcc.group(1)), fake_torch(tmp_path, "2.11.0")
-    for header in ("csrc/stable/library.h", "headeronly/version.h"):
-        file = torch / "include" / "torch" / header
-        file.parent.mkdir(parents=True)
-        file.write_text('#define TORCH_VERSION "2.11.0"\n')
-
-    def with_torch_for(version: str | None, cuda: str = "AUTO") -> subprocess.CompletedProcess:
-        (torch / "version.py").write_text(f"__version__ = '2.11.0'\n{line.format(repr(version))}\nhip = None\n")
-        return configure(torch, tmp_path / "build", cuda)
-
-    for version in (None, f"{major}.0", f"{major + 1}.2"):
-        done = with_torch_for(version)
-        assert done.returncode == 0 and f"CUDA {major}." in done.stdout, done.stderr
-    done = with_torch_for(f"{major - 1}.8")
-    message = " ".join(done.stderr.split())
-    assert done.returncode != 0
-    assert re.search(f"nvcc: expected CUDA {major - 1} or older, since torch .* CUDA {major - 1}.8, got CUDA", message)
-    assert f"CUDA_HOME to a toolkit of CUDA {major - 1}, or ALITOK_CUDA=0" in message
-    assert with_torch_for(f"{major - 1}.8", cuda="OFF").returncode == 0
-
-
-def test_jobs_and_cuda_switch(backend, monkeypatch):
-    setup = load("setup")
-    monkeypatch.delenv("MAX_JOBS", raising=False)
-    assert 1 <= setup.jobs() <= len(os.sched_getaffinity(0))
-    monkeypatch.setenv("MAX_JOBS", "3")
-    assert setup.jobs() == 3
-    for value, mode in (("", "AUTO"), ("0", "OFF"), ("1", "ON")):
-        monkeypatch.setenv("ALITOK_CUDA", value)
-        assert setup.cuda_mode() == mode
-    monkeypatch.setenv("ALITOK_CUDA", "yes")
-    with pytest.raises(SystemExit, match="ALITOK_CUDA: expected 0 or 1, got 'yes'"):
-        setup.cuda_mode()
