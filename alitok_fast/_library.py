@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
+import json
+import shlex
 import struct
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlparse
 
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-REBUILD = f"{sys.executable} -m pip install --force-reinstall --no-deps ."
-"""The command that mends a missing or broken extension, in a source checkout."""
+PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else None
+"""The source checkout that this package lies in; None where it is installed."""
+REBUILD = f"{sys.executable} -m pip install --no-deps " + (
+    "--force-reinstall ." if CHECKOUT is None else f"--editable {shlex.quote(str(CHECKOUT))}"
+)
+"""The command that mends a missing or broken extension; an installed package is mended from a source checkout."""
 
 
 class _Mode:
@@ -55,14 +65,64 @@ load_error: ImportError | None = _load()
 
 def explain(error: ImportError) -> str:
     """What is wrong with the extension, and the command that mends it."""
-    folder = Path(__file__).parent
-    built = sorted(path.name for path in folder.glob("_C*.so"))
-    state = f"{built[0]} cannot be loaded ({error})" if built else f"no _C*.so in {folder}"
+    built = sorted(path.name for path in PACKAGE.glob("_C*.so"))
+    suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
+    if not built:
+        state = f"missing: no _C*.so in {PACKAGE}"
+    elif f"_C{suffix}" not in built:
+        state = f"missing: expected _C{suffix}, for this Python, in {PACKAGE}, got {', '.join(built)}, for another"
+    else:
+        state = f"broken: _C{suffix} cannot be loaded ({error})"
     return (
-        f"alitok_fast: its native extension is {'broken' if built else 'missing'}: {state}.\n"
-        f"Mend it from a source checkout with: {REBUILD}    (or in place: make build)\n"
+        f"alitok_fast: its native extension is {state}.\n{_mend()}\n"
         "Slow PyTorch operators instead: with alitok_fast.use_reference(): ..."
     )
+
+
+def _mend() -> str:
+    if CHECKOUT is None:
+        return f"Mend it from a source checkout with: {REBUILD}"
+    hidden = hidden_installation()
+    if hidden is None:
+        return f"Build it in this checkout with: {REBUILD}    (or: make build)"
+    return (
+        f"The source checkout {CHECKOUT} hides the installed package in {hidden}, because Python looks "
+        "there first: it is the current folder, the script's, or on PYTHONPATH.\n"
+        f"Start Python in another folder, or build this checkout in place with: {REBUILD}"
+    )
+
+
+def hidden_installation() -> Path | None:
+    """Folder of another alitok_fast, with an extension, that Python would import were this one not found first."""
+    places = [entry for entry in sys.path if Path(entry or ".").resolve() != PACKAGE.parent]
+    for finder in sys.meta_path:
+        if not hasattr(finder, "find_spec"):
+            continue
+        is_path_finder = getattr(finder, "__name__", "") == "PathFinder"
+        found = finder.find_spec(
+            "alitok_fast", places if is_path_finder else None
+        )  # the others: editable installations
+        folder = Path(found.origin).resolve().parent if found is not None and found.origin else PACKAGE
+        if folder != PACKAGE and any(folder.glob("_C*.so")):
+            return folder
+    return None
+
+
+def install_hint(extra: str) -> str:
+    """The command that adds the libraries of an extra ("train", "hub", ...) to this installation of the package."""
+    if CHECKOUT is not None:
+        where = "." if Path.cwd() == CHECKOUT else str(CHECKOUT)
+        return f"pip install --editable '{where}[{extra}]'"
+    try:
+        written = importlib.metadata.distribution("alitok_fast").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        written = None
+    origin = json.loads(written) if written else {}
+    if "vcs_info" in origin:
+        return f"pip install 'alitok_fast[{extra}] @ {origin['vcs_info']['vcs']}+{origin['url']}'"
+    if "dir_info" in origin:
+        return f"pip install '{unquote(urlparse(origin['url']).path)}[{extra}]'"
+    return f"pip install 'alitok_fast[{extra}]'"
 
 
 def native_enabled() -> bool:
