@@ -14,6 +14,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}  # of logits; tests/test_decoding.py says more
 
 
+@pytest.mark.quick("b-float32-1", "b-int8-1", "b-bfloat16-8")
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("weights", DTYPES)
 @pytest.mark.parametrize("size", ["b", "l", "xl"])

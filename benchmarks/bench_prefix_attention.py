@@ -125,6 +125,7 @@ def run_forward(compare, qkv, prefix_len, options):
         )
 
 
+@pytest.mark.quick("b-fp32", "b-bf16")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("preset", ["b", "l", "xl"])
 def bench_generator_forward(preset, dtype, mode, device, compare):
@@ -134,6 +135,7 @@ def bench_generator_forward(preset, dtype, mode, device, compare):
     run_forward(compare, qkv, 0, options)
 
 
+@pytest.mark.quick("encoder-fp32", "decoder-bf16")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def bench_tokenizer_forward(part, dtype, mode, device, compare):
@@ -145,6 +147,7 @@ def bench_tokenizer_forward(part, dtype, mode, device, compare):
     run_forward(compare, qkv, length, options)
 
 
+@pytest.mark.quick("causal-fp32-forward", "bidirectional-bf16-forward")
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
@@ -168,6 +171,7 @@ def bench_plain(mask, dtype, backward, mode, device, compare):
     compare(own, plain_attentions(qkv, causal, backward), work, CEILINGS[dtype])
 
 
+@pytest.mark.quick("b-fp32-0.0", "b-fp32-0.1")
 @pytest.mark.parametrize("dropout", [0.0, GENERATORS["b"].dropout])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("preset", ["b", "l", "xl"])

@@ -40,6 +40,7 @@ def chain(logits, scale, temperature, top_k, top_p):
     return probability.multinomial(1).squeeze(1)
 
 
+@pytest.mark.quick("all-1", "both-64")
 @pytest.mark.parametrize("batch", [1, 8, 64])
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(None, None), (100, None), (None, 0.9), (1000, 0.9)], ids=["all", "top-k", "top-p", "both"]
@@ -63,6 +64,7 @@ def bench_sample_tokens(batch, top_k, top_p, inputs, compare):
     compare(own, alternatives, logits.nbytes, "read_bytes")
 
 
+@pytest.mark.quick("bfloat16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def bench_16_bit_logits(dtype, inputs, compare):
     logits, state = inputs(8, dtype)

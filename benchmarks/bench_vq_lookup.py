@@ -43,6 +43,7 @@ def alternatives(mode, config, z, codebook):
     return functions
 
 
+@pytest.mark.quick("256", "demo")
 @pytest.mark.parametrize("config", CONFIGS)
 def bench_forward(config, inputs, mode, compare):
     z, codebook = inputs(config)
@@ -54,6 +55,7 @@ def bench_forward(config, inputs, mode, compare):
     compare(lambda: vq_lookup(z, codebook), alternatives(mode, config, z, codebook), work, "fp32_flops")
 
 
+@pytest.mark.quick
 def bench_encode_only(inputs, mode, compare):
     """Without each code's closest feature."""
     z, codebook = inputs(TOKENIZERS["256"])
@@ -63,6 +65,7 @@ def bench_encode_only(inputs, mode, compare):
     compare(lambda: vq_lookup(z, codebook, with_closest=False), functions, work, "fp32_flops")
 
 
+@pytest.mark.quick("256")
 @pytest.mark.parametrize("config", CONFIGS)
 def bench_forward_backward(config, inputs, compare):
     z, codebook = (t.requires_grad_() for t in inputs(config))

@@ -1,7 +1,7 @@
 """`pytest benchmarks/` runs every benchmark once, as a correctness check; with `--benchmark` it times them.
 
     pytest benchmarks/ --benchmark                 everything, at full size; writes benchmarks/reports/<machine>/
-    pytest benchmarks/ --benchmark --quick         smaller and fewer, for CI; writes benchmarks/reports/<machine>-quick/
+    pytest benchmarks/ --benchmark --quick         smaller and fewer: two minutes; writes .../<machine>-quick/
     pytest benchmarks/ --benchmark --reference-repo PATH       beside the reference implementation
     pytest benchmarks/bench_vq_lookup.py --benchmark --report-dir /tmp/vq      a part of it, written where told
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,11 @@ from alitok_fast.models import Generator, Tokenizer
 from ceilings import Ceilings, at_rest, measure_ceilings, read_bytes, synchronize
 from machine import GpuMonitor, OthersMonitor, describe, slug
 from random_models import random_generator, random_tokenizer
-from session import Session, full_report, terminal_lines
+from session import COLD, Session, full_report, result_line, terminal_lines
 from timing import Contender, Missing, Turns
 
 MOST_ROUNDS, MOST_QUICK_ROUNDS = 9, 3
 BUDGET, QUICK_BUDGET = 1.0, 0.2  # seconds of one contender
-COLD = "alitok_fast, cold caches"
 COLD_BYTES = 2**28  # several times the last-level cache of today's machines
 SESSION = pytest.StashKey[Session]()
 HERE = Path(__file__).parent
@@ -51,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     option.benchmark_disable = not option.benchmark  # pytest-benchmark then calls each function once
     session = config.stash[SESSION] = Session(full=not option.quick)
     config.pluginmanager.register(session)
+    config.addinivalue_line("markers", "quick(*ids): cases that a quick run of everything has; all if none is named")
+    option.benchmark_quiet = option.quick  # a line for each, and one for all
     if not option.benchmark:
         return
     session.machine = describe(option.device)
@@ -69,6 +71,18 @@ def pytest_configure(config: pytest.Config) -> None:
         if option.benchmark_json is None:
             session.scratch = tempfile.TemporaryDirectory()
             option.benchmark_json = Path(session.scratch.name) / "report.json"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A quick run of everything has the cases marked `quick`. A part that is named is run as named."""
+    option = config.option
+    if option.benchmark and option.quick and full_report(config, HERE) and not option.keyword:
+        items[:] = [item for item in items if is_quick(item)]  # not called deselected: it is all of a quick run
+
+
+def is_quick(item: pytest.Item) -> bool:
+    marker, case = item.get_closest_marker("quick"), getattr(item, "callspec", None)
+    return marker is not None and (not marker.args or (case is not None and case.id in marker.args))
 
 
 def pytest_deselected(items) -> None:
@@ -91,6 +105,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         own.write(session.config.option.benchmark_json, asked_for=session.config.option.report_dir is not None)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     session = config.stash[SESSION]
     if session.lines:
@@ -98,6 +113,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         terminalreporter.write_line("\n".join(session.lines))
     if session.written:
         terminalreporter.write_line(f"report: {session.written}")
+    if session.results:
+        terminalreporter.write_line(result_line(session.results, session.failed, time.monotonic() - session.begin))
 
 
 @dataclass(frozen=True)
@@ -131,7 +148,7 @@ def ceilings(mode: Mode, device: torch.device, request: pytest.FixtureRequest) -
     """Measured once a session, again while other processes disturb it; None when nothing is timed."""
     if not mode.timed:
         return None
-    measured = at_rest(lambda: measure_ceilings(device), tries=mode.pick(check=1, quick=2, full=8))
+    measured = at_rest(lambda: measure_ceilings(device), tries=mode.pick(check=1, quick=1, full=8))
     request.config.stash[SESSION].ceilings = measured.to_dict()
     return measured
 
@@ -167,7 +184,8 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
 
     `contenders` maps names to a Contender or to Missing. Each but the first has `budget` seconds for its rounds, and at
     least one round. `facts` go into the report. Returns what the report gets, None where nothing is timed.
-    Where shares are of the memory's bandwidth, this is measured before each round, and the highest counts.
+    Where shares are of the memory's bandwidth, this is measured before each round (a quick run: the first one), and the
+    highest counts.
     """
 
     def run(contenders: Mapping[str, Contender | Missing], budget: float | None = None, **facts) -> dict | None:
@@ -180,7 +198,7 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
         bandwidth = []
 
         def before_each_round() -> None:
-            if of_memory:
+            if of_memory and not (mode.quick and bandwidth):  # a third of a second each time
                 bandwidth.append(read_bytes(device))  # not right before the first: it empties the caches
             turns.others_take()
 
@@ -204,7 +222,10 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
             "gpu": gpu.summary,
         }
         benchmark.extra_info.update(info)
-        request.config.stash[SESSION].lines += terminal_lines(request.node.name, info)
+        session = request.config.stash[SESSION]
+        session.results[request.node.name] = info
+        lines = terminal_lines(request.node.name, info)
+        session.lines += lines[:1] if mode.quick else lines
         return info
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from machine import BUSY
+
+COLD = "alitok_fast, cold caches"
 
 
 @dataclass(eq=False)  # pytest keeps it in a set of plugins
@@ -23,6 +26,7 @@ class Session:
     folder: Path | None = None
     partial: bool = False
     lines: list[str] = field(default_factory=list)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
@@ -92,6 +96,40 @@ def terminal_lines(name: str, info: dict[str, Any]) -> list[str]:
     lines += [f"    {other['times']:6.2f}x  {label} ({_seconds(other['seconds'])})" for label, other in others]
     lines += [f"    missing  {label}: {reason}" for label, reason in info["missing"].items()]
     return lines
+
+
+def result_line(results: dict[str, dict[str, Any]], failed: dict[str, str], seconds: float) -> str:
+    """A run in one line: what failed, an image beside its peers, operators beside the fastest alternatives."""
+    parts = [f"{len(failed)} FAILED" if failed else "ok"]
+    parts.append(f"{len(results)} benchmarks in {seconds // 60:.0f} min {seconds % 60:.0f} s")
+    images = [info for info in results.values() if info.get("kind") == "image"]
+    if images:
+        parts.append(_image(min(images, key=lambda info: info["batch"])))
+    times = {}
+    for name, info in results.items():
+        others = [other["times"] for label, other in list(info["contenders"].items())[1:] if label != COLD]
+        if info.get("kind") == "operator" and others:
+            times[name.removeprefix("bench_")] = min(others)
+    if times:
+        least, most = min(times, key=times.get), max(times, key=times.get)
+        parts.append(
+            f"the fastest alternative to an operator takes {statistics.median(times.values()):.2g}x as long "
+            f"({times[least]:.2g}x {least} to {times[most]:.2g}x {most})"
+        )
+    busy = sum((info["others"] or 0) > BUSY for info in results.values())
+    if busy:
+        parts.append(f"the machine was busy during {busy} of {len(results)}, so times are too long")
+    return "result: " + "; ".join(parts)
+
+
+def _image(info: dict[str, Any]) -> str:
+    own = {name: one for name, one in info["contenders"].items() if one["own"]}
+    name = min(own, key=lambda name: own[name]["seconds"]["median"])
+    median, rounds = own[name]["seconds"]["median"], own[name]["seconds"]["rounds"]
+    text = f"{info['size'].upper()} of {info['layers']} layers, {info['batch']} at a time: "
+    text += f"{median / info['batch']:.3g} s an image with {name}" + (" (1 round)" if rounds == 1 else "")
+    peers = {label: one["seconds"]["median"] for label, one in info["contenders"].items() if not one["own"]}
+    return text + "".join(f", {seconds / median:.3g}x {label}" for label, seconds in peers.items())
 
 
 def _seconds(spread: dict[str, float]) -> str:

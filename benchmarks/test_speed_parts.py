@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +16,12 @@ from alitok_fast.models import Generator
 from ceilings import Ceilings, at_rest
 from floor import Machine, decode_floor, step_weights, tokens_floor
 from machine import GpuMonitor, slug, throttle_reasons
+from report.readme import ONE_ROUND
+from report.readme import table as readme_table
+from session import COLD, result_line
 from timing import Contender, Turns
 
+ROOT = Path(__file__).resolve().parents[1]
 H100 = Machine(flops=790e12, read_bytes=3.0e12)
 
 
@@ -210,3 +216,73 @@ def test_timing_goes_on_without_nvml(watched, nvml, reason):
     assert watched(nvml) == {"samples": 0, "throttling": None, "unread": {"everything": reason}}
     tried = [call[1] for call in getattr(nvml, "calls", []) if call[0] == "nvmlDeviceGetHandleByUUID"]
     assert tried in ([], ["GPU-1234-56", "MIG-1234-56"])
+
+
+def timed(seconds: float, times: float = 1.0, rounds: int = 3, **facts) -> dict:
+    return {
+        "seconds": {"median": seconds, "fastest": seconds, "slowest": seconds, "rounds": rounds},
+        "times": times,
+        **facts,
+    }
+
+
+@pytest.fixture
+def results() -> dict:
+    """An image of B takes 2 s and a peer 12 s, one operator is 4 times as fast as the best alternative, one half."""
+    image = {"alitok_fast int8": timed(2.0, own=True, rounds=1), "eager": timed(12.0, 6.0, own=False)}
+    operators = [
+        {"alitok_fast": timed(1.0), COLD: timed(1.1, 1.1), "formula": timed(9.0, 9.0), "addmm": timed(4.0, 4.0)},
+        {"alitok_fast": timed(1.0), COLD: timed(1.1, 1.1), "SDPA": timed(0.5, 0.5)},
+    ]
+    info = {"kind": "operator", "others": 0.0}
+    return {
+        "bench_sampling[b-1]": {
+            "kind": "image",
+            "others": 0.0,
+            "size": "b",
+            "batch": 1,
+            "layers": 4,
+            "contenders": image,
+        },
+        "bench_forward[256]": {**info, "contenders": operators[0]},
+        "bench_plain": {**info, "contenders": operators[1]},
+    }
+
+
+def test_a_run_ends_with_its_result(results):
+    assert result_line(results, {}, 125.0) == (
+        "result: ok; 3 benchmarks in 2 min 5 s; B of 4 layers, 1 at a time: 2 s an image with alitok_fast int8 "
+        "(1 round), 6x eager; the fastest alternative to an operator takes 2.2x as long (0.5x plain to 4x forward[256])"
+    )
+
+
+def test_the_result_says_what_spoils_it(results):
+    results["bench_plain"]["others"] = 1.5
+    line = result_line(results, {"bench_plain": "AssertionError"}, 10.0)
+    assert line.startswith("result: 1 FAILED; ") and line.endswith("busy during 1 of 3, so times are too long")
+
+
+def test_a_quick_run_has_cases_of_every_operator():
+    """But for diffusion, whose step takes longer than all of them."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark", "--quick", "--collect-only", "-q"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    cases = [line.split("::") for line in out.splitlines() if "::" in line]
+    functions = {
+        (file.name, line.split("(")[0].removeprefix("def "))
+        for file in ROOT.glob("benchmarks/bench_*.py")
+        for line in file.read_text().splitlines()
+        if line.startswith("def bench_")
+    }
+    found = {(Path(file).name, name.split("[")[0]) for file, name in cases}
+    assert functions - found == {("bench_diffusion.py", "bench_diffusion")} and found <= functions
+    assert len(cases) < 30
+
+
+def test_times_of_one_round_are_marked_in_the_readme():
+    report = json.loads((ROOT / "benchmarks/reports/amd-epyc-2-threads/report.json").read_text())
+    bench = next(one for one in report["benchmarks"] if one["name"] == "bench_sampling[b-1]")
+    rounds = {name: one["seconds"]["rounds"] for name, one in bench["extra_info"]["contenders"].items()}
+    assert rounds["alitok_fast int8"] > 1 and rounds["reference, fp32"] == 1  # what this test is about
+    row = next(line for line in readme_table(ROOT / "benchmarks/reports", ROOT).splitlines() if "| B | 1 |" in line)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert ONE_ROUND not in cells[4] and cells[6].endswith("x" + ONE_ROUND)

@@ -28,6 +28,11 @@ class Image:
     """The model had fewer layers than the published one."""
 
     @property
+    def one_round(self) -> bool:
+        """Nothing says how much such a time varies."""
+        return self.seconds["rounds"] == 1
+
+    @property
     def per_image(self) -> float:
         return self.seconds["median"] / self.batch
 

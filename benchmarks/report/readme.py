@@ -15,6 +15,7 @@ END = "<!-- end of speed -->"
 NONE = "No report is committed yet; `make bench` writes one for this machine."
 HEADER = ("machine", "model", "batch", "alitok_fast, an image", "share of floor", "reference fp32", "bf16 autocast",
           "torch.compile, bf16", "DiT-XL/2, 250 steps")  # fmt: skip
+ONE_ROUND = "†"
 PEERS = ("reference, fp32", "reference, bf16 autocast", "torch.compile, bf16, static cache")
 
 
@@ -31,16 +32,21 @@ def table(reports: Path, root: Path) -> str:
             images = [image for image in report.images if (image.size, image.batch) == (size, batch)]
             dit = next((one for one in report.diffusion if one.batch == batch and not one.cut), None)
             rows.append((link, size.upper(), str(batch), *_row(images, dit)))
-    return markdown_table(Table(HEADER, rows)) if rows else NONE
+    if not rows:
+        return NONE
+    text = markdown_table(Table(HEADER, rows))
+    return f"{text}\n\n{ONE_ROUND}: one round." if any(ONE_ROUND in cell for row in rows for cell in row[3:]) else text
 
 
 def _row(images: list[Image], dit: Image | None) -> tuple[str, ...]:
     fastest = min((image for image in images if image.own), key=lambda image: image.per_image)
     found = {image.system: image for image in images}
     name = fastest.system.removeprefix("alitok_fast ")
-    cells = [f"**{seconds(fastest.per_image)}** ({name})", f"{fastest.share:.0%}" if fastest.share else ""]
+    mark = ONE_ROUND if fastest.one_round else ""
+    cells = [f"**{seconds(fastest.per_image)}**{mark} ({name})", f"{fastest.share:.0%}" if fastest.share else ""]
     for other in (*(found.get(peer) for peer in PEERS), dit):
-        cells.append(f"{number(_times(other, fastest))}x" if other else "")
+        mark = ONE_ROUND if other and other.one_round else ""
+        cells.append(f"{number(_times(other, fastest))}x{mark}" if other else "")
     return tuple(cells)
 
 

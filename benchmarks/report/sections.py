@@ -132,7 +132,7 @@ def _image_row(image: Image) -> tuple[str, ...]:
     name = f"**{image.system}**" if image.own else image.system
     floor = seconds(image.floor / image.batch) if image.floor else ""
     share = f"{image.share:.0%}" if image.share else ""
-    times = f"{number(image.times)}x" if image.times is not None else ""
+    times = f"{number(image.times)}x" + (", 1 round" if image.one_round else "") if image.times is not None else ""
     return (name, spread(image.seconds), seconds(image.per_image), number(image.per_second), floor, share, times)
 
 
