@@ -1,6 +1,8 @@
 # Needs Python >= 3.10 with venv and a C++ compiler; nvcc is optional, cmake and ninja come from PyPI where missing.
 #   make demo                       environment, installation, a grid of samples and a reconstructed photograph in out/
-#   make test                       environment, installation, all tests
+#   make test                       environment, installation, all tests but the slow ones
+#   make test-all                   the slow ones too: packages, kills and resumes, nvcc, models of the released sizes
+#   make test-lowest                with the oldest releases that pyproject.toml allows
 #   make bench                      speed report of this machine, in benchmarks/reports/
 #   make bench BENCH="--reference-repo PATH"    beside a checkout of the reference implementation
 #   make gpu                        proves the library on a GPU in eight minutes; a rehearsal where there is none
@@ -19,11 +21,26 @@ WHEEL ?=
 PHOTO ?= $(OUT)/photo.png
 
 BIN := $(VENV)/bin
+WITH_BIN := PATH="$(abspath $(BIN)):$$PATH"
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(wildcard csrc/*)
 
 CXX_FILES = $(wildcard $(addprefix csrc/*.,h cpp cu) $(addprefix tests/*/*.,h cpp cu) $(addprefix benchmarks/*/*.,h cpp cu))
 
-.PHONY: demo test bench gpu gpu-wheel lint format build clean
+.PHONY: demo test test-all test-lowest bench gpu gpu-wheel lint format build clean
+
+# An environment that was moved or copied is made anew, since its scripts begin with the path of its interpreter; one
+# that belonged to another checkout gets this one installed.
+CLEAR :=
+ifneq ($(wildcard $(VENV)/place),)
+ifneq ($(firstword $(shell cat $(VENV)/place)),$(abspath $(VENV)))
+CLEAR := --clear
+$(info $(VENV) was made in another place: it is made anew)
+$(shell rm -f $(VENV)/torch)
+endif
+ifneq ($(shell cat $(VENV)/place),$(abspath $(VENV)) $(CURDIR))
+$(shell rm -f $(VENV)/installed-*)
+endif
+endif
 
 demo: $(VENV)/installed-demo $(PHOTO)
 	$(BIN)/alitok-fast info
@@ -36,8 +53,15 @@ $(OUT)/photo.png: | $(VENV)/installed-demo
 
 # Benchmarks without --benchmark run once each, as correctness checks.
 test: $(VENV)/installed-test
+	$(BIN)/python -m pytest benchmarks -q -m "not slow"
+	$(BIN)/python -m pytest tests -q -m "not slow"
+
+test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest benchmarks -q
 	$(BIN)/python -m pytest tests -q
+
+test-lowest: $(VENV)/installed-test
+	$(BIN)/python tests/lowest.py
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m pytest benchmarks --benchmark $(BENCH)
@@ -57,19 +81,26 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# In place, so that the tests run from the checkout. The build folder is kept: only what changed is compiled.
+# In place, so that the tests run from the checkout. The build folder is kept: only what changed is compiled. The
+# extension is built before pip is called, which would not show how far it is.
 $(VENV)/installed-%: $(VENV)/torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet "setuptools>=77"
+	$(WITH_BIN) $(BIN)/python -c "import build_backend; print(*build_backend.requirements(), sep='\n')" > $(VENV)/tools.txt
+	if grep -q . $(VENV)/tools.txt; then $(BIN)/python -m pip install --requirement $(VENV)/tools.txt; fi
+	$(WITH_BIN) $(BIN)/python setup.py build_ext --inplace
+	$(WITH_BIN) $(BIN)/python -m pip install --no-build-isolation --editable ".[$*]"
+	echo "$(abspath $(VENV)) $(CURDIR)" > $(VENV)/place
 	touch $@
 
 $(VENV)/torch:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet numpy $(TORCH)
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install numpy $(TORCH)
 	touch $@
 
 build:  ## the extension alone, in place, for the environment that is active
