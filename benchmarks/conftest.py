@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from alitok_fast._library import install_hint
 from alitok_fast.config import TOKENIZERS, generator_preset
 from alitok_fast.models import Generator, Tokenizer
 from ceilings import Ceilings, at_rest, measure_ceilings, read_bytes, synchronize
@@ -67,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            raise pytest.UsageError("the report's plots need matplotlib: pip install 'alitok_fast[bench]'") from None
+            raise pytest.UsageError(f"the report's plots need matplotlib: {install_hint('bench')}") from None
         if option.benchmark_json is None:
             session.scratch = tempfile.TemporaryDirectory()
             option.benchmark_json = Path(session.scratch.name) / "report.json"

@@ -113,8 +113,8 @@ def result_line(results: dict[str, dict[str, Any]], failed: dict[str, str], seco
     if times:
         least, most = min(times, key=times.get), max(times, key=times.get)
         parts.append(
-            f"the fastest alternative to an operator takes {statistics.median(times.values()):.2g}x as long "
-            f"({times[least]:.2g}x {least} to {times[most]:.2g}x {most})"
+            f"the fastest alternative to an operator takes {statistics.median(times.values()):.3g}x as long "
+            f"({times[least]:.3g}x {least} to {times[most]:.3g}x {most})"
         )
     busy = sum((info["others"] or 0) > BUSY for info in results.values())
     if busy:

@@ -252,7 +252,8 @@ def results() -> dict:
 def test_a_run_ends_with_its_result(results):
     assert result_line(results, {}, 125.0) == (
         "result: ok; 3 benchmarks in 2 min 5 s; B of 4 layers, 1 at a time: 2 s an image with alitok_fast int8 "
-        "(1 round), 6x eager; the fastest alternative to an operator takes 2.2x as long (0.5x plain to 4x forward[256])"
+        "(1 round), 6x eager; the fastest alternative to an operator takes 2.25x as long "
+        "(0.5x plain to 4x forward[256])"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alitok_fast._library import install_hint
 from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, TokenizerConfig
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.tokenizer import Tokenizer
@@ -137,7 +138,7 @@ def _fetch(repository: str, kind: str) -> Path:
     except ImportError:
         raise ImportError(
             f"{repository!r} is no local path, and fetching it from the hub needs huggingface_hub: "
-            "pip install 'alitok_fast[hub]'"
+            f"{install_hint('hub')}"
         ) from None
     names = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
     patterns = [f"{prefix}{name}" for prefix in ("", f"{kind}/") for name in names]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from alitok_fast._library import install_hint
 from alitok_fast.models.loading import save_model
 from alitok_fast.progress import Bar
 from alitok_fast.training.config import TrainConfig
@@ -176,7 +177,7 @@ def _tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise RuntimeError("tensorboard: asked for, but not installed; pip install 'alitok_fast[train]'") from error
+        raise RuntimeError(f"tensorboard: asked for, but not installed; {install_hint('train')}") from error
     return SummaryWriter(folder / "tensorboard")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alitok_fast._library import install_hint
 from timing import Missing
 
 STEPS = 250
@@ -93,5 +94,5 @@ def missing() -> Missing | None:
     try:
         import diffusers  # noqa: F401
     except ImportError as error:
-        return Missing(f"diffusers: pip install 'alitok_fast[bench]' ({error})")
+        return Missing(f"diffusers: {install_hint('bench')} ({error})")
     return None
