@@ -59,7 +59,10 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+CUDA = pytest.param("cuda", marks=pytest.mark.device)
+
+
+@pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each kind of device that operators run on."""
     return torch_device(request.param)
@@ -70,7 +73,7 @@ def cuda() -> torch.device:
     return torch_device("cuda")
 
 
-@pytest.fixture(params=[*CPU_ISAS, "cuda"])
+@pytest.fixture(params=[*CPU_ISAS, CUDA])
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Each set of kernels: the instruction sets of the CPU, and CUDA."""
     if request.param == "cuda":

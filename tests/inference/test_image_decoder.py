@@ -105,6 +105,7 @@ def test_what_the_graph_holds_reads_nothing_back(tiny_tokenizer):
         assert reads.count == 1
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_decode_as_without():
     tokenizer = load_tokenizer("demo", "cuda")

@@ -20,7 +20,7 @@ from alitok_fast.models.kv_cache import KVCache
 LABELS = [1, 2, 3]
 
 
-@pytest.fixture(params=["cpu", "fake", "cuda"])
+@pytest.fixture(params=["cpu", "fake", pytest.param("cuda", marks=pytest.mark.device)])
 def place(request, monkeypatch):
     """place() is a block in which models are used on a CPU, on a GPU that only pretends, or on a real one."""
     if request.param == "fake":

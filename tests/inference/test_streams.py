@@ -337,6 +337,7 @@ def test_nothing_is_collected_meanwhile(fake):
 # ---- on a GPU ----
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_two_threads_on_two_streams_draw_what_one_does():
     """Bit for bit. The streams are kept busy first: what should wait for a replay on one and does not, comes early."""

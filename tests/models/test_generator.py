@@ -18,7 +18,10 @@ from alitok_fast.testing import relative_error
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=["b", "l", "xl"])
+@pytest.fixture(
+    scope="module",
+    params=["b", *(pytest.param(size, marks=pytest.mark.slow) for size in ("l", "xl"))],
+)
 def reference(request, golden):
     """Preset name and its golden outputs."""
     with np.load(golden / f"ar_{request.param}.npz") as outputs:

@@ -135,6 +135,7 @@ def test_messages(change, message):
         cached_attention(**arguments)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(
     ("cache_dtype", "access"), [(torch.float32, 16), (torch.float16, 16), (torch.float8_e4m3fn, 8)]
 )

@@ -149,6 +149,7 @@ def test_cases_agree_with_the_reference_on_the_cpu(case):
             assert (got.double() - expected.double()).abs().max() <= 0.03 * scale
 
 
+@pytest.mark.device
 def test_same_bits_in_every_run(cuda, case):
     function, inputs = case
     inputs = to(cuda, inputs)
@@ -157,6 +158,7 @@ def test_same_bits_in_every_run(cuda, case):
         assert_same(function(**inputs), first)
 
 
+@pytest.mark.device
 def test_runs_on_the_current_stream(cuda, case):
     """The inputs appear on a stream that is held back: a kernel on another one would read what was there before."""
     function, inputs = case
@@ -174,6 +176,7 @@ def test_runs_on_the_current_stream(cuda, case):
     assert_same(results, expected)
 
 
+@pytest.mark.device
 def test_two_streams_at_once(cuda, case):
     """Neither uses the other's working memory."""
     function, inputs = case
@@ -189,6 +192,7 @@ def test_two_streams_at_once(cuda, case):
         assert_same(result, expected)
 
 
+@pytest.mark.device
 def test_is_captured_in_a_cuda_graph(cuda, case):
     """Nothing waits for the device, and a replay reads the inputs as they are then."""
     function, inputs = case
@@ -211,6 +215,7 @@ def test_is_captured_in_a_cuda_graph(cuda, case):
         assert_same(results, expected)
 
 
+@pytest.mark.device
 def test_runs_on_the_device_of_its_tensors(cuda, case):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
@@ -222,6 +227,7 @@ def test_runs_on_the_device_of_its_tensors(cuda, case):
     assert_same([x.to("cuda:0") for x in results], expected)
 
 
+@pytest.mark.device
 def test_tensors_on_other_devices_are_refused(cuda, case):
     function, inputs = case
     for name in inputs:

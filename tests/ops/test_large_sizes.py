@@ -86,6 +86,7 @@ def needs(device: torch.device, gib: int) -> None:
         pytest.skip(f"needs {gib} GiB of GPU memory, {free:.0f} are free")
 
 
+@pytest.mark.device
 def test_vq_lookup_of_all_elements(cuda):
     needs(cuda, 30)
     codebook, channels = torch.randn(8, 64, device=cuda), 64
@@ -97,6 +98,7 @@ def test_vq_lookup_of_all_elements(cuda):
     assert int(result.usage.sum()) == len(z)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("operator", ["swiglu", "add_rms_norm"])
 def test_elementwise_of_all_elements(cuda, operator):
     needs(cuda, 30)
@@ -111,6 +113,7 @@ def test_elementwise_of_all_elements(cuda, operator):
         assert torch.equal(got[part], of(x[part].contiguous()))
 
 
+@pytest.mark.device
 def test_prefix_attention_of_all_elements(cuda):
     needs(cuda, 40)
     batch, length, heads, dim = 1400, 274, 16, 120

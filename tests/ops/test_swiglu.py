@@ -27,6 +27,7 @@ def test_swiglu_at_the_ends_of_the_range(device):
     assert swiglu(torch.full((1,), torch.nan, device=device), torch.ones(1, device=device)).isnan().all()
 
 
+@pytest.mark.device
 def test_misaligned_view_is_refused_on_cuda(cuda):
     x = torch.ones(9, device=cuda)
     with pytest.raises(ValueError, match="up: expected memory aligned to 16 bytes"):

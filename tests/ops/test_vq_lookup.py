@@ -225,6 +225,7 @@ def test_bad_commitment_and_dtype_of_the_native_operator():
         torch.ops.alitok.vq_lookup(z.double(), codebook, COMMITMENT, True)
 
 
+@pytest.mark.device
 def test_never_holds_the_distances_on_cuda(cuda):
     z, codebook = (torch.randn(size, 8, device=cuda, requires_grad=True) for size in (20000, 4096))
     torch.cuda.reset_peak_memory_stats(cuda)

@@ -177,6 +177,7 @@ def test_a_generator_in_8_bits_that_is_there_already(tiny_tokenizer, tiny_genera
     assert beside.generator is gen and gen.blocks[0].mlp.w1.weight.dtype == torch.float32
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("weights", [torch.int8, torch.float8_e4m3fn])
 def test_weights_in_8_bits_on_cuda(cuda, tiny_folder, weights):
     out = Pipeline.from_pretrained(tiny_folder, cuda, torch.bfloat16, weight_dtype=weights)([1, 2])

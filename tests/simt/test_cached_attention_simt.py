@@ -119,6 +119,7 @@ def test_the_outcome_does_not_depend_on_which_block_is_last(simt):
     run(simt, inputs(2, 2, 48, 200, 190, torch.bfloat16, torch.bfloat16, True), split=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -150,12 +151,14 @@ def test_position_outside_is_nan_and_writes_nothing(simt, split, position):
     assert torch.equal(result["keys"], arguments["keys"]) and torch.equal(result["values"], arguments["values"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [False, True])
 def test_no_data_race(simt, split):
     arguments = inputs(1, 1, 48, 81, 70, torch.float32, torch.float32, True)
     run(simt, arguments, sanitizer="thread", split=split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

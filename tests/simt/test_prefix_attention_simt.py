@@ -118,6 +118,7 @@ LONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LONG, ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c))
 def test_forward_of_long_sums(simt, case):
     check(simt, make_case(*case), schedules=1)
@@ -190,6 +191,7 @@ LONG_BACKWARD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LONG_BACKWARD, ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c))
 def test_backward_of_long_sums(simt, case):
     check_backward(simt, make_case(*case), schedules=1)
@@ -226,11 +228,13 @@ def only_bf16_48(simt, *patches):
     return SimpleNamespace(program=lambda op, sanitizer: simt.program(op, sanitizer, [*ONLY_BF16_48, *patches]))
 
 
+@pytest.mark.slow
 def test_forward_has_no_races(simt):
     case = make_case(torch.bfloat16, 1, 140, 1, 48, 20, True, True, 0.1)
     check(only_bf16_48(simt), case, "thread", schedules=1)
 
 
+@pytest.mark.slow
 def test_backward_has_no_races(simt):
     case = make_case(torch.bfloat16, 1, 140, 1, 48, 20, True, True, 0.1)
     check_backward(only_bf16_48(simt), case, "thread", schedules=1)
@@ -239,6 +243,7 @@ def test_backward_has_no_races(simt):
 COMPLETE = "__syncthreads();  // this tile is complete for all, and nobody reads the other stage any more"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "old", "new", "sanitizer", "message"),
     [
@@ -261,6 +266,7 @@ def test_seeded_bugs_are_caught(simt, file, old, new, sanitizer, message):
         run(only_bf16_48(simt, (file, old, new)), case, sanitizer, schedules=1, **layout)
 
 
+@pytest.mark.slow
 def test_truncated_sums_are_caught(simt):
     patches = [*ONLY_FLOAT, (HEADER, "kSumsFromZero = true", "kSumsFromZero = false")]
     program = simt.program("prefix_attention", patches=patches)

@@ -42,10 +42,12 @@ def test_misaligned_weight(simt, offset):
     check(simt, torch.bfloat16, torch.int8, 2, 64, 5, offset=offset)
 
 
+@pytest.mark.slow
 def test_has_no_data_race(simt):
     check(simt, torch.bfloat16, torch.float8_e4m3fn, 9, 80, 11, sanitizer="thread")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -12,6 +12,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
+@pytest.mark.slow
 def test_registers_and_spills():
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")

@@ -39,7 +39,7 @@ def make_case(codes, dtype=torch.float32, guidance=None, offset=0, padding=0, ba
     return inputs, {"ids": ((batch,), torch.int64)}, expected
 
 
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "case",
     [
@@ -67,6 +67,7 @@ def test_rows_longer_than_shared_memory(simt):
     assert torch.equal(result["ids"], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sanitizer", "old", "new", "rule"),
     [

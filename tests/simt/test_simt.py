@@ -6,7 +6,7 @@ import torch
 ONE = {"y": ((1,), torch.float32)}
 
 
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.slow)])
 def test_blocks_shared_memory_and_barriers(simt, sanitizer):
     x = torch.randn(150, generator=torch.Generator().manual_seed(0))
     result = simt.program("selftest", sanitizer).run(
@@ -93,8 +93,8 @@ def test_sixteen_bit_rounding(simt):
 @pytest.mark.parametrize(
     ("kernel", "sanitizer", "message"),
     [
-        pytest.param(1, "thread", "data race", id="missing barrier"),
-        pytest.param(13, "thread", "data race", id="two writers"),
+        pytest.param(1, "thread", "data race", id="missing barrier", marks=pytest.mark.slow),
+        pytest.param(13, "thread", "data race", id="two writers", marks=pytest.mark.slow),
         pytest.param(13, "address", "not the same under schedules", id="two writers, by schedule"),
         pytest.param(8, "address", "heap-buffer-overflow", id="past dynamic shared memory"),
         pytest.param(9, "address", "overflow|out of bounds", id="past static shared memory"),

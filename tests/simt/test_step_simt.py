@@ -85,12 +85,14 @@ def test_add_rms_norm_backward(simt, dtype, weight_dtype, with_delta, rows, widt
     check_backward(simt, dtype, weight_dtype, rows, width, 0.2 if with_delta else 0.0, with_delta)
 
 
+@pytest.mark.slow
 def test_add_rms_norm_has_no_data_race(simt):
     _, _, inputs = make_case(torch.float32, torch.float32, 2, 300, 0.1)
     simt.program("add_rms_norm", "thread").run(inputs, {"normed": ((2, 300), torch.float32)}, schedules=1)
     check_backward(simt, torch.float32, torch.float32, 70, 40, sanitizer="thread")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "sanitizer", "message"),
     [

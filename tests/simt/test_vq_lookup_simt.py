@@ -47,6 +47,7 @@ def test_forward(simt, features, codes, channels, with_closest):
     check_forward(result, z, codebook, with_closest)
 
 
+@pytest.mark.slow
 def test_forward_has_no_race(simt):
     z, codebook = vq_inputs(130, 70, 20)
     check_forward(run_forward(simt.program("vq_lookup", sanitizer="thread"), z, codebook), z, codebook)
@@ -64,7 +65,7 @@ def test_not_a_number_never_wins(simt):
 
 
 @pytest.mark.parametrize(("features", "codes", "channels"), [(1, 1, 1), (300, 40, 35), (0, 3, 2)])
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.slow)])
 def test_backward(simt, features, codes, channels, sanitizer):
     z, codebook = vq_inputs(features, codes, channels)
     grad_quantized, grad_loss = torch.randn(features, channels), torch.tensor(1.7)
@@ -82,6 +83,7 @@ def test_backward(simt, features, codes, channels, sanitizer):
     torch.testing.assert_close(result["grad_codebook"].double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "sanitizer", "message"),
     [

@@ -49,6 +49,7 @@ def wait_for_step(log: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer", "generator"])
 def test_killed_and_resumed_equals_uninterrupted(kind: str, idx_folder: Path, tmp_path: Path) -> None:
     data = idx_folder if kind == "tokenizer" else token_cache(idx_folder, tmp_path / "tokens")
