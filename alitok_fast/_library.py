@@ -50,7 +50,7 @@ def _is_whole(file: Path) -> bool:
 
 def _load() -> ImportError | None:
     spec = importlib.util.find_spec("alitok_fast._C")
-    if spec is not None and not _is_whole(Path(spec.origin)):
+    if spec is not None and spec.origin is not None and not _is_whole(Path(spec.origin)):
         return ImportError("the file is cut short")
     try:
         import alitok_fast._C  # noqa: F401  (importing it registers torch.ops.alitok)

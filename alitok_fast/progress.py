@@ -39,22 +39,26 @@ class Bar:
         self._task = self._progress.add_task(title, total=total, completed=start, figures="")
 
     def __enter__(self) -> Bar:
-        self._progress.start()
+        if not self._progress.disable:
+            self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if not self._progress.disable:  # rich before 14.1 ends with an empty line even so
+            self._progress.stop()
 
     def advance(self, figures: dict[str, float] | None = None, by: int = 1) -> None:
         self._done += by
         now, count = monotonic(), self._done - self._start
         self._ends = now + (now - self._begun) / count * (self._total - self._done) if count and self._total else None
         text = None if figures is None else " ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        self._progress.update(self._task, advance=by, **({} if text is None else {"figures": text}))
+        self._progress.update(self._task, advance=by)
+        if text is not None:
+            self._progress.update(self._task, figures=text)
         if self._plain and now - self._line >= LINE_SECONDS:
             self._line = now
             of = f"{self._done}/{self._total}" if self._total else str(self._done)
-            parts = [of, f"{count / (now - self._begun):.3g}/s", self._ends and f"{self.left} left", text]
+            parts = [of, f"{count / (now - self._begun):.3g}/s", f"{self.left} left" if self._ends else "", text or ""]
             print(f"{self._title}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
     @property

@@ -13,6 +13,8 @@ PATCHES = 16
 class BlurDownsample(nn.Module):
     """Halves height and width with the binomial filter (1, 3, 3, 1) on each axis."""
 
+    kernel: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from alitok_fast._library import install_hint
 from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, TokenizerConfig
@@ -164,7 +164,7 @@ def _load(kind: str, path_or_name, device, dtype, config) -> Any:
 
 def build(source: Checkpoint) -> Tokenizer | Generator:
     """The module of a checkpoint, holding its weights."""
-    model_class: type[nn.Module] = Tokenizer if source.kind == "tokenizer" else Generator
+    model_class: Callable[[Any], Tokenizer | Generator] = Tokenizer if source.kind == "tokenizer" else Generator
     with torch.device("meta"):
         model = model_class(source.config)
     expected = model.state_dict()

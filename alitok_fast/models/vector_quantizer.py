@@ -13,6 +13,9 @@ from alitok_fast.ops.vq_lookup import VQLookup, vq_lookup
 class Quantizer(nn.Module):
     """Plain L2 nearest code, always in float32; the codebook is `embedding.weight` (K, code_dim)."""
 
+    embed_prob: Tensor
+    """(K,) how often each code is used, a moving average; of stage 1 only."""
+
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.commitment = config.commitment

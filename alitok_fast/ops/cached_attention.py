@@ -108,7 +108,7 @@ def cached_attention_reference(
         return qkv.new_full((qkv.shape[0], *qkv.shape[2:]), torch.nan)
     q, k, v = qkv.unsqueeze(3).unbind(1)  # (R, H, 1, D)
     row = position.reshape(1)
-    if q_norm_weight is not None:
+    if q_norm_weight is not None and k_norm_weight is not None:
         q, k = rms_norm(q, q_norm_weight, norm_eps), rms_norm(k, k_norm_weight, norm_eps)
     if rope is not None:
         q, k = rotate(q, rope[row]), rotate(k, rope[row])

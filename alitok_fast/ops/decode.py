@@ -54,8 +54,8 @@ def decode_reference(weights: PackedWeights, ids: Tensor, keys: Tensor, values: 
     """The definition of `decode`, with float32 (float64 for a float64 cache) activations throughout."""
     compute = torch.float64 if keys.dtype == torch.float64 else torch.float32
     heads, head_dim = keys.shape[2], keys.shape[4]
-    position = int(position)
-    rope = weights.rope[position]
+    row = int(position)
+    rope = weights.rope[row]
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=weights.norm_eps) * weight.to(compute)
@@ -65,9 +65,9 @@ def decode_reference(weights: PackedWeights, ids: Tensor, keys: Tensor, values: 
     for index, layer in enumerate(layers):
         qkv = F.linear(norm(x, layer.norm1), layer.qkv.to(compute), layer.qkv_bias.to(compute))
         q, k, v = qkv.unflatten(-1, (3, heads, head_dim)).unbind(1)
-        keys[index, :, :, position] = rotate(norm(k, layer.k_norm), rope).to(keys.dtype)
-        values[index, :, :, position] = v.to(values.dtype)
-        seen_keys, seen_values = (part[index, :, :, : position + 1].to(compute) for part in (keys, values))
+        keys[index, :, :, row] = rotate(norm(k, layer.k_norm), rope).to(keys.dtype)
+        values[index, :, :, row] = v.to(values.dtype)
+        seen_keys, seen_values = (part[index, :, :, : row + 1].to(compute) for part in (keys, values))
         logits = seen_keys @ rotate(norm(q, layer.q_norm), rope).unsqueeze(-1) * head_dim**-0.5
         attended = (logits.softmax(2).transpose(2, 3) @ seen_values).flatten(1)
         x = x + F.linear(attended, layer.proj.to(compute), layer.proj_bias.to(compute))

@@ -18,7 +18,7 @@ from torch import Tensor
 try:
     import fcntl
 except ImportError:  # not a POSIX system
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".alitok-tmp"
 """A file x is written as ".x.alitok-tmp" and renamed: what a killed writer left is overwritten by the next one."""

@@ -20,7 +20,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     1-D parameters (biases, norms) and embeddings are not decayed. Each group
     also carries its parameters' `names`, sorted.
     """
-    groups = [{"names": [], "params": [], "weight_decay": decay} for decay in (0.0, weight_decay)]
+    groups: list[dict[str, Any]] = [{"names": [], "params": [], "weight_decay": decay} for decay in (0.0, weight_decay)]
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             decayed = parameter.ndim >= 2 and not any(word in name for word in _EMBEDDING_WORDS)
