@@ -94,7 +94,14 @@ def _cpu(extension: dict[str, Any]) -> dict[str, Any]:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    values = {"model": model, "cores": cores, "threads": torch.get_num_threads(), "isa": None, "amx": False, "off": []}
+    values: dict[str, Any] = {
+        "model": model,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "isa": None,
+        "amx": False,
+        "off": [],
+    }
     if not extension["loaded"]:
         return values
     from alitok_fast import _C
@@ -121,7 +128,7 @@ def _cpu(extension: dict[str, Any]) -> dict[str, Any]:
 
 def _cuda(extension: dict[str, Any]) -> dict[str, Any]:
     driver = _driver_version()
-    gpus = []
+    gpus: list[dict[str, Any]] = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,14 +21,15 @@ app = typer.Typer(
     help="AliTok: photographs to tokens and back, class labels to pictures.",
     epilog="Every command shows examples: alitok-fast COMMAND --help",
 )
-for _name, _command in {
+_commands: dict[str, Any] = {
     "sample": sampling.sample,
     "complete": sampling.complete,
     "watch": sampling.watch,
     "reconstruct": photographs.reconstruct,
     "tokenize": train.tokenize_command,
     "convert": photographs.convert,
-}.items():
+}
+for _name, _command in _commands.items():
     app.command(_name)(_command)
 app.add_typer(train.app, name="train")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import types
 import typing
@@ -46,7 +45,8 @@ class DeviceOptions:
         from alitok_fast.models import load_tokenizer
         from alitok_fast.models.loading import dtype_from_name
 
-        return load_tokenizer(name, check_device(self.device), dtype_from_name(self.dtype), weights=self.weights)
+        dtype: Any = dtype_from_name(self.dtype)
+        return load_tokenizer(name, check_device(self.device), dtype, weights=self.weights)
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ class LoadOptions(DeviceOptions):
         from alitok_fast.models.loading import dtype_from_name
         from alitok_fast.pipelines.pipeline import Pipeline
 
+        dtype: Any = dtype_from_name(self.dtype)
         return Pipeline.from_pretrained(
             self.model,
             local_device(check_device(self.device)),
-            dtype_from_name(self.dtype),
+            dtype,
             self.tokenizer,
             dtype_from_name(self.weight_dtype, "weight_dtype"),
             dtype_from_name(self.decode_dtype, "decode_dtype"),
@@ -96,7 +97,6 @@ def with_options(**groups: type) -> Callable[[Callable[..., None]], Callable[...
                 keyword = inspect.Parameter.KEYWORD_ONLY  # as typer calls, in any order
                 parameters.append(parameter.replace(annotation=hints[parameter.name], kind=keyword))
 
-        @functools.wraps(command)
         def run(**given: Any) -> None:
             made = {
                 name: group(**{f.name: given.pop(f.name) for f in dataclasses.fields(group)})
@@ -104,9 +104,9 @@ def with_options(**groups: type) -> Callable[[Callable[..., None]], Callable[...
             }
             command(**given, **made)
 
-        run.__signature__ = inspect.Signature(parameters)
+        run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        del run.__wrapped__  # whose own signature would be read instead
+        setattr(run, "__signature__", inspect.Signature(parameters))  # noqa: B010 - functions have no such attribute
         return run
 
     return decorate

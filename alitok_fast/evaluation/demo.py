@@ -16,6 +16,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
 from alitok_fast.evaluation.feature_distance import features, frechet_distance, standard_error
 from alitok_fast.evaluation.psnr import psnr
 from alitok_fast.inference.image_decoder import ImageDecoder
-from alitok_fast.inference.packed_generator import PackedGenerator
 from alitok_fast.inference.sampler import Sampler
+from alitok_fast.inference.step_model import StepModel, prepare
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.loading import dtype_from_name, load_generator, load_tokenizer
 from alitok_fast.models.tokenizer import Tokenizer
@@ -53,11 +54,11 @@ def evaluate_tokenizer(tokenizer: Tokenizer, images: Tensor, batch_size: int = 2
         tokens = tokenizer.encode(real)
         scores.append(psnr(real, tokenizer.decode(tokens).clamp(0, 1)))
         counts += torch.bincount(tokens.flatten(), minlength=len(counts))
-    scores = torch.cat(scores)
-    mean_error = (10 ** (-scores / 10)).mean()
+    psnrs = torch.cat(scores)
+    mean_error = (10 ** (-psnrs / 10)).mean()
     return {
         "images": len(images),
-        "psnr": float(scores.mean()),
+        "psnr": float(psnrs.mean()),
         "psnr_of_mean_error": float(-10 * torch.log10(mean_error)),
         "codebook_usage": codebook_usage(counts),
         "codebook_perplexity": codebook_perplexity(counts),
@@ -65,7 +66,7 @@ def evaluate_tokenizer(tokenizer: Tokenizer, images: Tensor, batch_size: int = 2
 
 
 def generate_samples(
-    generator: Generator | PackedGenerator,
+    generator: Generator | StepModel,
     decode: Callable[[Tensor], Tensor],
     per_class: int,
     seed: int = 0,
@@ -88,7 +89,7 @@ def generate_samples(
 
 def evaluate_samples(
     classifier: SmallClassifier, images: Tensor, labels: Tensor, real_features: Tensor
-) -> dict[str, float | list[float]]:
+) -> dict[str, Any]:
     """Class agreement and feature distance of samples (n, 3, S, S), with their standard errors.
 
     `real_features` as `features` returns them for real images.
@@ -141,10 +142,10 @@ def main() -> None:
         dtype = dtype_from_name(precision, "weight_dtype")
         decode = ImageDecoder(tokenizer, dtype)
         images, labels = generate_samples(
-            PackedGenerator(generator, dtype), decode, arguments.per_class, arguments.seed,
+            prepare(generator, dtype), decode, arguments.per_class, arguments.seed,
             guidance_scale=scale, guidance_power=power, temperature=arguments.temperature,
         )  # fmt: skip
-        result = evaluate_samples(classifier, images, labels, real_features)
+        result: dict[str, Any] = evaluate_samples(classifier, images, labels, real_features)
         result["by_class"] = dict(zip(train_source.class_names, result["by_class"], strict=True))
         setting = {"guidance_scale": scale, "guidance_power": power, "weight_dtype": precision,
                    "decode_dtype": str(decode.dtype).removeprefix("torch.")}  # fmt: skip

@@ -76,9 +76,7 @@ class Turn:
             self._done = torch.cuda.current_stream(self._device).record_event(self._done)
 
 
-def capture(
-    device: torch.device, work: Callable[[], None], pool: tuple[int, int] | None = None
-) -> torch.cuda.CUDAGraph:
+def capture(device: torch.device, work: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `work`, which reads and writes tensors that stay where they are; replay it with `.replay()`.
 
     `work` runs once before, so that libraries set themselves up outside the graph. Graphs of one `pool`

@@ -92,8 +92,9 @@ class ImageDecoder:
         """tokens (B, N) int64 -> images (B, 3, H, W) float32 in [0, 1]. Raises as `Tokenizer.decode`."""
         check_tensor("tokens", tokens, torch.int64, ("B", self.config.num_tokens), self.device)
         check_range("tokens", tokens, 0, self.config.codebook_size)
+        tokenizer: Any = self._origin.module
         if self._origin.changed():
-            self._take(self._origin.module)
+            self._take(tokenizer)
             self._begin()
         parts = [self._images(part) for part in tokens.split(TOGETHER)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

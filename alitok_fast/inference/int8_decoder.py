@@ -14,6 +14,9 @@ from alitok_fast.ops.int8_linear import int8_linear, pack_int8
 class Int8Linear(nn.Module):
     """A linear layer by `int8_linear`: weights and inputs rounded to int8 by groups of 64, results in bfloat16."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.outputs = linear.out_features
@@ -28,7 +31,9 @@ def int8_decoder(decoder: Decoder) -> Decoder:
     """A copy whose transformer multiplies in int8 and attends in bfloat16, around a float32 residual stream."""
     twin = copy.deepcopy(decoder).float()
     for layer in twin.transformer:
-        for module in (layer.attn, layer.mlp):
-            for name, child in module.named_children():
+        parts: list[nn.Module] = [layer.get_submodule("attn"), layer.get_submodule("mlp")]
+        for module in parts:
+            for name, child in list(module.named_children()):
+                assert isinstance(child, nn.Linear)
                 setattr(module, name, Int8Linear(child))
     return twin

@@ -115,7 +115,7 @@ class SamplingLoop:
     ) -> None:
         """Put these images' beginnings where a step reads them."""
         state, condition = self.state, self.model.condition_ids(labels, self.batch_size)
-        if state.schedule is not None:
+        if state.schedule is not None and schedule is not None:
             condition = torch.cat([condition, self.model.condition_ids(None, self.batch_size)])
             state.schedule.copy_(schedule)
         state.ids.copy_(condition)

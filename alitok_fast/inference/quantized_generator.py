@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
 
 class QuantizedLinear(nn.Module):
     """A linear layer whose weights are rounded to int8 or float8_e4m3fn, with a scale for each output and 64 inputs."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -53,7 +58,7 @@ class QuantizedGenerator:
         self.cache_dtype = gen.cache_dtype
         self.weight_dtype = weight_dtype
         self._origin = Origin(gen)
-        self.module = _shallow_copy(gen)
+        self.module: Any = _shallow_copy(gen)
         self.module.blocks = _quantized(gen.blocks, weight_dtype)
 
     @property

@@ -94,7 +94,7 @@ class Sampler:
             prompt_tokens = _check_prompt(prompt_tokens, count, config, device)
         rule = chosen.guided, chosen.temperature, chosen.top_k, chosen.top_p
         schedule = None
-        if chosen.guided:
+        if chosen.guidance_scale and chosen.guidance_power:
             schedule = guidance_schedule(config.num_tokens, chosen.guidance_scale, chosen.guidance_power)
         parts = []
         with self._turn:
@@ -126,17 +126,20 @@ class Sampler:
 
     def _refresh(self) -> None:
         """Pack the generator anew where its weights have changed since."""
+        gen: Any = self._origin.module
         if self._origin.changed():
-            gen = self._origin.module
             if gen.device != self.model.device:
                 raise ValueError(f"gen: expected the generator on {self.model.device}, where it was, got {gen.device}")
             self.model = prepare(gen, self._weight_dtype)
             self._origin = Origin(gen)
             self._loops.clear()
 
-    def _loop(self, *key: Any) -> SamplingLoop:
+    def _loop(
+        self, batch_size: int, guided: bool, temperature: float, top_k: int | None, top_p: float | None
+    ) -> SamplingLoop:
+        key = batch_size, guided, temperature, top_k, top_p
         if key not in self._loops:
-            self._make_room(*key[:2])
+            self._make_room(batch_size, guided)
             while len(self._loops) >= self._kept:
                 self._loops.popitem(last=False)
             self._loops[key] = SamplingLoop(self.model, *key, self.kv_dtype, self._turn)

@@ -47,7 +47,7 @@ def integer(name: str, value: Any, lowest: int = LOWEST_INT64, largest: int = LA
         ValueError: outside `lowest`..`largest`.
     """
     if isinstance(value, torch.SymInt):
-        return value
+        return value  # type: ignore[return-value]
     if not isinstance(value, int) or isinstance(value, bool):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
             raise TypeError(f"{name}: expected an integer, got {_described(value)}")
@@ -75,7 +75,7 @@ def number(name: str, value: Any, lowest: float = -math.inf) -> float:
 def real(name: str, value: Any) -> float:
     """As `number`, for what C++ checks the range of: NaN and infinities pass."""
     if isinstance(value, (float, torch.SymFloat)):
-        return value
+        return value  # type: ignore[return-value]
     if isinstance(value, (bool, str, bytes, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got {_described(value)}")
     try:
@@ -90,7 +90,7 @@ def check_dtype(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.dtype, got {_described(value)}")
 
 
-def check_matrix(name: str, value: object) -> None:
+def check_matrix(name: str, value: Any) -> None:
     """A floating-point tensor of two dimensions.
 
     Raises:
@@ -137,7 +137,7 @@ def without_autocast(reference: F) -> F:
         with torch.autocast(device, enabled=False):
             return reference(*arguments, **named)
 
-    return run
+    return run  # type: ignore[return-value]
 
 
 def _described(value: object) -> str:

@@ -8,6 +8,7 @@ import operator
 import unicodedata
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -22,7 +23,7 @@ CANDIDATES = 8  # that an error lists
 @functools.cache
 def imagenet_class_names() -> tuple[str, ...]:
     """The names of ImageNet-1k's 1,000 classes, in the order of their numbers."""
-    text = resources.files("alitok_fast").joinpath("weights", "imagenet_classes.txt").read_text(encoding="utf-8")
+    text = (resources.files("alitok_fast") / "weights" / "imagenet_classes.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
@@ -31,17 +32,17 @@ def class_names_of(model: str) -> ClassNames:
     if model == "imagenet":
         return ClassNames(imagenet_class_names(), len(imagenet_class_names()))
     opened = open_checkpoint("generator", model)
-    return trained_classes(opened.provenance.get("classes"), opened.config.num_classes)
+    return trained_classes(opened.provenance.get("classes"), opened.config)
 
 
-def trained_classes(names: Sequence[str] | None, num_classes: int) -> ClassNames:
+def trained_classes(names: Sequence[str] | None, config: Any) -> ClassNames:
     """The classes of a checkpoint: by its own names, by ImageNet's where it has 1,000 without names."""
-    if names is None and num_classes == len(imagenet_class_names()):
+    if names is None and config.num_classes == len(imagenet_class_names()):
         names = imagenet_class_names()
-    return ClassNames(names, num_classes)
+    return ClassNames(names, config.num_classes)
 
 
-class ClassNames(Sequence[str]):
+class ClassNames:
     """The classes that a generator was trained on: `num_classes` numbers, with a name for each of them or without.
 
     Raises TypeError or ValueError for names that are not strings, or more than there are classes.
@@ -60,6 +61,9 @@ class ClassNames(Sequence[str]):
     def __len__(self) -> int:
         return self.num_classes
 
+    def __iter__(self) -> Iterator[str]:
+        return (self[label] for label in range(self.num_classes))
+
     def __getitem__(self, label: int) -> str:
         """The class's name, or its number where it has none."""
         if not -self.num_classes <= label < self.num_classes:
@@ -74,7 +78,7 @@ class ClassNames(Sequence[str]):
         """
         return [self._id(label) for label in _flat(labels)]
 
-    def _id(self, label: object) -> int:
+    def _id(self, label: Any) -> int:
         if isinstance(label, str):
             return self._named(label)
         try:
@@ -117,7 +121,7 @@ class ClassNames(Sequence[str]):
         return f"{numbers} or a class name, such as {', '.join(map(shown, candidates))}{more}"
 
 
-def _flat(labels: object) -> Iterator[object]:
+def _flat(labels: Any) -> Iterator[Any]:
     if isinstance(labels, (Tensor, np.ndarray)):
         labels = labels.tolist()
     if isinstance(labels, (str, bytes)) or not hasattr(labels, "__iter__"):

@@ -112,10 +112,11 @@ class Pipeline:
         """
         opened = open_checkpoint("generator", name_or_path, weights=weights)
         other = open_checkpoint("tokenizer", name_or_path if tokenizer is None else tokenizer, weights=weights)
-        generator, decoder = (build(part).to(device, dtype).eval() for part in (opened, other))
+        generator: Any = build(opened).to(device, dtype).eval()
+        decoder: Any = build(other).to(device, dtype).eval()
         if weight_dtype is not None and generator.device.type != "cpu":
             generator = prepare(generator, weight_dtype)
-        classes = trained_classes(opened.provenance.get("classes"), generator.config.num_classes)
+        classes = trained_classes(opened.provenance.get("classes"), generator.config)
         return cls(decoder, generator, classes.names or None, str(name_or_path), weight_dtype, decode_dtype)
 
     def label_ids(self, labels: Label | Sequence[Label] | Tensor | np.ndarray) -> list[int]:

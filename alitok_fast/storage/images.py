@@ -77,7 +77,7 @@ def grid(
         caption_height = CAPTION if captions and any(captions[index] for index in row) else 0
         for column, index in enumerate(row):
             left = MARGIN + column * (cell_width + MARGIN)
-            if caption_height:
+            if captions and caption_height:
                 text = _shorten(captions[index], cell_width, font)
                 draw.text((left + cell_width / 2, top + 1), text, fill=INK, font=font, anchor="ma")
             enlarged = pictures[index].resize((cell_width, cell_height), Image.Resampling.NEAREST)
@@ -86,7 +86,7 @@ def grid(
     return sheet
 
 
-def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     text = shown(text, limit=width)  # no character is narrower than a pixel
     if font.getlength(text) <= width:
         return text
