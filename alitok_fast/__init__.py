@@ -1,5 +1,20 @@
 """AliTok image tokenizer and generator with native CPU and CUDA kernels.
 
+| name | what it is |
+|---|---|
+| `Pipeline` | class labels in, pictures out |
+| `SamplingParams` | guidance, temperature, top-k, top-p and seed, as one object |
+| `load_tokenizer`, `load_generator`, `save_model` | models from files and to files |
+| `Tokenizer`, `TokenizerConfig` | images to tokens and back |
+| `Generator`, `GeneratorConfig` | logits of the next token, for training and sampling |
+| `sample`, `Sampler` | tokens from a generator; a `Sampler` keeps what many calls share |
+| `prepare`, `PackedGenerator`, `QuantizedGenerator` | a generator's weights rounded and laid out for sampling |
+| `ImageDecoder` | tokens to images, at speed |
+| `plan` | the memory that sampling needs, and how many images fit |
+| `on_rows` | image rows while the tokens are still being sampled |
+| `use_reference` | PyTorch definitions in place of the native operators |
+| `alitok_fast.ops` | the operators as functions (docs/operators.md) |
+
 Importing the package is light: torch and the native extension load with the first name that is used.
 """
 
