@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = 80
+
+# The largest of each integer: far above any model there is, and small enough that what is built from one number alone
+# (layers on "meta", the rotary table of a grid) stays small. Where a file holds the weights, its shapes bound the rest.
+_LARGEST = {
+    "num_layers": 1024,
+    "encoder_layers": 1024,
+    "decoder_layers": 1024,
+    "grid": 256,
+    "image_size": 2**14,
+    "patch_size": 2**10,
+    "codebook_size": 2**24,
+    "num_classes": 2**24,
+    "num_buffer_tokens": 2**16,
+}
+_LARGEST_WIDTH = 2**17
 
 
 def _require(condition: bool, name: str, expected: str, actual: object) -> None:
     if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {actual!r}")
+        raise ValueError(f"{name}: expected {expected}, got {_REPR.repr(actual)}")
 
 
 class Config:
-    """Dictionary conversion shared by the configurations; unknown keys raise."""
+    """Dictionary conversion and checks of types, shared by the configurations; unknown keys raise."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -21,10 +40,23 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted((name for name in values if name not in known), key=str)
         if unknown:
-            raise ValueError(f"{cls.__name__}: unknown key {unknown[0]!r}; expected one of {sorted(known)}")
+            raise ValueError(f"{cls.__name__}: unknown key {_REPR.repr(unknown[0])}; expected one of {sorted(known)}")
         return cls(**values)
+
+    def _check_numbers(self) -> None:
+        """Integers positive and no larger than any model needs; floats finite, also in float32."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                _require(whole and value > 0, field.name, "a positive integer", value)
+                largest = _LARGEST.get(field.name, _LARGEST_WIDTH)
+                _require(value <= largest, field.name, f"at most {largest}", value)
+            elif field.type == "float":
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                _require(number and abs(value) <= 1e6, field.name, "a finite number of at most 1e6", value)
 
 
 @dataclass(frozen=True)
@@ -51,10 +83,7 @@ class TokenizerConfig(Config):
     usage_decay: float = 0.99
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.type == "int":
-                value = getattr(self, field.name)
-                _require(isinstance(value, int) and value > 0, field.name, "a positive integer", value)
+        self._check_numbers()
         _require(
             self.image_size % self.patch_size == 0,
             "image_size",
@@ -65,6 +94,10 @@ class TokenizerConfig(Config):
         for side in ("encoder", "decoder"):
             width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
             _require(width % heads == 0, f"{side}_width", f"a multiple of {side}_heads {heads}", width)
+        largest = self.patch_size * _LARGEST["grid"]
+        _require(self.image_size <= largest, "image_size", f"at most {largest} for this patch_size", self.image_size)
+        _require(self.commitment >= 0, "commitment", "a number >= 0", self.commitment)
+        _require(0.0 <= self.usage_decay < 1.0, "usage_decay", "a number in [0, 1)", self.usage_decay)
 
     @property
     def grid(self) -> int:
@@ -108,16 +141,15 @@ class GeneratorConfig(Config):
     guidance_power: float = 1.8
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.type == "int":
-                value = getattr(self, field.name)
-                _require(isinstance(value, int) and value > 0, field.name, "a positive integer", value)
+        self._check_numbers()
         _require(self.width % self.num_heads == 0, "width", f"a multiple of num_heads {self.num_heads}", self.width)
         _require(
             self.head_dim % 4 == 0, "width", "a head dimension that is a multiple of 4 (2-D rotary pairs)", self.width
         )
         for name in ("dropout", "class_dropout"):
             _require(0.0 <= getattr(self, name) < 1.0, name, "a probability in [0, 1)", getattr(self, name))
+        _require(self.guidance_scale >= 0, "guidance_scale", "a number >= 0", self.guidance_scale)
+        _require(self.guidance_power > 0, "guidance_power", "a number > 0", self.guidance_power)
 
     @property
     def head_dim(self) -> int:
