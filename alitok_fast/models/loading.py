@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from alitok_fast._library import install_hint
 from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, TokenizerConfig
@@ -17,6 +18,8 @@ from alitok_fast.models.generator import Generator
 from alitok_fast.models.tokenizer import Tokenizer
 from alitok_fast.storage import checkpoint
 from alitok_fast.storage.checkpoint import Checkpoint, read_checkpoint
+from alitok_fast.storage.files import shown
+from alitok_fast.storage.state_dict import plain_names
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMED = {  # by argument
@@ -41,11 +44,17 @@ def load_tokenizer(
 ) -> Tokenizer:
     """A tokenizer in evaluation mode.
 
-    `path_or_name`: "demo" (shipped with the package), one of our folders, a released file (`.safetensors`, `.pth`,
-    `.pt`, `.bin`; stage and sizes are recognised from its shapes) or a hub repository id such as "user/name".
-    Raises FileNotFoundError or ValueError saying what was expected and found.
+    Args:
+        path_or_name: "demo" (shipped with the package), one of our folders, a released file (`.safetensors`, `.pth`,
+            `.pt`, `.bin`; stage and sizes are recognised from its shapes) or a hub repository id such as "user/name".
+        dtype: torch.float32, torch.bfloat16 or torch.float16.
+        config: sizes that no shape tells, of a file without them.
+        weights: "ema" takes the moving average where a file holds one beside the weights; "raw" the weights themselves.
+
+    The model is a copy: what happens to its file afterwards does not reach it.
+    Raises FileNotFoundError, another OSError or ValueError saying what was expected and found, and in which file.
     """
-    return _load("tokenizer", path_or_name, device, dtype, config)
+    return _load("tokenizer", path_or_name, device, dtype, config, weights)
 
 
 def load_generator(
@@ -55,15 +64,46 @@ def load_generator(
     config: GeneratorConfig | None = None,
     weights: str = "ema",
 ) -> Generator:
-    """A generator in evaluation mode; `path_or_name` as for `load_tokenizer`."""
-    return _load("generator", path_or_name, device, dtype, config)
+    """A generator in evaluation mode; arguments and errors as for `load_tokenizer`."""
+    return _load("generator", path_or_name, device, dtype, config, weights)
 
 
 def save_model(
-    folder: str | os.PathLike, model: Tokenizer | Generator, provenance: dict[str, Any] | None = None
+    folder: str | os.PathLike,
+    model: Tokenizer | Generator,
+    provenance: dict[str, Any] | None = None,
+    force: bool = False,
 ) -> Path:
-    """Write `model` as a folder of ours: config.json (with `provenance`) and model.safetensors."""
-    return checkpoint.write_checkpoint(folder, Checkpoint(model.config, model.state_dict(), provenance or {}))
+    """Write `model` as a folder of ours: config.json (with `provenance`) and model.safetensors.
+
+    A compiled model, or one inside DistributedDataParallel, is written as the model that it holds. Tensors that share
+    memory are written as copies. Raises TypeError for another module, and ValueError where `model` holds other tensors
+    than its configuration says (adapters, parametrizations), or where files that are no model of ours would be written
+    over, unless `force`.
+    """
+    inner = _inside_wrappers(model)
+    if not isinstance(inner, (Tokenizer, Generator)):
+        raise TypeError(f"model: expected a Tokenizer or Generator, got {type(inner).__name__}")
+    state = plain_names(inner.state_dict(), "model")
+    _fit(inner.config, state, "model")
+    return checkpoint.write_checkpoint(folder, Checkpoint(inner.config, state, provenance or {}), force)
+
+
+def _inside_wrappers(model: nn.Module) -> nn.Module:
+    """What torch.compile and DistributedDataParallel hold; they keep it among their modules, under these names."""
+    while isinstance(model, nn.Module):
+        inner = [model._modules[name] for name in ("_orig_mod", "module") if name in model._modules]
+        if not inner:
+            break
+        model = inner[0]
+    return model
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """ValueError for a dtype that no model computes in."""
+    if dtype not in _DTYPES.values():
+        expected = "float32, bfloat16 or float16"
+        raise ValueError(f"dtype: expected {expected}, got {str(dtype).removeprefix('torch.')}")
 
 
 def dtype_from_name(name: str | None, argument: str = "dtype") -> torch.dtype | None:
@@ -84,8 +124,17 @@ def convert(
 ) -> Path:
     """Write a checkpoint as a file in the released format (a `target` with its suffix) or as a folder of ours.
 
-    `kind`, "tokenizer" or "generator", is needed where `source` holds both. `dtype` None keeps the precision.
-    Returns `target`. Raises as `load_tokenizer` does, before anything is written.
+    Beside a file x.pth comes x.pth.json, with the configuration, the class names and the provenance, for which the
+    released format has no place; `load_generator("x.pth")` reads both.
+
+    Args:
+        kind: "tokenizer" or "generator", where `source` holds both.
+        dtype: None keeps the precision.
+        weights: as for `load_tokenizer`.
+        force: also write over `source` itself, and over files that are no model of ours.
+
+    Returns:
+        `target`. Raises as `load_tokenizer` does, before anything is written.
     """
     if kind not in (None, "tokenizer", "generator"):
         raise ValueError(f"kind: expected 'tokenizer' or 'generator', got {kind!r}")
@@ -93,20 +142,22 @@ def convert(
         raise ValueError(
             f"target: expected a folder, or a file ending in {', '.join(checkpoint.SUFFIXES)}, got {target}"
         )
-    path = resolve(source, kind or "")
+    if dtype is not None:
+        check_dtype(dtype)
+    path, target = resolve(source, kind or ""), Path(target)
+    if not force:
+        checkpoint.check_target(target)
+        if target.exists() and target.samefile(path):
+            raise ValueError(f"target: expected another place than the source, got {target}; force writes over it")
     if kind is None and (path / "tokenizer").is_dir():
         raise ValueError(f"kind: expected 'tokenizer' or 'generator' for {source}, which holds both, got none")
-    original = read_checkpoint(path)
+    original = read_checkpoint(path, weights=weights)
     if kind not in (None, original.kind):
         raise ValueError(f"source: expected a {kind}, got a {original.kind} in {source}")
+    _fit(original.config, original.state, original.path)
     state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in original.state.items()}
-    converted = Checkpoint(original.config, state, original.provenance)
-    build(converted)  # raises where tensors do not fit
-    return (
-        checkpoint.write_released(target, state)
-        if Path(target).suffix
-        else checkpoint.write_checkpoint(target, converted)
-    )
+    write = checkpoint.write_file if target.suffix else checkpoint.write_checkpoint
+    return write(target, replace(original, state=state), force)
 
 
 def resolve(path_or_name: str | os.PathLike, kind: str) -> Path:
@@ -152,34 +203,43 @@ def open_checkpoint(
     weights: str = "ema",
 ) -> Checkpoint:
     """The checkpoint that `load_tokenizer` or `load_generator` builds, with its provenance."""
-    source = read_checkpoint(resolve(path_or_name, kind), config)
+    source = read_checkpoint(resolve(path_or_name, kind), config, weights)
     if source.kind != kind:
         raise ValueError(f"path_or_name: expected a {kind}, got a {source.kind} in {path_or_name}")
     return source
 
 
-def _load(kind: str, path_or_name, device, dtype, config) -> Any:
-    return build(open_checkpoint(kind, path_or_name, config)).to(device, dtype).eval()
+def _load(kind: str, path_or_name, device, dtype, config, weights) -> Any:
+    check_dtype(dtype)
+    return build(open_checkpoint(kind, path_or_name, config, weights)).to(device, dtype).eval()
 
 
 def build(source: Checkpoint) -> Tokenizer | Generator:
-    """The module of a checkpoint, holding its weights."""
-    model_class: Callable[[Any], Tokenizer | Generator] = Tokenizer if source.kind == "tokenizer" else Generator
-    with torch.device("meta"):
-        model = model_class(source.config)
+    """The module of a checkpoint, holding its weights. Raises ValueError, naming its file, where they do not fit."""
+    model = _fit(source.config, source.state, source.path)
     expected = model.state_dict()
-    wrong = [
-        f"{name}: expected shape {tuple(tensor.shape)}, got {tuple(source.state[name].shape)}"
-        for name, tensor in expected.items()
-        if name in source.state and source.state[name].shape != tensor.shape
-    ]
-    missing = sorted(set(expected) - set(source.state) - _OPTIONAL_KEYS)
-    unexpected = sorted(set(source.state) - set(expected) - _OPTIONAL_KEYS)
-    wrong += [f"{name}: expected, missing" for name in missing] + [f"{name}: unexpected" for name in unexpected]
-    if wrong:
-        raise ValueError(f"checkpoint: {len(wrong)} tensors do not fit {source.config}; the first: {wrong[0]}")
     state = {name: source.state[name] for name in expected if name in source.state}
     for name in set(expected) - set(state):
-        state[name] = torch.zeros(expected[name].shape)
+        state[name] = torch.zeros(expected[name].shape, dtype=torch.float32, device="cpu")
     model.load_state_dict(state, assign=True)
+    return model
+
+
+def _fit(config: TokenizerConfig | GeneratorConfig, state: dict[str, Tensor], path: str) -> Tokenizer | Generator:
+    """The module of `config`, without memory, once all tensors of `state` fit it."""
+    checkpoint.check_sizes(config, state, path, "config")
+    with torch.device("meta"):
+        model = (Tokenizer if isinstance(config, TokenizerConfig) else Generator)(config)
+    expected = model.state_dict()
+    wrong = [
+        f"{name}: expected shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    missing = sorted(set(expected) - set(state) - _OPTIONAL_KEYS)
+    unexpected = sorted(set(state) - set(expected) - _OPTIONAL_KEYS)
+    wrong += [f"{name}: expected, missing" for name in missing]
+    wrong += [f"{shown(name)}: unexpected" for name in unexpected]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit {config}; the first: {wrong[0]}")
     return model

@@ -1,104 +1,175 @@
-"""Weights on disk: files in the released format, and our own folders (config.json + model.safetensors).
+"""Models on disk: our own folders (config.json + model.safetensors), and files in the released format.
 
-Everything read here is data. Pickles are opened with `weights_only=True`, so a file that would run code is refused.
+A file x.pth that we write has x.pth.json beside it, which holds what config.json holds in a folder: configuration,
+class names, provenance. Where it is there, it is read with the file.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, TokenizerConfig
-from alitok_fast.storage.files import first_line, write_atomically
+from alitok_fast.config import GeneratorConfig, TokenizerConfig
+from alitok_fast.storage.files import first_line, read_json, shown, write_atomically
+from alitok_fast.storage.recognise import Config, check_sizes, recognise
+from alitok_fast.storage.state_dict import AVERAGE, State, check_weights, plain_names, unwrap
+from alitok_fast.storage.tensor_files import SUFFIXES, check_tensors, read_tensors
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT, VERSION = "alitok_fast", 2
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+LARGEST_DESCRIPTION = 2**26  # bytes
 
-Config = TokenizerConfig | GeneratorConfig
 _CONFIGS: dict[str, type] = {"tokenizer": TokenizerConfig, "generator": GeneratorConfig}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's configuration, weights (released key names) and where they come from."""
+    """A model's configuration, weights (released key names), where they come from, and the file, for messages."""
 
     config: Config
     state: dict[str, Tensor]
     provenance: dict[str, Any] = field(default_factory=dict)
+    path: str = "checkpoint"
 
     @property
     def kind(self) -> str:
         return "tokenizer" if isinstance(self.config, TokenizerConfig) else "generator"
 
 
-def read_checkpoint(path: str | os.PathLike, config: Config | None = None) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike, config: Config | None = None, weights: str = "ema") -> Checkpoint:
     """Read one of our folders, or a file in the released format.
 
-    A file's model size and stage are recognised from its shapes; `config` overrides that, for sizes no preset has.
+    A file's model size and stage are recognised from its shapes, unless x.pth.json of ours lies beside x.pth; `config`
+    overrides both, for sizes no preset has. Where a file holds both a moving average of the weights and the weights
+    themselves, `weights` "ema" takes the average, and provenance says so; "raw" takes the others.
     Raises FileNotFoundError, or ValueError naming the file, what was expected and what it holds.
     """
+    check_weights(weights)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"path: expected a checkpoint file or folder, got {path}, which does not exist")
     if path.is_dir():
-        return _read_folder(path, config)
-    state = read_state(path)
-    recognised = config or recognise(state, str(path))
-    return Checkpoint(recognised, state, {"source": path.name})
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (path / name).is_file():
+                raise ValueError(
+                    f"path: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got {path} without {name}"
+                )
+        file, described_by = path / WEIGHTS_NAME, path / CONFIG_NAME
+        stored, provenance = _parse(described_by, _read_description(described_by))
+    else:
+        file, described_by = path, beside(path)
+        stored, provenance = _read_beside(path)
+    if config is None:
+        config, told_by = stored, str(described_by)
+    else:
+        told_by = "config"
+    if weights == "raw" and provenance.get("weights") == AVERAGE:
+        raise ValueError(f"{described_by}: expected raw weights, got a moving average alone; take weights='ema'")
+    state, average = _read_state(file, weights, config, told_by)
+    if stored is None:
+        config = config or recognise(state, str(file))
+        provenance = {"source": path.name}
+    if average is not None:
+        provenance = {**provenance, "weights": AVERAGE, "weights_key": average}
+    return Checkpoint(config, state, provenance, str(file))
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, weights: str = "ema") -> dict[str, Tensor]:
     """The tensors of one file, by their released names; `.safetensors`, `.pth`, `.pt` or `.bin`."""
+    return _read_state(path, weights).tensors
+
+
+def write_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint, force: bool = False) -> Path:
+    """Write config.json + model.safetensors; each file appears whole or not at all. Returns the folder.
+
+    Raises ValueError where that would write over files that are no model of ours, unless `force`.
+    """
+    folder = Path(folder)
+    if not force:
+        check_target(folder)
+    tensors = _separate(checkpoint.state)
+    text = _description(checkpoint, tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Weights first: a folder with a config always has the weights it speaks of.
+    write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary))
+    write_atomically(folder / CONFIG_NAME, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return folder
+
+
+def write_file(path: str | os.PathLike, checkpoint: Checkpoint, force: bool = False) -> Path:
+    """Write one file in the released format and, as PATH.json, what the format has no place for. Returns the file.
+
+    Raises as `write_checkpoint` does.
+    """
+    path = Path(path)
+    if not force:
+        check_target(path)
+    _description(checkpoint, checkpoint.state)  # raises where it cannot be written, before anything is
+    write_released(path, checkpoint.state)
+    text = _description(checkpoint, checkpoint.state, bytes=path.stat().st_size)
+    write_atomically(beside(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return path
+
+
+def write_released(path: str | os.PathLike, state: Mapping[str, Tensor]) -> Path:
+    """Write one file in the released format, whole or not at all; its suffix chooses safetensors or pickle."""
+    path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path: expected a file ending in one of {', '.join(SUFFIXES)}, got {path.name}")
+    tensors = _separate(state)
+    write_atomically(path, lambda file: (save_file if path.suffix == ".safetensors" else torch.save)(tensors, file))
+    return path
+
+
+def beside(path: Path) -> Path:
+    """Where the description of a file lies: under its whole name, since x.json might be another file's."""
+    return path.with_name(path.name + ".json")
+
+
+def check_target(path: Path) -> None:
+    """ValueError where a model written to `path` would replace files that are no model of ours."""
+    folder = not path.suffix or path.is_dir()
+    described_by = path / CONFIG_NAME if folder else beside(path)
+    weights = path / WEIGHTS_NAME if folder else path
+    taken = [file for file in (described_by, weights) if os.path.lexists(file)]
+    if taken and not _is_ours(described_by):
+        raise ValueError(
+            f"target: expected a new name, or a model that alitok_fast wrote, got {path}, where {taken[0].name} is "
+            "there already; force writes over it"
+        )
+
+
+def _is_ours(described_by: Path) -> bool:
     try:
-        if path.suffix == ".safetensors":
-            loaded = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: expected a plain dictionary of tensors, got a pickle that needs code to run, or a damaged one; "
-            f"refused, nothing was executed ({first_line(error)})"
-        ) from None
-    except PermissionError:
-        raise
-    except Exception as error:  # fed garbage, the unpickler raises nearly anything: KeyError, UnicodeDecodeError, ...
-        raise ValueError(
-            f"{path}: expected a complete {path.suffix} checkpoint, got a truncated or foreign file of "
-            f"{path.stat().st_size} bytes ({first_line(error)})"
-        ) from None
-    return _unwrap(loaded, path)
+        return read_json(described_by).get("format") == FORMAT
+    except (ValueError, OSError):
+        return False
 
 
-def recognise(state: Mapping[str, Tensor], source: str = "state") -> Config:
-    """The configuration whose model has these tensors: presets first, then what the shapes say."""
-    if "encoder.patch_embed.weight" in state:
-        return _recognise_tokenizer(state, source)
-    if "embeddings.weight" in state:
-        return _recognise_generator(state, source)
-    sample = ", ".join(list(state)[:3]) or "nothing"
-    raise ValueError(f"{source}: expected an AliTok tokenizer or generator, got tensors named {sample}, ...")
+def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each tensor in memory of its own: tied ones become copies, and parts of larger ones bring no rest."""
+    tensors, seen = {}, set()
+    for name, tensor in plain_names(state).items():
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # sharded over processes
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.itemsize:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors
 
 
-def write_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
-    """Write config.json + model.safetensors; each file appears whole or not at all. Returns the folder."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.state.items()}
+def _description(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], **more: Any) -> str:
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
     description = {
         "format": FORMAT,
@@ -107,122 +178,95 @@ def write_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint) -> Path:
         "config": checkpoint.config.to_dict(),
         "dtype": dtypes[0] if len(dtypes) == 1 else dtypes,
         "provenance": checkpoint.provenance,
+        **more,
     }
-    # Weights first: a folder with a config always has the weights it speaks of.
-    write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary))
-    text = json.dumps(description, indent=2) + "\n"
-    write_atomically(folder / CONFIG_NAME, lambda temporary: temporary.write_text(text))
-    return folder
-
-
-def write_released(path: str | os.PathLike, state: Mapping[str, Tensor]) -> Path:
-    """Write one file in the released format, whole or not at all; its suffix chooses safetensors or pickle."""
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path: expected a file ending in one of {', '.join(SUFFIXES)}, got {path.name}")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(path, lambda file: (save_file if path.suffix == ".safetensors" else torch.save)(tensors, file))
-    return path
-
-
-def _read_folder(folder: Path, config: Config | None) -> Checkpoint:
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"path: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got {folder} without {name}"
-            )
     try:
-        description = json.loads((folder / CONFIG_NAME).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: expected JSON, got {first_line(error)}") from None
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ValueError(f'{folder / CONFIG_NAME}: expected "format": "{FORMAT}", got a file without it')
-    if description.get("kind") not in _CONFIGS:
+        text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+        _check_provenance(checkpoint.provenance, checkpoint.config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"provenance: expected values that JSON holds, got {first_line(error)}") from None
+    return text
+
+
+def _read_state(path: Path, weights: str, config: Config | None = None, told_by: str = "") -> State:
+    def check(entries: Mapping[str, Any]) -> None:
+        if config is not None:
+            check_sizes(config, plain_names(entries, str(path)), str(path), told_by)
+
+    state = unwrap(read_tensors(path, check), path, weights)
+    check_tensors(state.tensors, path)
+    check(state.tensors)
+    return state
+
+
+def _read_beside(path: Path) -> tuple[Config | None, dict[str, Any]]:
+    """What PATH.json of ours says about a file; nothing where there is none, or another program's."""
+    file = beside(path)
+    if not file.is_file():
+        return None, {}
+    description = read_json(file, "JSON, as alitok_fast writes it beside a model")
+    if description.get("format") != FORMAT:
+        return None, {}
+    size = path.stat().st_size
+    if description.get("bytes") != size:
         raise ValueError(
-            f"{folder / CONFIG_NAME}: kind: expected one of {list(_CONFIGS)}, got {description.get('kind')!r}"
+            f"{file}: expected the description of {path.name}, {size} bytes, got one of a file of "
+            f"{shown(description.get('bytes'))} bytes; remove it if the model has been replaced"
         )
-    if not isinstance(description.get("config"), dict):
-        raise ValueError(f"{folder / CONFIG_NAME}: config: expected a dictionary, got {description.get('config')!r}")
-    fields = description["config"] if "version" in description else _from_first_version(description["config"])
-    stored = _CONFIGS[description["kind"]].from_dict(fields)
-    return Checkpoint(config or stored, read_state(folder / WEIGHTS_NAME), description.get("provenance", {}))
+    return _parse(file, description)
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > LARGEST_DESCRIPTION:
+        raise ValueError(f"{file}: expected at most {LARGEST_DESCRIPTION} bytes, got {file.stat().st_size}")
+    description = read_json(file)
+    if description.get("format") != FORMAT:
+        raise ValueError(f'{file}: expected "format": "{FORMAT}", got a file without it')
+    return description
+
+
+def _parse(file: Path, description: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """Configuration and provenance of a description. Raises ValueError naming the file and the key at fault."""
+    try:
+        version, kind, fields = (description.get(key) for key in ("version", "kind", "config"))
+        if version not in (None, 1, VERSION) or isinstance(version, bool):
+            newer = isinstance(version, int) and version > VERSION
+            advice = "; a newer alitok_fast wrote it: update this one" if newer else ""
+            raise ValueError(f"version: expected at most {VERSION}, got {shown(version)}{advice}")
+        if not isinstance(kind, str) or kind not in _CONFIGS:
+            raise ValueError(f"kind: expected one of {list(_CONFIGS)}, got {shown(repr(kind))}")
+        if not isinstance(fields, dict):
+            raise ValueError(f"config: expected a dictionary, got {shown(fields)}")
+        config = _CONFIGS[kind].from_dict(fields if version == VERSION else _from_first_version(fields))
+        provenance = description.get("provenance", {})
+        _check_provenance(provenance, config)
+        return config, provenance
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file}: {first_line(error)}") from None
+
+
+def _check_provenance(provenance: Any, config: Config) -> None:
+    """ValueError naming the key where a value that is used later has another type, or cannot be written again."""
+    if not isinstance(provenance, dict):
+        raise ValueError(f"provenance: expected a dictionary, got {shown(provenance)}")
+    try:
+        json.dumps(provenance, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("provenance: expected text, got half of a surrogate pair") from None
+    except ValueError:
+        raise ValueError("provenance: expected finite numbers, got NaN or infinity") from None
+    names = provenance.get("classes")
+    if names is not None:
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"provenance.classes: expected a list of names, got {shown(names)}")
+        if isinstance(config, GeneratorConfig) and len(names) > config.num_classes:
+            raise ValueError(f"provenance.classes: expected at most {config.num_classes} names, got {len(names)}")
+    for key in ("tokenizer", "weights"):
+        if not isinstance(provenance.get(key), str | None):
+            raise ValueError(f"provenance.{key}: expected text, got {shown(provenance[key])}")
 
 
 def _from_first_version(fields: dict[str, Any]) -> dict[str, Any]:
     """A configuration as alitok_fast 0.1 wrote it, under today's names."""
     renamed = {name: f"num_{name}" for name in ("layers", "heads", "classes", "buffer_tokens")}
     return {renamed.get(name, name): value for name, value in fields.items() if name != "seed"}
-
-
-def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict itself, out of the wrappers that training scripts put around it."""
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}")
-    return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """Layers whose names match `pattern`, which has one group for the layer's number."""
-    numbers = {int(m.group(1)) for name in state if (m := re.match(pattern, name))}
-    return len(numbers)
-
-
-def _shape(state: Mapping[str, Tensor], source: str, name: str, ndim: int) -> tuple[int, ...]:
-    """The shape of a tensor that tells the model's size."""
-    shape = tuple(state[name].shape) if name in state else None
-    if shape is None or len(shape) != ndim or 0 in shape:
-        found = "no such tensor" if shape is None else f"shape {shape}"
-        raise ValueError(f"{source}: {name}: expected a tensor of {ndim} dimensions, got {found}")
-    return shape
-
-
-def _recognise_tokenizer(state: Mapping[str, Tensor], source: str) -> TokenizerConfig:
-    encoder_width, _, _, patch = _shape(state, source, "encoder.patch_embed.weight", 4)
-    patches, _ = _shape(state, source, "encoder.positional_embedding", 2)
-    decoder_width, _ = _shape(state, source, "decoder.decoder_embed.weight", 2)
-    codebook_size, code_dim = _shape(state, source, "quantize.embedding.weight", 2)
-    start, _ = _shape(state, source, "decoder.class_embedding", 2)
-    stage = 1 if "decoder.ffn_aux.0.weight" in state else 2
-    fields = dict(
-        image_size=math.isqrt(patches) * patch,
-        patch_size=patch,
-        codebook_size=codebook_size,
-        code_dim=code_dim,
-        encoder_width=encoder_width,
-        encoder_layers=_count(state, r"encoder\.transformer\.(\d+)\."),
-        decoder_width=decoder_width,
-        decoder_layers=_count(state, r"decoder\.transformer\.(\d+)\."),
-        stage=stage,
-    )
-    if stage == 2:
-        fields["num_buffer_tokens"] = start
-    for preset in TOKENIZERS.values():
-        if all(getattr(preset, k) == v for k, v in fields.items() if k not in ("stage", "num_buffer_tokens")):
-            return TokenizerConfig.from_dict({**preset.to_dict(), **fields})
-    # No shape holds the number of heads; every released model has heads of 64.
-    return TokenizerConfig(encoder_heads=encoder_width // 64, decoder_heads=decoder_width // 64, **fields)
-
-
-def _recognise_generator(state: Mapping[str, Tensor], source: str) -> GeneratorConfig:
-    rows, width = _shape(state, source, "embeddings.weight", 2)
-    codebook_size, _ = _shape(state, source, "output.weight", 2)
-    (head_dim,) = _shape(state, source, "blocks.0.attn.q_norm.weight", 1)
-    hidden, _ = _shape(state, source, "blocks.0.mlp.w1.weight", 2)
-    found = dict(
-        width=width,
-        num_layers=_count(state, r"blocks\.(\d+)\."),
-        num_heads=width // head_dim,
-        hidden=hidden,
-        codebook_size=codebook_size,
-        num_classes=rows - codebook_size - 2,
-    )
-    for preset in GENERATORS.values():
-        if all(getattr(preset, name) == value for name, value in found.items()):
-            return preset
-    raise ValueError(
-        f"{source}: expected a generator of a preset's size ({', '.join(GENERATORS)}), got {found}; "
-        "pass config=GeneratorConfig(...), since no shape tells its grid and guidance"
-    )

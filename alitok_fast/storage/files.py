@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import reprlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -35,7 +37,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         text = f"{path} was not written: {error.strerror or error}"
         raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
-    except (RuntimeError, SafetensorError) as error:  # of a full disk, torch.save only says "unexpected pos 704 vs 598"
+    except (RuntimeError, SafetensorError) as error:
+        # Of a full disk, torch.save only says "unexpected pos 704 vs 598", safetensors "I/O error".
+        if not re.search(r"unexpected pos|PytorchStreamWriter|I/O error|IoError", str(error)):
+            raise
         raise OSError(f"{path} was not written, the disk may be full: {first_line(error)}") from error
 
 
@@ -156,12 +161,22 @@ def locked(path: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """`value` as text for a message or a terminal: one line of at most `limit` characters, nothing in it a command.
+
+    What comes from a file may hold escape sequences, line breaks, characters that turn the direction of writing, or
+    megabytes. Whatever does not print is written as in Python ("\\x1b"), and the end is cut off ("...").
+    """
+    text = str(value) if isinstance(value, str | os.PathLike) else reprlib.repr(value)
+    escaped = []
+    for character in text[: limit + 1]:
+        if not character.isprintable():
+            character = character.encode("unicode_escape").decode()
+        escaped.append(character)
+    whole = "".join(escaped)
+    return whole if len(whole) <= limit else whole[: max(limit - 3, 0)] + "..."
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, its type's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def shown(text: object, limit: int = 80) -> str:
-    """Text from a file or a user for a message: control characters escaped, and shortened to `limit` characters."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: limit + 1])
-    return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"

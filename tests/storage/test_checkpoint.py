@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from alitok_fast.config import TokenizerConfig, generator_preset, tokenizer_preset
 from alitok_fast.models import Generator, Tokenizer, load_generator, load_tokenizer, save_model
 from alitok_fast.models.loading import build
-from alitok_fast.storage import checkpoint
+from alitok_fast.storage import checkpoint, tensor_files
 from alitok_fast.storage.checkpoint import Checkpoint, read_checkpoint, recognise, write_checkpoint
-from alitok_fast.storage.files import write_atomically
+from alitok_fast.storage.files import write_atomically, write_json
 
 
 def meta_state(model_class, config) -> dict[str, torch.Tensor]:
@@ -155,16 +155,37 @@ def test_the_wrong_kind_is_named(tmp_path, tiny_tokenizer):
         load_generator(folder)
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (lambda d: d["config"].update(depth=3), "TokenizerConfig: unknown key 'depth'"),
+        (lambda d: d["config"].update({"\x1b[31m": 3}), r"unknown key '\\x1b\[31m'"),
         (lambda d: d["config"].update(stage=9), "stage: expected 1 or 2, got 9"),
+        (lambda d: d["config"].update(stage=1), "stage: expected 2, as in model.safetensors, got 1"),
         (lambda d: d.update(kind="vocoder"), r"kind: expected one of \['tokenizer', 'generator'\], got 'vocoder'"),
+        (lambda d: d.update(kind={}), r"kind: expected one of \['tokenizer', 'generator'\], got {}"),
+        (lambda d: d.update(kind="\x1b[2J"), r"got '\\x1b\[2J'"),
+        (lambda d: d.update(kind="generator", config={}), "blocks.0|embeddings.weight"),
         (lambda d: d.update(format="other"), 'expected "format": "alitok_fast"'),
-        (lambda d: d.pop("config"), "config.json"),
-        (lambda d: d["config"].update(decoder_layers=3), "tensors do not fit .*expected, missing"),
-        (lambda d: d["config"].update(codebook_size=64), r"quantize.embedding.weight: expected shape \(64, 8\)"),
+        (lambda d: d.update(version=3), "version: expected at most 2, got 3; a newer alitok_fast wrote it"),
+        (lambda d: d.update(version="2"), "version: expected at most 2, got 2"),
+        (lambda d: d.update(version=True), "version: expected at most 2, got True"),
+        (lambda d: d.pop("config"), "config: expected a dictionary, got None"),
+        (lambda d: d["config"].update(decoder_layers=3), "decoder_layers: expected 2, as in model.safetensors, got 3"),
+        (lambda d: d["config"].update(decoder_layers=10**9), "decoder_layers: expected at most 1024, got 1000000000"),
+        (lambda d: d["config"].update(codebook_size=64), "codebook_size: expected 32, as in model.safetensors, got 64"),
+        (lambda d: d["config"].update(commitment=NAN), "commitment: expected a finite number of at most 1e6, got nan"),
+        (lambda d: d["config"].update(commitment=1e300), "commitment: expected a finite number .*, got 1e\\+300"),
+        (lambda d: d.update(provenance=None), "provenance: expected a dictionary, got None"),
+        (lambda d: d.update(provenance=[]), r"provenance: expected a dictionary, got \[\]"),
+        (lambda d: d.update(provenance={"loss": NAN}), "provenance: expected finite numbers"),
+        (lambda d: d.update(provenance={"data": "\ud800"}), "provenance: expected text, got half of a surrogate pair"),
+        (lambda d: d.update(provenance={"classes": 5}), "provenance.classes: expected a list of names, got 5"),
+        (lambda d: d.update(provenance={"classes": [1]}), r"provenance.classes: expected a list of names, got \[1\]"),
+        (lambda d: d.update(provenance={"tokenizer": []}), r"provenance.tokenizer: expected text, got \[\]"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(tmp_path, tiny_tokenizer, change, message):
@@ -172,8 +193,52 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, tiny_tokenizer, change,
     description = json.loads((folder / "config.json").read_text())
     change(description)
     (folder / "config.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"(config.json|model.safetensors): .*({message})") as caught:
         load_tokenizer(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_more_names_than_classes_are_refused(tmp_path, tiny_generator):
+    with pytest.raises(ValueError, match="provenance.classes: expected at most 10 names, got 11"):
+        save_model(tmp_path / "g", tiny_generator(), {"classes": list("abcdefghijk")})
+    assert not (tmp_path / "g").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b"[1]", b'{"format": 1}', b"9" * 5000])
+def test_damaged_json_is_one_line(tmp_path, tiny_tokenizer, content):
+    folder = save_model(tmp_path / "t", tiny_tokenizer())
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="config.json: expected"):
+        load_tokenizer(folder)
+
+
+def test_folders_of_version_0_1_load(tmp_path, tiny_generator):
+    """They have no version, other names and a seed in their configuration."""
+    gen = tiny_generator()
+    folder = save_model(tmp_path / "g", gen, {"classes": ["a"]})
+    description = json.loads((folder / "config.json").read_text())
+    del description["version"]
+    old = {name.removeprefix("num_"): value for name, value in description["config"].items()}
+    description["config"] = {**old, "seed": 42}
+    assert {"layers", "heads", "classes"} <= description["config"].keys()
+    (folder / "config.json").write_text(json.dumps(description))
+    loaded = load_generator(folder)
+    assert loaded.config == gen.config and read_checkpoint(folder).provenance == {"classes": ["a"]}
+    assert all(torch.equal(value, gen.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_sizes_are_compared_before_weights_are_read(tmp_path, tiny_generator, monkeypatch):
+    folder = save_model(tmp_path / "g", tiny_generator())
+    description = json.loads((folder / "config.json").read_text())
+    description["config"]["num_layers"] = 1000
+    (folder / "config.json").write_text(json.dumps(description))
+
+    def read(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(tensor_files, "_read_entry", read)
+    with pytest.raises(ValueError, match="config.json: num_layers: expected 2, as in model.safetensors, got 1000"):
+        load_generator(folder)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path, tiny_tokenizer):
@@ -232,9 +297,10 @@ def test_malicious_pickle_is_refused_and_runs_nothing(tmp_path, demo_state, writ
 def test_other_dictionaries_are_refused(tmp_path, demo_state):
     for content, message in [
         ({"weight": torch.zeros(2)}, "expected an AliTok tokenizer or generator, got tensors named weight"),
-        ([1, 2], "expected a dictionary of tensors, got list"),
-        ({"a": 1}, "expected a dictionary of tensors"),
-        ({}, "expected a dictionary of tensors"),
+        ([1, 2], "x.pth: expected a dictionary of tensors, got a list"),
+        ({"a": 1}, "expected a dictionary of tensors, got a dictionary of a"),
+        ({1: torch.zeros(1)}, "expected a dictionary of tensors, got a dictionary of 1"),
+        ({}, "expected a dictionary of tensors, got an empty dictionary"),
     ]:
         torch.save(content, tmp_path / "x.pth")
         with pytest.raises(ValueError, match=message):
@@ -345,7 +411,7 @@ def test_a_full_disk_is_named(tmp_path, name, reason):
     try:
         with pytest.raises(OSError, match=rf"{tmp_path / name} was not written{reason}$"):
             if name.endswith("json"):
-                checkpoint.write_json(tmp_path / name, {"labels": list(range(1000))})
+                write_json(tmp_path / name, {"labels": list(range(1000))})
             else:
                 checkpoint.write_released(tmp_path / name, {"a": torch.zeros(10_000)})
     finally:
