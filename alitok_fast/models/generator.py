@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from alitok_fast.config import GeneratorConfig
 from alitok_fast.models.checks import check_range, check_tensor
 from alitok_fast.models.kv_cache import KVCache
-from alitok_fast.models.layers import GeneratorBlock, RMSNorm
+from alitok_fast.models.layers import Embedding, GeneratorBlock, Linear, RMSNorm, making
 from alitok_fast.models.rope import rope_table
 from alitok_fast.ops.decode import SampleState, sample_next
 
@@ -34,27 +34,37 @@ def sample_steps(model: Any, state: SampleState, cache: KVCache, steps: int) -> 
         sample_next(state, model.step(state.ids, cache), position)
 
 
+def _after_loading(generator: Generator, _: object) -> None:
+    generator._settle()
+
+
 class Generator(nn.Module):
-    """Class label and tokens in, next-token logits out.
+    """Class label and tokens in, next-token logits out. Made in float32.
 
     The embedding holds the codes, one unused slot, the classes and "no condition".
     """
 
-    def __init__(self, config: GeneratorConfig) -> None:
+    def __init__(self, config: GeneratorConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = nn.Embedding(config.vocabulary, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            GeneratorBlock(config.width, config.num_heads, config.hidden, config.dropout)
-            for _ in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.width)
-        self.output = nn.Linear(config.width, config.codebook_size)
+        with making(device):
+            self.embeddings = Embedding(config.vocabulary, config.width)
+            self.dropout = nn.Dropout(config.dropout)
+            self.blocks = nn.ModuleList(
+                GeneratorBlock(config.width, config.num_heads, config.hidden, config.dropout)
+                for _ in range(config.num_layers)
+            )
+            self.norm = RMSNorm(config.width)
+            self.output = Linear(config.width, config.codebook_size)
+        # The table is no weight and in no file. It has values on "meta" too, and `_settle` keeps it beside the weights.
         self.register_buffer("rope", rope_table(config), persistent=False)
+        self.register_load_state_dict_post_hook(_after_loading)
+        self._settle()
         self._initialize()
 
     def _initialize(self) -> None:
+        if self.output.weight.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -62,27 +72,47 @@ class Generator(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.output.weight)
 
-    def _apply(self, fn, recurse: bool = True):
-        """Moves everything, but leaves in float32 what guidance scales of 16 would amplify the rounding of.
+    def _exact(self) -> list[nn.Parameter]:
+        """Parameters that stay float32: what guidance scales of 16 would amplify the rounding of.
 
         Reduced precision is for the blocks, where nearly all weights are. Embeddings, the last norm and the head (and
-        with them the residual stream and the logits) stay float32, and so do the rotary table and the norms of queries
-        and keys, which the attention kernels read as float32.
+        with them the residual stream and the logits) stay float32, and so do the norms of queries and keys, which the
+        attention kernels read as float32.
         """
-        exact = [self.embeddings.weight, self.norm.weight, self.output.weight, self.output.bias, self.rope]
-        exact += [norm.weight for block in self.blocks for norm in (block.attn.q_norm, block.attn.k_norm)]
-        made_up = self.rope.is_meta
+        outside = [self.embeddings, self.norm, self.output]
+        norms = [norm for block in self.blocks for norm in (block.attn.q_norm, block.attn.k_norm)]
+        return [parameter for module in (*outside, *norms) for parameter in module.parameters(recurse=False)]
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves everything, but leaves `_exact` parameters and their gradients, and the rotary table, in float32."""
+        exact = self._exact()
+        exact += [parameter.grad for parameter in exact if parameter.grad is not None]
 
         def convert(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             if result.dtype in (torch.bfloat16, torch.float16) and any(tensor is kept for kept in exact):
                 return tensor.to(result.device, torch.float32)
-            return result
+            return result if tensor is not self.rope else result.to(torch.float32)
 
         super()._apply(convert, recurse)
-        if made_up and not self.rope.is_meta:
-            self.rope = rope_table(self.config).to(self.rope.device)
+        table = rope_table(self.config)
+        if self.rope.is_meta:
+            self.rope = table
+        else:  # `to_empty` leaves memory without values, `share_memory` memory that must stay
+            with torch.inference_mode(self.rope.is_inference()):
+                self.rope.copy_(table)
+        self._settle()
         return self
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Puts right what weights from elsewhere (loading with assign=True) leave wrong: dtypes, the table's device."""
+        for parameter in self._exact():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+        weight = self.output.weight
+        if not weight.is_meta and self.rope.device != weight.device:
+            self.rope = self.rope.to(weight.device)
 
     @property
     def device(self) -> torch.device:
@@ -111,9 +141,9 @@ class Generator(nn.Module):
         (ranges are checked in evaluation mode only).
         """
         self._check_tokens(tokens)
-        condition = self.condition_ids(labels, len(tokens))
+        condition = self.condition_ids(labels, tokens.shape[0])
         if self.training and self.config.class_dropout:
-            dropped = torch.rand(len(tokens), device=self.device) < self.config.class_dropout
+            dropped = torch.rand(tokens.shape[0], device=self.device) < self.config.class_dropout
             condition = torch.where(dropped, self.config.no_condition, condition)
         x = self.dropout(self.embeddings(torch.cat([condition.unsqueeze(1), tokens], dim=1)))
         rope, delta = self.rope[: x.shape[1]], None
@@ -155,6 +185,6 @@ class Generator(nn.Module):
     def _check_tokens(self, tokens: Tensor) -> None:
         check_tensor("tokens", tokens, torch.int64, ("B", f"n <= {self.config.num_tokens}"), self.device)
         if tokens.shape[1] > self.config.num_tokens:
-            raise ValueError(f"tokens: expected at most {self.config.num_tokens} a row, got {tokens.shape[1]}")
+            raise ValueError(f"tokens: expected at most {self.config.num_tokens} per row, got {tokens.shape[1]}")
         if not self.training:
             check_range("tokens", tokens, 0, self.config.codebook_size)

@@ -6,9 +6,14 @@ released format and loading needs no renaming.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
@@ -17,12 +22,45 @@ from alitok_fast.ops.swiglu import swiglu
 
 NORM_EPS = 1e-5
 
+# Models are made in float32 whatever torch's default dtype is; `.to(dtype)` is how another is chosen.
+Linear = partial(nn.Linear, dtype=torch.float32)
+LayerNorm = partial(nn.LayerNorm, eps=NORM_EPS, dtype=torch.float32)
+Embedding = partial(nn.Embedding, dtype=torch.float32)
+Conv2d = partial(nn.Conv2d, dtype=torch.float32)
+
+
+def new_parameter(*shape: int) -> nn.Parameter:
+    """A parameter without values yet."""
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32))
+
+
+class NoInitialisingOnMeta(TorchFunctionMode):
+    """Inside, the initialisers that layers run on themselves leave out tensors on "meta", which have no values.
+
+    Drawing such values imports torch._dynamo and sympy, a second of every start.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def making(device: torch.device | str | None) -> Iterator[None]:
+    """How models are made: on `device`, None for torch's default one, and without values on "meta"."""
+    with NoInitialisingOnMeta(), contextlib.nullcontext() if device is None else torch.device(device):
+        yield
+
 
 class PointwiseConv(nn.Conv2d):
     """A 1x1 convolution, stored as one and applied to channels-last tensors (..., in) as a matrix product."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1)
+        super().__init__(in_channels, out_channels, kernel_size=1, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)
@@ -34,8 +72,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.in_proj = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
+        self.in_proj = Linear(width, 3 * width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor, prefix_len: int) -> Tensor:
         qkv = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1))
@@ -47,8 +85,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x)))
@@ -59,9 +97,9 @@ class TokenizerLayer(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width, NORM_EPS)
+        self.ln_1 = LayerNorm(width)
         self.attn = SelfAttention(width, num_heads)
-        self.ln_2 = nn.LayerNorm(width, NORM_EPS)
+        self.ln_2 = LayerNorm(width)
         self.mlp = Mlp(width)
 
     def forward(self, x: Tensor, prefix_len: int) -> Tensor:
@@ -74,7 +112,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS).to(self.weight.dtype) * self.weight
@@ -85,9 +123,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w1 = Linear(width, hidden, bias=False)
+        self.w3 = Linear(width, hidden, bias=False)
+        self.w2 = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -108,10 +146,10 @@ class GeneratorAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm = RMSNorm(width // num_heads)
         self.k_norm = RMSNorm(width // num_heads)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def project(self, x: Tensor) -> Tensor:
         """(..., width) to the packed (..., 3, heads, head_dim) that the attention operators read."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from alitok_fast.config import TokenizerConfig
-from alitok_fast.models.checks import check_range, check_tensor
-from alitok_fast.models.layers import NORM_EPS, PointwiseConv, TokenizerLayer
-from alitok_fast.models.vector_quantizer import Quantizer
+from alitok_fast.models.checks import check_finite, check_range, check_tensor
+from alitok_fast.models.layers import Conv2d, LayerNorm, Linear, PointwiseConv, TokenizerLayer, making, new_parameter
+from alitok_fast.models.vector_quantizer import VectorQuantizer
 from alitok_fast.ops.vq_lookup import VQLookup
 
 
@@ -38,20 +38,20 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         width = config.encoder_width
-        self.positional_embedding = nn.Parameter(torch.empty(config.num_image_tokens, width))
-        self.latent_token_positional_embedding = nn.Parameter(torch.empty(config.num_tokens, width))
-        self.patch_embed = nn.Conv2d(3, width, config.patch_size, config.patch_size)
-        self.ln_pre = nn.LayerNorm(width, NORM_EPS)
+        self.positional_embedding = new_parameter(config.num_image_tokens, width)
+        self.latent_token_positional_embedding = new_parameter(config.num_tokens, width)
+        self.patch_embed = Conv2d(3, width, config.patch_size, config.patch_size)
+        self.ln_pre = LayerNorm(width)
         layers = range(config.encoder_layers)
         self.transformer = nn.ModuleList(TokenizerLayer(width, config.encoder_heads) for _ in layers)
-        self.ln_post = nn.LayerNorm(width, NORM_EPS)
+        self.ln_post = LayerNorm(width)
         self.conv_out = PointwiseConv(width, config.code_dim)
 
     def forward(self, images: Tensor, latent_tokens: Tensor) -> Tensor:
         """images (B, 3, H, W), latent_tokens (N, width) -> (B, N, code_dim)."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.positional_embedding
         latents = (latent_tokens + self.latent_token_positional_embedding).to(patches.dtype)
-        x = self.ln_pre(torch.cat([patches, latents.expand(len(images), -1, -1)], dim=1))
+        x = self.ln_pre(torch.cat([patches, latents.expand(images.shape[0], -1, -1)], dim=1))
         for layer in self.transformer:
             x = layer(x, prefix_len=x.shape[1])
         return self.conv_out(self.ln_post(x[:, patches.shape[1] :]))
@@ -67,13 +67,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         width, start = config.decoder_width, config.num_start_tokens
-        self.class_embedding = nn.Parameter(torch.empty(start, width))
-        self.latent_token_positional_embedding = nn.Parameter(torch.empty(start + config.num_tokens, width))
-        self.decoder_embed = nn.Linear(config.code_dim, width)
-        self.ln_pre = nn.LayerNorm(width, NORM_EPS)
+        self.class_embedding = new_parameter(start, width)
+        self.latent_token_positional_embedding = new_parameter(start + config.num_tokens, width)
+        self.decoder_embed = Linear(config.code_dim, width)
+        self.ln_pre = LayerNorm(width)
         layers = range(config.decoder_layers)
         self.transformer = nn.ModuleList(TokenizerLayer(width, config.decoder_heads) for _ in layers)
-        self.ln_post = nn.LayerNorm(width, NORM_EPS)
+        self.ln_post = LayerNorm(width)
         patch_values = 3 * config.patch_size**2
         self.ffn = nn.Sequential(PointwiseConv(width, patch_values))
         self.conv_out = PointwiseConv(3, 3)
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
     def _trunk(self, codes: Tensor) -> Tensor:
         """(B, n, code_dim) -> (B, n, width), the start tokens dropped."""
         x = self.decoder_embed(codes)
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(codes), -1, -1), x], dim=1)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(codes.shape[0], -1, -1), x], dim=1)
         x = self.ln_pre(x + self.latent_token_positional_embedding[: x.shape[1]].to(x.dtype))
         prefix_len = 0 if self.config.stage == 1 else x.shape[1]
         for layer in self.transformer:
@@ -110,25 +110,28 @@ class Decoder(nn.Module):
 
     def _pixels(self, values: Tensor, conv: PointwiseConv, rows: int) -> Tensor:
         """(B, rows * columns, patch * patch * 3), channels (p1, p2, c) -> (B, 3, rows * patch, columns * patch)."""
-        p = self.config.patch_size
+        p, batch = self.config.patch_size, values.shape[0]
         columns = values.shape[1] // rows if rows else self.config.grid
-        values = conv(values.reshape(len(values), rows, columns, p, p, 3))  # mixes colours: the order of pixels is free
-        return torch.sigmoid(values).permute(0, 5, 1, 3, 2, 4).reshape(len(values), 3, rows * p, columns * p)
+        values = conv(values.reshape(batch, rows, columns, p, p, 3))  # mixes colours: the order of pixels is free
+        return torch.sigmoid(values).permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, rows * p, columns * p)
 
 
 class Tokenizer(nn.Module):
-    """Encoder, quantizer and decoder; `config.stage` says which decoder."""
+    """Encoder, quantizer and decoder; `config.stage` says which decoder. Made in float32."""
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: TokenizerConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
-        self.latent_tokens = nn.Parameter(torch.empty(config.num_tokens, config.encoder_width))
-        self.encoder = Encoder(config)
-        self.quantize = Quantizer(config)
-        self.decoder = Decoder(config)
+        with making(device):
+            self.latent_tokens = new_parameter(config.num_tokens, config.encoder_width)
+            self.encoder = Encoder(config)
+            self.quantize = VectorQuantizer(config)
+            self.decoder = Decoder(config)
         self._initialize()
 
     def _initialize(self) -> None:
+        if self.latent_tokens.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -164,23 +167,26 @@ class Tokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W), finite floats in [0, 1] -> tokens (B, N) int64 in [0, codebook_size).
 
-        Raises TypeError or ValueError for another dtype, shape, device or range.
+        Raises TypeError or ValueError for another dtype, shape, device or range, ValueError where the features or the
+        codebook are not finite: weights that are not numbers, or a precision that overflows.
         """
         size = self.config.image_size
         check_tensor("images", images, None, ("B", 3, size, size), self.device)
         check_range("images", images, 0, 1, closed=True)
         z = self.features(images)
+        check_finite("features", z)
+        check_finite("codebook", self.quantize.codebook)
         return self.quantize(z.flatten(0, 1)).indices.view(z.shape[:2])
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) int64 -> images (B, 3, H, W) in [0, 1], in the model's dtype.
 
-        Raises TypeError or ValueError for another dtype, shape, device or range.
+        Raises TypeError or ValueError for another dtype, shape, device or range, or for pixels that are not finite.
         """
         check_tensor("tokens", tokens, torch.int64, ("B", self.config.num_tokens), self.device)
         check_range("tokens", tokens, 0, self.config.codebook_size)
-        return self.decoder(self.quantize.embedding(tokens))[0]
+        return check_finite("pixels", self.decoder(self.quantize.embedding(tokens))[0])
 
     @torch.no_grad()
     def decode_rows(self, tokens: Tensor) -> Tensor:
@@ -189,9 +195,9 @@ class Tokenizer(nn.Module):
             raise ValueError(f"decode_rows: expected a stage-1 (causal) tokenizer, got stage {self.config.stage}")
         check_tensor("tokens", tokens, torch.int64, ("B", f"n <= {self.config.num_tokens}"), self.device)
         if tokens.shape[1] > self.config.num_tokens:
-            raise ValueError(f"tokens: expected at most {self.config.num_tokens} a row, got {tokens.shape[1]}")
+            raise ValueError(f"tokens: expected at most {self.config.num_tokens} per row, got {tokens.shape[1]}")
         check_range("tokens", tokens, 0, self.config.codebook_size)
-        return self.decoder.rows(self.quantize.embedding(tokens))
+        return check_finite("pixels", self.decoder.rows(self.quantize.embedding(tokens)))
 
 
 def stage2_from_stage1(stage1: Tokenizer, num_buffer_tokens: int | None = None) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Nearest-code quantizer of the tokenizer, with the clustering update of stage 1."""
+"""Vector quantizer of the tokenizer (codebook lookup), with the clustering update of stage 1."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alitok_fast.config import TokenizerConfig
+from alitok_fast.models.layers import Embedding
 from alitok_fast.ops.vq_lookup import VQLookup, vq_lookup
 
 
-class Quantizer(nn.Module):
-    """Plain L2 nearest code, always in float32; the codebook is `embedding.weight` (K, code_dim)."""
+class VectorQuantizer(nn.Module):
+    """Codebook lookup by plain L2 distance, always in float32; the codebook is `embedding.weight` (K, code_dim)."""
 
     embed_prob: Tensor
     """(K,) how often each code is used, a moving average; of stage 1 only."""
@@ -20,10 +21,10 @@ class Quantizer(nn.Module):
         super().__init__()
         self.commitment = config.commitment
         self.usage_decay = config.usage_decay
-        self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
+        self.embedding = Embedding(config.codebook_size, config.code_dim)
         nn.init.uniform_(self.embedding.weight, -1 / config.codebook_size, 1 / config.codebook_size)
         if config.stage == 1:
-            self.register_buffer("embed_prob", torch.zeros(config.codebook_size))
+            self.register_buffer("embed_prob", torch.zeros(config.codebook_size, dtype=torch.float32))
 
     @property
     def codebook(self) -> Tensor:
@@ -47,7 +48,7 @@ class Quantizer(nn.Module):
             dist.all_reduce(usage)
             features = _closest_over_ranks(features, self.codebook)
         self.embed_prob.mul_(self.usage_decay).add_(usage / usage.sum(), alpha=1 - self.usage_decay)
-        exponent = self.embed_prob * len(self.codebook) * 10 / (1 - self.usage_decay) + 1e-3
+        exponent = self.embed_prob * self.codebook.shape[0] * 10 / (1 - self.usage_decay) + 1e-3
         self.codebook.lerp_(features.to(self.codebook.dtype), torch.exp(-exponent).unsqueeze(1))
 
 

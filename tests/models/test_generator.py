@@ -145,14 +145,14 @@ def test_labels_are_dropped_in_training_only(tiny_generator):
 @pytest.mark.parametrize(
     "tokens, labels, error, message",
     [
-        (torch.zeros(2, 3), [0, 1], TypeError, "tokens: expected a int64 tensor, got float32"),
+        (torch.zeros(2, 3), [0, 1], TypeError, "tokens: expected an int64 tensor, got float32"),
         (torch.zeros(2, dtype=torch.int64), [0, 1], ValueError, r"tokens: expected shape \(B, n <= 21\), got \(2,\)"),
-        (torch.zeros(2, 22, dtype=torch.int64), [0, 1], ValueError, "tokens: expected at most 21 a row, got 22"),
+        (torch.zeros(2, 22, dtype=torch.int64), [0, 1], ValueError, "tokens: expected at most 21 per row, got 22"),
         (torch.full((2, 3), 32), [0, 1], ValueError, r"tokens: expected values in \[0, 32\), got 32"),
         (torch.full((2, 3), -1), [0, 1], ValueError, r"tokens: expected values in \[0, 32\), got -1"),
         (torch.zeros(2, 3, dtype=torch.int64), [0], ValueError, r"labels: expected shape \(2,\), got \(1,\)"),
         (torch.zeros(2, 3, dtype=torch.int64), [0, 10], ValueError, r"labels: expected values in \[0, 10\), got 10"),
-        (torch.zeros(2, 3, dtype=torch.int64), [0.0, 1.0], TypeError, "labels: expected a int64 tensor, got float32"),
+        (torch.zeros(2, 3, dtype=torch.int64), [0.0, 1.0], TypeError, "labels: expected an int64 tensor, got float32"),
     ],
 )
 def test_bad_arguments(tiny_generator, tokens, labels, error, message):

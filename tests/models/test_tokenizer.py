@@ -214,7 +214,7 @@ def test_bad_images(tiny_tokenizer, images, error, message):
 @pytest.mark.parametrize(
     "tokens, error, message",
     [
-        (torch.zeros(2, 21), TypeError, "tokens: expected a int64 tensor, got float32"),
+        (torch.zeros(2, 21), TypeError, "tokens: expected an int64 tensor, got float32"),
         (torch.zeros(2, 20, dtype=torch.int64), ValueError, r"tokens: expected shape \(B, 21\), got \(2, 20\)"),
         (torch.full((2, 21), 32), ValueError, r"tokens: expected values in \[0, 32\), got 32"),
         (torch.full((2, 21), -1), ValueError, r"tokens: expected values in \[0, 32\), got -1"),
