@@ -244,3 +244,22 @@ def test_bfloat16_decode_stays_within_a_few_grey_levels():
     print(f"largest {255 * error.max():.1f}, root mean square {255 * error.square().mean().sqrt():.2f} of 255")
     assert 0 < error.max() < 6 / 255
     assert error.square().mean().sqrt() < 1 / 255
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_an_error(tiny_tokenizer, value):
+    """Not token 0 and not a black picture."""
+    images, tokens = torch.rand(1, 3, 16, 16), torch.zeros(1, 21, dtype=torch.int64)
+    model = tiny_tokenizer(1)
+    model.encoder.ln_post.bias.data[0] = value
+    with pytest.raises(ValueError, match="features: expected finite values, got (nan|inf)"):
+        model.encode(images)
+    model = tiny_tokenizer(1)
+    model.quantize.codebook.data[3, 0] = value
+    with pytest.raises(ValueError, match=f"codebook: expected finite values, got {value}"):
+        model.encode(images)
+    model = tiny_tokenizer(1)
+    model.decoder.ln_pre.bias.data[0] = float("nan")
+    for decode in (model.decode, model.decode_rows):
+        with pytest.raises(ValueError, match="pixels: expected finite values, got nan"):
+            decode(tokens)
