@@ -37,8 +37,9 @@ def check_range(name: str, value: Tensor, low: float, high: float, closed: bool 
     if not bool(inside.all()):
         bracket = "]" if closed else ")"
         worst = value[~inside].flatten()[0].item()
-        digits = 17 if value.dtype == torch.float64 else 9  # enough to tell it from its neighbours: 1.00000012
-        got = f"{worst:.{digits}g}" if value.is_floating_point() else str(worst)
+        # Enough digits to tell it from its neighbours, such as 1.00000012.
+        short = value.is_floating_point() and value.dtype != torch.float64
+        got = f"{worst:.9g}" if short else repr(worst)
         raise ValueError(f"{name}: expected values in [{low}, {high}{bracket}, got {got}")
 
 

@@ -146,7 +146,7 @@ def convert(
         check_dtype(dtype)
     path, target = resolve(source, kind or ""), Path(target)
     if not force:
-        checkpoint.check_target(target)
+        checkpoint.check_target(target, folder=not target.suffix)
         if target.exists() and target.samefile(path):
             raise ValueError(f"target: expected another place than the source, got {target}; force writes over it")
     if kind is None and (path / "tokenizer").is_dir():

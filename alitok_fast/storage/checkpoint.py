@@ -21,11 +21,13 @@ from alitok_fast.config import GeneratorConfig, TokenizerConfig
 from alitok_fast.storage.files import first_line, read_json, shown, write_atomically
 from alitok_fast.storage.recognise import Config, check_sizes, recognise
 from alitok_fast.storage.state_dict import AVERAGE, State, check_weights, plain_names, unwrap
-from alitok_fast.storage.tensor_files import SUFFIXES, check_tensors, read_tensors
+from alitok_fast.storage.tensor_files import SUFFIXES, check_tensors, read_metadata, read_tensors, separate
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT, VERSION = "alitok_fast", 2
+METADATA = {"written_by": "alitok_fast"}
+"""In the header of each .safetensors that we write. One entry: safetensors writes several in an order of chance."""
 LARGEST_DESCRIPTION = 2**26  # bytes
 
 _CONFIGS: dict[str, type] = {"tokenizer": TokenizerConfig, "generator": GeneratorConfig}
@@ -95,12 +97,12 @@ def write_checkpoint(folder: str | os.PathLike, checkpoint: Checkpoint, force: b
     """
     folder = Path(folder)
     if not force:
-        check_target(folder)
-    tensors = _separate(checkpoint.state)
+        check_target(folder, True)
+    tensors = separate(plain_names(checkpoint.state))
     text = _description(checkpoint, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     # Weights first: a folder with a config always has the weights it speaks of.
-    write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(tensors, temporary))
+    write_atomically(folder / WEIGHTS_NAME, lambda temporary: _save_tensors(tensors, temporary))
     write_atomically(folder / CONFIG_NAME, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return folder
 
@@ -112,7 +114,7 @@ def write_file(path: str | os.PathLike, checkpoint: Checkpoint, force: bool = Fa
     """
     path = Path(path)
     if not force:
-        check_target(path)
+        check_target(path, False)
     _description(checkpoint, checkpoint.state)  # raises where it cannot be written, before anything is
     write_released(path, checkpoint.state)
     text = _description(checkpoint, checkpoint.state, bytes=path.stat().st_size)
@@ -125,8 +127,8 @@ def write_released(path: str | os.PathLike, state: Mapping[str, Tensor]) -> Path
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path: expected a file ending in one of {', '.join(SUFFIXES)}, got {path.name}")
-    tensors = _separate(state)
-    write_atomically(path, lambda file: (save_file if path.suffix == ".safetensors" else torch.save)(tensors, file))
+    tensors = separate(plain_names(state))
+    write_atomically(path, lambda file: (_save_tensors if path.suffix == ".safetensors" else torch.save)(tensors, file))
     return path
 
 
@@ -135,13 +137,14 @@ def beside(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def check_target(path: Path) -> None:
-    """ValueError where a model written to `path` would replace files that are no model of ours."""
-    folder = not path.suffix or path.is_dir()
+def check_target(path: Path, folder: bool) -> None:
+    """ValueError where a model written to `path`, a folder or a file, would replace what is no model of ours."""
     described_by = path / CONFIG_NAME if folder else beside(path)
     weights = path / WEIGHTS_NAME if folder else path
     taken = [file for file in (described_by, weights) if os.path.lexists(file)]
-    if taken and not _is_ours(described_by):
+    # Weights alone are ours where a writer was killed before it wrote what describes them.
+    ours = _is_ours(described_by) if described_by in taken else read_metadata(weights) == METADATA
+    if taken and not ours:
         raise ValueError(
             f"target: expected a new name, or a model that alitok_fast wrote, got {path}, where {taken[0].name} is "
             "there already; force writes over it"
@@ -155,18 +158,8 @@ def _is_ours(described_by: Path) -> bool:
         return False
 
 
-def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, each tensor in memory of its own: tied ones become copies, and parts of larger ones bring no rest."""
-    tensors, seen = {}, set()
-    for name, tensor in plain_names(state).items():
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # sharded over processes
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.itemsize:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor
-    return tensors
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file(dict(tensors), path, METADATA)
 
 
 def _description(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], **more: Any) -> str:
@@ -196,7 +189,7 @@ def _read_state(path: Path, weights: str, config: Config | None = None, told_by:
     state = unwrap(read_tensors(path, check), path, weights)
     check_tensors(state.tensors, path)
     check(state.tensors)
-    return state
+    return State(separate(state.tensors), state.key)
 
 
 def _read_beside(path: Path) -> tuple[Config | None, dict[str, Any]]:

@@ -171,3 +171,29 @@ def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     total, size = sum(tensor.numel() * tensor.itemsize for tensor in state.values()), path.stat().st_size
     if total > SHARING * size + SHARING_BYTES:
         raise ValueError(f"{path}: expected tensors of about the file's {size} bytes, got {total} bytes of them")
+
+
+def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each tensor in memory of its own: tied ones become copies, and parts of larger ones bring no rest."""
+    tensors, seen = {}, set()
+    for name, tensor in state.items():
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # sharded over processes
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.itemsize:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """What a `.safetensors` says about itself; None where it says nothing, or is no such file."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(LARGEST_HEADER, os.fstat(file.fileno()).st_size):
+                return None
+            return json.loads(file.read(length).decode()).get("__metadata__")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None

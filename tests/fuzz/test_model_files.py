@@ -158,7 +158,11 @@ def config_bytes(draw: Callable, folder: Path, tmp: Path) -> None:
 
 
 def config_values(draw: Callable, folder: Path, tmp: Path) -> None:
-    value = draw(changed_json(json.loads((folder / "model" / "config.json").read_text())))
+    value = json.loads((folder / "model" / "config.json").read_text())
+    if draw(st.integers(0, 2)):
+        value["config"] = draw(changed_json(value["config"]))
+    else:
+        value = draw(changed_json(value))
     data = json.dumps(value).encode()
     case = write_in(tmp, "config.json", data, folder / "model", ("model.safetensors",))
     loads_or_says(case, ("config.json", "model.safetensors", "expected a generator, got a tokenizer"))

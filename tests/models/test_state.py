@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from alitok_fast.models import Generator, Tokenizer
+from alitok_fast.models import Generator, Tokenizer, load_generator, save_model
 from alitok_fast.models.rope import rope_table
 
 REDUCED = (torch.bfloat16, torch.float16)
@@ -199,6 +199,9 @@ def test_fully_sharded_weights(tiny_generator, tmp_path):
         assert torch.equal(sharded.rope, rope_table(gen.config))
         with torch.no_grad():
             torch.testing.assert_close(sharded(tokens, labels), expected)
+        for number, model in enumerate((sharded, torch.nn.parallel.DistributedDataParallel(gen))):
+            loaded = load_generator(save_model(tmp_path / str(number), model)).state_dict()
+            assert all(torch.equal(loaded[name], value) for name, value in gen.state_dict().items())
     finally:
         dist.destroy_process_group()
 

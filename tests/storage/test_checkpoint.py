@@ -386,7 +386,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, tiny_tokenizer, monkeypa
     folder = save_model(tmp_path / "t", model)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         Path(path).write_bytes(b"partial")
         raise OSError(28, "No space left on device")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alitok_fast.models import load_generator, load_tokenizer, save_model
+from alitok_fast.config import GeneratorConfig, generator_preset
+from alitok_fast.models import Generator, load_generator, load_tokenizer, save_model
 from alitok_fast.models.loading import convert, open_checkpoint
 from alitok_fast.storage.checkpoint import beside, read_checkpoint, read_state, write_checkpoint
 from alitok_fast.storage.state_dict import unwrap
@@ -216,6 +219,19 @@ def test_tied_tensors_are_written_as_copies(tmp_path, states):
     assert same(load_generator(tmp_path / "tied").state_dict(), gen.state_dict())
 
 
+def test_tied_tensors_train_apart(tmp_path, states):
+    """A step moves each parameter by its own gradient: those of a file must not be one memory."""
+    zeros = torch.zeros(10_000)
+    shared = {n: zeros[: t.numel()].view(t.shape) if n.endswith("bias") else t for n, t in states[1].items()}
+    torch.save(shared, tmp_path / "x.pth")
+    gen = load_generator(tmp_path / "x.pth")
+    with torch.no_grad():
+        gen.output.bias.add_(1)
+    assert gen.blocks[0].attn.proj.bias.abs().max() == 0
+    for name, parameter in gen.named_parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.itemsize, name
+
+
 def test_a_part_of_a_larger_tensor_does_not_bring_the_rest(tmp_path, states):
     large = torch.zeros(10**6)
     state = {name: value for name, value in states[1].items()} | {"output.bias": large[:512]}
@@ -290,6 +306,43 @@ def test_saving_leaves_other_programs_folders_alone(tmp_path, tiny_generator):
     save_model(tmp_path, tiny_generator(), force=True)
     save_model(tmp_path, tiny_generator())
     load_generator(tmp_path)
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path, tiny_generator):
+    files = [save_model(tmp_path / str(i), tiny_generator()) / "model.safetensors" for i in range(8)]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_a_killed_writer_is_followed_by_the_next(tmp_path, tiny_generator, monkeypatch):
+    """Weights are written first: killed then, it leaves them without their config.json."""
+    folder = save_model(tmp_path / "run-0.1", tiny_generator())
+    (folder / "config.json").unlink()
+    save_model(folder, tiny_generator())
+    load_generator(folder)
+    (folder / "config.json").unlink()
+    save_file({"mine": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="where model.safetensors is there already"):
+        save_model(folder, tiny_generator())
+
+
+def test_loading_takes_the_memory_of_the_model_once(tmp_path):
+    """No map of the file and no second copy: the peak is little above the file."""
+    config = generator_preset("demo").to_dict() | {"width": 512, "num_layers": 12}
+    gen = Generator(GeneratorConfig.from_dict(config))
+    folder = save_model(tmp_path / "g", gen)
+    size = (folder / "model.safetensors").stat().st_size
+    assert size > 120 << 20
+    program = (
+        "import re, sys; from alitok_fast.models import load_generator; load_generator('demo')\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read()).group(1)) << 10\n"
+        "before = peak(); gen = load_generator(sys.argv[1]); print(peak() - before)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", program, str(folder)]
+    run = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=True
+    )
+    assert 0.9 * size < int(run.stdout) < 1.25 * size
 
 
 def test_what_cannot_be_written_is_said_first(tmp_path, states, tiny_generator):
