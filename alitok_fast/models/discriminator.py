@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alitok_fast.models.layers import Conv2d
+
 SLOPE = 0.1
 PATCHES = 16
 
@@ -17,7 +19,7 @@ class BlurDownsample(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float32)
         kernel = torch.outer(taps, taps)
         self.register_buffer("kernel", (kernel / kernel.sum())[None, None])
 
@@ -31,19 +33,19 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels: int = 128, stages: int = 3) -> None:
         super().__init__()
-        self.block_in = nn.Sequential(nn.Conv2d(3, channels, 5, padding=2), nn.LeakyReLU(SLOPE))
+        self.block_in = nn.Sequential(Conv2d(3, channels, 5, padding=2), nn.LeakyReLU(SLOPE))
         widths = [channels] + [channels << stage for stage in range(stages)]
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(narrow, wide, 3, padding=1),
+                Conv2d(narrow, wide, 3, padding=1),
                 BlurDownsample(),
-                nn.GroupNorm(32, wide),
+                nn.GroupNorm(32, wide, dtype=torch.float32),
                 nn.LeakyReLU(SLOPE),
             )
             for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
         )
         self.to_logits = nn.Sequential(
-            nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(SLOPE), nn.Conv2d(widths[-1], 1, 5, padding=2)
+            Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(SLOPE), Conv2d(widths[-1], 1, 5, padding=2)
         )
 
     def forward(self, images: Tensor) -> Tensor:

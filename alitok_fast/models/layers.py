@@ -135,7 +135,7 @@ class SwiGLU(nn.Module):
 
 
 def dropout_seed(x: Tensor, dropout: float) -> Tensor | None:
-    """A fresh key per call, drawn from torch's generator: reproducible after torch.manual_seed, restored on resume."""
+    """A fresh key per call from torch's generator: reproducible after torch.manual_seed, restored on resume."""
     return torch.randint(2**62, (), dtype=torch.int64, device=x.device) if dropout else None
 
 

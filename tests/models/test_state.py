@@ -15,6 +15,7 @@ import torch
 from torch.func import functional_call
 
 from alitok_fast.models import Generator, Tokenizer, load_generator, save_model
+from alitok_fast.models.discriminator import Discriminator
 from alitok_fast.models.rope import rope_table
 
 REDUCED = (torch.bfloat16, torch.float16)
@@ -161,7 +162,8 @@ def test_the_default_dtype_is_the_users_affair(tiny_generator, tiny_tokenizer, d
         expected, pictures = gen(tokens, None), tokenizer(images).reconstruction
     with default_dtype(dtype), torch.no_grad():
         made, made_tokenizer = Generator(gen.config).eval(), Tokenizer(tokenizer.config).eval()
-        assert {v.dtype for m in (made, made_tokenizer) for v in (*m.parameters(), *m.buffers())} == {torch.float32}
+        parts = (made, made_tokenizer, Discriminator(channels=32))
+        assert {v.dtype for m in parts for v in (*m.parameters(), *m.buffers())} == {torch.float32}
         assert torch.equal(filled(made, gen)(tokens, None), expected)
         assert torch.equal(filled(made_tokenizer, tokenizer)(images).reconstruction, pictures)
         assert torch.equal(made_tokenizer.encode(images), tokenizer.encode(images))
