@@ -31,6 +31,7 @@ def _require(condition: bool, name: str, expected: str, actual: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {_REPR.repr(actual)}")
 
 
+@dataclass(frozen=True)
 class Config:
     """Dictionary conversion and checks of types, shared by the configurations; unknown keys raise."""
 

@@ -56,11 +56,11 @@ def check_plain(model: nn.Module) -> None:
     """That `model(...)` is what its weights and its configuration say, and nothing else.
 
     Sampling reads the weights and computes by itself. Adapters (LoRA), hooks, parametrizations, other classes in place
-    of a layer, or a replaced `forward` would count in `model(...)` and not there. Raises TypeError where `model` is no
-    model of this package, ValueError naming the first module at fault and what to do.
+    of a layer, or a replaced `forward` would count in `model(...)` and not there. Raises ValueError naming the first
+    module at fault, what was found and what to do.
     """
     if not type(model).__module__.startswith(__name__.rpartition(".")[0] + ".") or not hasattr(model, "config"):
-        raise TypeError(
+        raise ValueError(
             f"model: expected a Generator or Tokenizer itself, got {type(model).__name__}; of a compiled or wrapped "
             "model, pass the one inside (compiled._orig_mod, wrapped.module)"
         )

@@ -92,10 +92,10 @@ def save_model(
 def _inside_wrappers(model: nn.Module) -> nn.Module:
     """What torch.compile and DistributedDataParallel hold; they keep it among their modules, under these names."""
     while isinstance(model, nn.Module):
-        inner = [model._modules[name] for name in ("_orig_mod", "module") if name in model._modules]
-        if not inner:
+        inner = model._modules.get("_orig_mod") or model._modules.get("module")
+        if inner is None:
             break
-        model = inner[0]
+        model = inner
     return model
 
 
@@ -229,7 +229,7 @@ def _fit(config: TokenizerConfig | GeneratorConfig, state: dict[str, Tensor], pa
     """The module of `config`, without memory, once all tensors of `state` fit it."""
     checkpoint.check_sizes(config, state, path, "config")
     with torch.device("meta"):
-        model = (Tokenizer if isinstance(config, TokenizerConfig) else Generator)(config)
+        model = Tokenizer(config) if isinstance(config, TokenizerConfig) else Generator(config)
     expected = model.state_dict()
     wrong = [
         f"{name}: expected shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}"

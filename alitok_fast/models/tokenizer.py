@@ -135,7 +135,8 @@ class Tokenizer(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             if name.endswith(("latent_tokens", "positional_embedding", "class_embedding")):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

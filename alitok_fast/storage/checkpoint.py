@@ -30,7 +30,10 @@ METADATA = {"written_by": "alitok_fast"}
 """In the header of each .safetensors that we write. One entry: safetensors writes several in an order of chance."""
 LARGEST_DESCRIPTION = 2**26  # bytes
 
-_CONFIGS: dict[str, type] = {"tokenizer": TokenizerConfig, "generator": GeneratorConfig}
+_CONFIGS: dict[str, type[TokenizerConfig] | type[GeneratorConfig]] = {
+    "tokenizer": TokenizerConfig,
+    "generator": GeneratorConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def read_checkpoint(path: str | os.PathLike, config: Config | None = None, weigh
                     f"path: expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got {path} without {name}"
                 )
         file, described_by = path / WEIGHTS_NAME, path / CONFIG_NAME
+        stored: Config | None
         stored, provenance = _parse(described_by, _read_description(described_by))
     else:
         file, described_by = path, beside(path)
@@ -77,8 +81,9 @@ def read_checkpoint(path: str | os.PathLike, config: Config | None = None, weigh
     if weights == "raw" and provenance.get("weights") == AVERAGE:
         raise ValueError(f"{described_by}: expected raw weights, got a moving average alone; take weights='ema'")
     state, average = _read_state(file, weights, config, told_by)
+    if config is None:
+        config = recognise(state, str(file))
     if stored is None:
-        config = config or recognise(state, str(file))
         provenance = {"source": path.name}
     if average is not None:
         provenance = {**provenance, "weights": AVERAGE, "weights_key": average}

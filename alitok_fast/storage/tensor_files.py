@@ -15,8 +15,9 @@ import re
 import stat
 import zipfile
 from collections.abc import Callable, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def read_tensors(path: Path, check: Callable[[Mapping[str, Any]], object]) -> An
         raise type(error)(error.errno, f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _read_header(file: BinaryIO, path: Path) -> dict[str, Entry]:
+def _read_header(file: BufferedReader, path: Path) -> dict[str, Entry]:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(LARGEST_HEADER, size - 8):
@@ -100,18 +101,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_entry(file: BinaryIO, entry: Entry, path: Path) -> Tensor:
+def _read_entry(file: BufferedReader, entry: Entry, path: Path) -> Tensor:
     """Into memory of the tensor's own: no map of the file, which would change or end with it, and no second copy."""
     tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     if tensor.numel():
         file.seek(entry.begin)
-        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        data = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
         if file.readinto(data) != len(data):
             raise _damaged(path, os.fstat(file.fileno()).st_size, "fewer bytes than its header names")
     return tensor
 
 
-def _read_pickle(file: BinaryIO, path: Path) -> Any:
+def _read_pickle(file: BufferedReader, path: Path) -> Any:
     size = os.fstat(file.fileno()).st_size
     try:
         if zipfile.is_zipfile(file):

@@ -182,7 +182,7 @@ def test_a_changed_tokenizer_is_refused(tiny_tokenizer):
 def test_other_modules_are_refused(tiny_generator):
     gen = tiny_generator()
     for other in (torch.compile(gen, backend="eager"), nn.Linear(2, 2), Loud(gen.config)):
-        with pytest.raises(TypeError, match=f"expected a Generator or Tokenizer itself, got {type(other).__name__}"):
+        with pytest.raises(ValueError, match=f"expected a Generator or Tokenizer itself, got {type(other).__name__}"):
             check_plain(other)
 
 
