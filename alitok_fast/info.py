@@ -121,7 +121,7 @@ def _cpu(extension: dict[str, Any]) -> dict[str, Any]:
         values["off"].append("AMX: this machine or its operating system offers no AMX tiles")
     if (values["isa"], values["amx"]) != (best, best_amx):
         values["off"].append(
-            f"{best}{' with AMX' if best_amx else ''}: lowered by ALITOK_CPU_ISA={os.environ['ALITOK_CPU_ISA']}"
+            f"{best}{' with AMX' if best_amx else ''}: lowered by ALITOK_CPU_ISA={os.environ.get('ALITOK_CPU_ISA')}"
         )
     return values
 

@@ -1,8 +1,8 @@
 #include "cpu_isa.h"
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -83,25 +83,47 @@ constexpr Level levels[] = {{"scalar", CpuIsa::scalar, false},
                             {"avx512", CpuIsa::avx512, false},
                             {"amx", CpuIsa::avx512, true}};
 
-Detected chosen() {
+constexpr int kLevels = sizeof(levels) / sizeof(levels[0]), kNotChosen = -1;
+
+// As it was when this library was loaded. Later reads would race with whoever changes the environment, which operators
+// cannot keep from doing so: they run without Python's lock.
+const std::string asked = [] {
+  const char* value = std::getenv("ALITOK_CPU_ISA");
+  return std::string(value == nullptr ? "" : value);
+}();
+
+std::atomic<int> active{kNotChosen};  // of `levels`
+
+// The level of that name; of an empty one, the best of this machine. `source` is what errors name.
+int find_level(const char* source, const std::string& wanted) {
   const Detected& machine = detected();
-  const char* asked = std::getenv("ALITOK_CPU_ISA");
-  if (asked == nullptr || *asked == '\0') return machine;
-  for (const Level& level : levels) {
-    if (std::strcmp(asked, level.name) != 0) continue;
-    if (level.isa > machine.isa || (level.amx && !machine.amx)) {
-      throw std::runtime_error(std::string("ALITOK_CPU_ISA: expected at most ") +
-                               (machine.amx ? "amx" : name(machine.isa)) + " on this machine, got " + asked);
+  const int best = machine.amx ? kLevels - 1 : static_cast<int>(machine.isa);
+  if (wanted.empty()) return best;
+  for (int i = 0; i < kLevels; ++i) {
+    if (wanted != levels[i].name) continue;
+    if (i > best) {
+      throw std::runtime_error(std::string(source) + ": expected at most " + levels[best].name +
+                               " on this machine, got " + wanted);
     }
-    return {level.isa, level.amx};
+    return i;
   }
-  throw std::runtime_error(std::string("ALITOK_CPU_ISA: expected scalar, avx2, avx512 or amx, got ") + asked);
+  throw std::runtime_error(std::string(source) + ": expected scalar, avx2, avx512 or amx, got " + wanted);
+}
+
+const Level& chosen() {
+  int level = active.load(std::memory_order_relaxed);
+  if (level == kNotChosen) {
+    level = find_level("ALITOK_CPU_ISA", asked);
+    active.store(level, std::memory_order_relaxed);
+  }
+  return levels[level];
 }
 
 }  // namespace
 
 CpuIsa cpu_isa() { return chosen().isa; }
 bool cpu_has_amx() { return chosen().amx; }
+void set_cpu_isa(const std::string& level) { active.store(level.empty() ? kNotChosen : find_level("cpu_isa", level)); }
 CpuIsa detected_cpu_isa() { return detected().isa; }
 bool detected_amx() { return detected().amx; }
 const char* name(CpuIsa isa) { return levels[static_cast<int>(isa)].name; }

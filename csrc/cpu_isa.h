@@ -4,6 +4,8 @@
 // in `namespace alitok::ALITOK_ISA`. Everything else is compiled for the baseline of the architecture.
 #pragma once
 
+#include <string>
+
 namespace alitok {
 
 enum class CpuIsa {
@@ -13,15 +15,19 @@ enum class CpuIsa {
 };
 
 // The best set of this machine, or the one named by the environment variable ALITOK_CPU_ISA (scalar, avx2, avx512 or
-// amx). The variable is read at each call, so that one test process can go through all of them.
+// amx), which is read once, when the library is loaded.
 // Throws std::runtime_error where it names something unknown or something that this machine lacks.
 CpuIsa cpu_isa();
 
-// AMX tiles with bf16 and int8, usable in this process. False where ALITOK_CPU_ISA names anything but amx.
+// From now on another level than that, so that one process of tests can go through all of them; "" goes back to it.
+// Not while an operator runs. Throws as cpu_isa().
+void set_cpu_isa(const std::string& level);
+
+// AMX tiles with bf16 and int8, usable in this process. False where a level other than amx was asked for.
 // Kernels ask here before they call a function with __attribute__((target("amx-tile,amx-bf16"))).
 bool cpu_has_amx();
 
-// What the machine has, whatever ALITOK_CPU_ISA says.
+// What the machine has, whatever was asked for.
 CpuIsa detected_cpu_isa();
 bool detected_amx();
 

@@ -38,19 +38,20 @@ def golden() -> Path:
 
 
 @pytest.fixture(params=CPU_ISAS)
-def cpu_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def cpu_isa(request: pytest.FixtureRequest) -> str:
     """Each instruction set that this machine has, in turn; native operators use it for the length of the test."""
-    choose_isa(request.param, monkeypatch)
+    choose_isa(request.param, request)
     return request.param
 
 
-def choose_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def choose_isa(isa: str, request: pytest.FixtureRequest) -> None:
     from alitok_fast import _C
 
     best = "amx" if _C.detected_amx() else _C.detected_cpu_isa()
     if CPU_ISAS.index(isa) > CPU_ISAS.index(best):
         pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("ALITOK_CPU_ISA", isa)
+    request.addfinalizer(lambda: _C.set_cpu_isa(""))
+    _C.set_cpu_isa(isa)
 
 
 def torch_device(name: str) -> torch.device:
@@ -74,11 +75,11 @@ def cuda() -> torch.device:
 
 
 @pytest.fixture(params=[*CPU_ISAS, CUDA])
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def target(request: pytest.FixtureRequest) -> torch.device:
     """Each set of kernels: the instruction sets of the CPU, and CUDA."""
     if request.param == "cuda":
         return torch_device("cuda")
-    choose_isa(request.param, monkeypatch)
+    choose_isa(request.param, request)
     return torch.device("cpu")
 
 

@@ -84,13 +84,16 @@ def test_every_instruction_set(target, codes, dtype):
         assert_is_the_draw(draw_on(target, logits, **arguments), logits, **arguments)
 
 
-def test_instruction_sets_agree_exactly(monkeypatch):
+def test_instruction_sets_agree_exactly(request):
+    from alitok_fast import _C
+
+    request.addfinalizer(lambda: _C.set_cpu_isa(""))
     logits, images = random_logits(1, 4096).expand(300, -1), torch.arange(300)
     for rule in ({}, {"temperature": 0.9, "top_k": 500}, {"top_p": 0.7}):
         expected = sample_tokens(logits, **rule, seed=1, image_ids=images, step=0)
-        monkeypatch.setenv("ALITOK_CPU_ISA", "scalar")
+        _C.set_cpu_isa("scalar")
         assert torch.equal(sample_tokens(logits, **rule, seed=1, image_ids=images, step=0), expected)
-        monkeypatch.delenv("ALITOK_CPU_ISA")
+        _C.set_cpu_isa("")
 
 
 def test_an_image_is_the_same_in_any_batch(device):
