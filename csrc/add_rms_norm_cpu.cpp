@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "element.h"
+#include "scratch.h"
 
 namespace alitok {
 namespace ALITOK_ISA {
@@ -79,8 +80,9 @@ void normalise(const AddRmsNormParams& p, int64_t row, const float* factors) {
 
 template <class Type, class Weight>
 void forward(const AddRmsNormParams& p, const Parallel& parallel) {
+  Scratch<Factors> scratch(parallel, p.rows, p);
   parallel(0, p.rows, 1 + 16384 / p.width, [&](int64_t begin, int64_t end) {
-    Factors factors(p);
+    Factors& factors = scratch.take();
     for (int64_t row = begin; row < end; ++row) normalise<Type, Weight>(p, row, factors.of_row(row));
   });
 }
@@ -119,8 +121,9 @@ void backward(const AddRmsNormBackwardParams& b, const Parallel& parallel) {
   const AddRmsNormParams& p = b.forward;
   const int64_t parts = add_rms_norm_parts(p.rows);
   float* partials = static_cast<float*>(b.workspace);
+  Scratch<Factors> scratch(parallel, parts, p);
   parallel(0, parts, 1, [&](int64_t begin, int64_t end) {
-    Factors factors(p);
+    Factors& factors = scratch.take();
     for (int64_t part = begin; part < end; ++part) {
       float* partial = partials + part * p.width;
       for (int64_t i = 0; i < p.width; ++i) partial[i] = 0;

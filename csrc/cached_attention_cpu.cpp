@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "element.h"
+#include "scratch.h"
 
 namespace alitok {
 namespace ALITOK_ISA {
@@ -82,10 +82,10 @@ void attend(const CachedAttentionParams& p, int64_t row, int64_t head, float* sc
 
 template <class Type, class Cache>
 void run(const CachedAttentionParams& p, const Parallel& parallel) {
+  Scratch<FloatBuffer> scratch(parallel, p.rows * p.heads, 2 * p.head_dim + p.capacity);
   parallel(0, p.rows * p.heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>(2 * p.head_dim + p.capacity));
-    for (int64_t task = begin; task < end; ++task)
-      attend<Type, Cache>(p, task / p.heads, task % p.heads, scratch.data());
+    float* mine = scratch.take();
+    for (int64_t task = begin; task < end; ++task) attend<Type, Cache>(p, task / p.heads, task % p.heads, mine);
   });
 }
 

@@ -1,4 +1,5 @@
-// Working memory of a task in a CPU kernel: zeroed floats, aligned to a cache line.
+// Working memory of a CPU kernel: floats aligned to a cache line, uninitialised until zero(), which belongs into the
+// thread that uses them.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,7 @@ namespace alitok::ALITOK_ISA {
 class FloatBuffer {
  public:
   explicit FloatBuffer(int64_t size)
-      : size_(size), data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))) {
-    zero();
-  }
+      : size_(size), data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))) {}
   ~FloatBuffer() { ::operator delete(data_, kAlignment); }
   FloatBuffer(const FloatBuffer&) = delete;
   FloatBuffer& operator=(const FloatBuffer&) = delete;

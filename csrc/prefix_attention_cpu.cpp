@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "float_buffer.h"
+#include "scratch.h"
 #include "simd.h"
 #include "tile_multiply.h"
 #if defined(__AVX512BF16__)
@@ -263,6 +263,9 @@ struct ForwardBuffers {
         scores(kTile * layout.keys),
         out(kTile * layout.row),
         factors(layout.factors()) {}
+  void zero() {
+    for (FloatBuffer* buffer : {&keys, &keys_t, &values, &q, &scores, &out, &factors}) buffer->zero();
+  }
 };
 
 template <class T>
@@ -288,14 +291,19 @@ void forward_tile(const PrefixAttentionParams& p, const Layout& layout, int64_t 
 }
 
 // Calls `prepare(head)` and then `tile(head, first row)` for all tiles of all heads, on all threads, each with buffers
-// of its own. Few heads for many threads: several tasks share the tiles of a head, and each prepares for itself.
-template <class Buffers, class Prepare, class Tile>
+// of its own, after the constructor of a ThreadSetup. Few heads for many threads: several tasks share the tiles of a
+// head, and each prepares for itself.
+struct NoSetup {};
+template <class Buffers, class ThreadSetup = NoSetup, class Prepare, class Tile>
 void for_all_tiles(const PrefixAttentionParams& p, const Layout& layout, int64_t tile_rows, const Parallel& parallel,
                    const Prepare& prepare, const Tile& tile) {
   const int64_t heads = p.batch * p.heads, tiles = (p.length + tile_rows - 1) / tile_rows;
   const int64_t parts = std::min(tiles, std::max<int64_t>(1, 2 * parallel.threads / heads));
+  Scratch<Buffers> scratch(parallel, heads * parts, layout);
   parallel(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
-    Buffers buffers(layout);
+    [[maybe_unused]] ThreadSetup setup{};
+    Buffers& buffers = scratch.take();
+    buffers.zero();
     for (int64_t task = begin; task < end; ++task) {
       prepare(task / parts, buffers);
       for (int64_t t = task % parts; t < tiles; t += parts) tile(task / parts, t * tile_rows, buffers);
@@ -319,7 +327,6 @@ struct DotProducts {
 template <class Products>
 struct PairBuffers {
   FloatBuffer keys, keys_t, values, value_pairs, q, products, probabilities, out, factors;
-  Products instructions;
   explicit PairBuffers(const Layout& layout)
       : keys(layout.per_key() / 2),
         keys_t(layout.per_key() / 2),
@@ -330,6 +337,10 @@ struct PairBuffers {
         probabilities(Products::kTileRows * layout.keys / 2),
         out(Products::kTileRows * layout.row),
         factors(layout.factors()) {}
+  void zero() {
+    for (FloatBuffer* buffer : {&keys, &keys_t, &values, &value_pairs, &q, &products, &probabilities, &out, &factors})
+      buffer->zero();
+  }
 };
 
 bfloat16* as_bfloat16(float* data) { return reinterpret_cast<bfloat16*>(data); }
@@ -372,7 +383,7 @@ template <class Products>
 void forward_pairs(const PrefixAttentionParams& p, const Parallel& parallel) {
   using Buffers = PairBuffers<Products>;
   const Layout layout(p, 2 * kLanes);  // rows of pairs are whole vectors
-  for_all_tiles<Buffers>(
+  for_all_tiles<Buffers, Products>(
       p, layout, Products::kTileRows, parallel,
       [&](int64_t head, Buffers& buffers) { prepare_head_pairs(p, layout, head, buffers); },
       [&](int64_t head, int64_t i0, Buffers& buffers) { forward_tile_pairs(p, layout, head, i0, buffers); });
@@ -405,6 +416,11 @@ struct BackwardBuffers {
         grad_scores(kTile * layout.keys),
         factors(layout.factors()),
         grad_weights(2 * layout.row) {}
+  void zero() {
+    for (FloatBuffer* buffer : {&keys, &keys_t, &values, &values_t, &grad_keys, &grad_values, &q, &grad_out, &grad_q,
+                                &scores, &grad_scores, &factors, &grad_weights})
+      buffer->zero();
+  }
 };
 
 // Of the contiguous grad_qkv.
@@ -488,8 +504,10 @@ void backward(const PrefixAttentionBackwardParams& params, const Parallel& paral
   const Layout layout(p);
   const int64_t heads = p.batch * p.heads, n = p.head_dim;
   float* partials = static_cast<float*>(p.workspace);  // (heads, 2, head_dim)
+  Scratch<BackwardBuffers> scratch(parallel, heads, layout);
   parallel(0, heads, 1, [&](int64_t begin, int64_t end) {
-    BackwardBuffers buffers(layout);
+    BackwardBuffers& buffers = scratch.take();
+    buffers.zero();
     for (int64_t head = begin; head < end; ++head) {
       buffers.grad_weights.zero();
       prepare_rows<T>(p, layout, head, kKey, 0, p.length, +buffers.keys);

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <array>
-#include <vector>
 
 #include "element.h"
+#include "scratch.h"
 
 namespace alitok {
 namespace ALITOK_ISA {
@@ -53,20 +53,21 @@ void run(const QuantizedLinearParams& p, const Parallel& parallel) {
   const auto* scales = static_cast<const BFloat16::Storage*>(p.scale);
   const int64_t groups = (p.inputs + kQuantizedLinearGroup - 1) / kQuantizedLinearGroup;
   const std::array<float, 256> values = table_of<Weight>();
+  Scratch<FloatBuffer> scratch(parallel, p.outputs, p.inputs);
   parallel(0, p.outputs, 1 + 65536 / (1 + p.inputs * p.rows), [&](int64_t begin, int64_t end) {
-    std::vector<float> row(static_cast<size_t>(p.inputs));
+    float* row = scratch.take();
     for (int64_t output = begin; output < end; ++output) {
       const uint8_t* codes = static_cast<const uint8_t*>(p.weight) + output * p.inputs;
       for (int64_t group = 0; group < groups; ++group) {
         const float scale = BFloat16::get(scales + output * groups + group);
         const int64_t first = group * kQuantizedLinearGroup;
         for (int64_t i = first; i < std::min(p.inputs, first + kQuantizedLinearGroup); ++i) {
-          row[static_cast<size_t>(i)] = values[codes[i]] * scale;
+          row[i] = values[codes[i]] * scale;
         }
       }
       for (int64_t r = 0; r < p.rows; ++r) {
         const float added = bias == nullptr ? 0.0f : Type::get(bias + output);
-        Type::set(out + r * p.outputs + output, dot<Type>(x + r * p.inputs, row.data(), p.inputs) + added);
+        Type::set(out + r * p.outputs + output, dot<Type>(x + r * p.inputs, row, p.inputs) + added);
       }
     }
   });

@@ -43,9 +43,10 @@ SampleRule sample_rule(double temperature, std::optional<int64_t> top_k, std::op
 ALITOK_DECLARE_PER_ISA(void sample_tokens_cpu(const SampleTokensParams&, const Parallel&));
 
 // The same for one row, for kernels that have the logits at hand. `logits` holds `codes` floats, after guidance, with
-// room for sample_row_size(codes); it is overwritten.
+// room for sample_row_size(codes); it is overwritten. So are as many `weights`, which top_p below 1 needs.
 constexpr int64_t sample_row_size(int64_t codes) { return (codes + 63) / 64 * 64; }
-ALITOK_DECLARE_PER_ISA(int64_t sample_row(float* logits, int64_t codes, const SampleRule&, const SampleKey&));
+ALITOK_DECLARE_PER_ISA(int64_t sample_row(float* logits, uint32_t* weights, int64_t codes, const SampleRule&,
+                                          const SampleKey&));
 
 // u + (c - u) * scale, -inf where either is; c, u of float32. `out` may be one of the two.
 ALITOK_DECLARE_PER_ISA(void guide_row(const float* c, const float* u, float scale, int64_t codes, float* out));

@@ -1,10 +1,11 @@
 // Guidance, temperature, top-k, top-p and draw on the CPU. Compiled once for each instruction set. The loops over codes
 // are plain, in blocks that compilers turn into vectors; only Philox is written for an instruction set.
 #include <limits>
-#include <vector>
+#include <memory>
 
 #include "sample_math.h"
 #include "sample_tokens.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace alitok::ALITOK_ISA {
@@ -142,33 +143,36 @@ void guide_row(const float* c, const float* u, float scale, int64_t codes, float
   for (int64_t k = 0; k < codes; ++k) out[k] = guided(c[k], u[k], scale);
 }
 
-int64_t sample_row(float* logits, int64_t codes, const SampleRule& rule, const SampleKey& key) {
+int64_t sample_row(float* logits, uint32_t* weights, int64_t codes, const SampleRule& rule, const SampleKey& key) {
   const int64_t size = sample_row_size(codes);
   for (int64_t k = codes; k < size; ++k) logits[k] = -kInfinity;
   const float largest = largest_logit(logits, size);
   if (largest == kInfinity || largest == -kInfinity) return -1;
   if (rule.temperature == 0) return first_at(logits, largest);
   if (rule.top_k < codes) keep_top_k(logits, size, largest, rule.top_k);
-  if (rule.top_p < 1) {
-    std::vector<uint32_t> weight(size);
-    keep_top_p(logits, size, largest, rule, weight.data());
-  }
+  if (rule.top_p < 1) keep_top_p(logits, size, largest, rule, weights);
   return draw(logits, size, rule.temperature, key);
 }
 
 void sample_tokens_cpu(const SampleTokensParams& p, const Parallel& parallel) {
+  struct Row {
+    explicit Row(int64_t size) : logits(size), weights(new uint32_t[static_cast<size_t>(size)]) {}
+    FloatBuffer logits;
+    std::unique_ptr<uint32_t[]> weights;
+  };
+  Scratch<Row> scratch(parallel, p.batch, sample_row_size(p.codes));
   constexpr int64_t kGrainCodes = 32768;  // torch's own grain, here some 30 microseconds
   parallel(0, p.batch, (kGrainCodes + p.codes - 1) / p.codes, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(sample_row_size(p.codes));
+    Row& row = scratch.take();
     for (int64_t b = begin; b < end; ++b) {
       switch (p.dtype) {
-        case LogitsDtype::float32: load_row<float>(p, b, row.data()); break;
-        case LogitsDtype::bfloat16: load_row<BFloat16>(p, b, row.data()); break;
-        case LogitsDtype::float16: load_row<Float16>(p, b, row.data()); break;
+        case LogitsDtype::float32: load_row<float>(p, b, row.logits); break;
+        case LogitsDtype::bfloat16: load_row<BFloat16>(p, b, row.logits); break;
+        case LogitsDtype::float16: load_row<Float16>(p, b, row.logits); break;
       }
       const SampleKey key{static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.image_ids[b]),
                           static_cast<uint32_t>(*p.step)};
-      p.ids[b] = sample_row(row.data(), p.codes, p.rule, key);
+      p.ids[b] = sample_row(row.logits, row.weights.get(), p.codes, p.rule, key);
     }
   });
 }

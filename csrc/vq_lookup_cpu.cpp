@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "scratch.h"
 #include "simd.h"
 
 namespace alitok::ALITOK_ISA {
@@ -213,8 +214,9 @@ void lookup(const VqLookupParams& p, const Parallel& parallel) {
   uint64_t* keys = reinterpret_cast<uint64_t*>(p.closest);
   for (int64_t k = 0; kClosest && k < p.codes; ++k) keys[k] = kNoFeature;
 
+  Scratch<Search<kClosest>> scratch(parallel, blocks, p, codebook);
   parallel(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    Search<kClosest> search(p, codebook);
+    Search<kClosest>& search = scratch.take();
     for (int64_t b = begin; b < end; ++b) squares[static_cast<size_t>(b)] = search.block(b * kBlock);
     if constexpr (kClosest) search.merge_columns(keys);
   });
