@@ -8,6 +8,7 @@
 #include "cpu_isa.h"
 #include "parallel.h"
 #include "sample_tokens.h"
+#include "threads.h"
 
 namespace alitok {
 
@@ -88,7 +89,8 @@ constexpr int64_t arena_size(const DecodeParams& p) {
 }
 
 // A row's logits do not depend on the other rows nor on the number of threads, to the last bit.
-ALITOK_DECLARE_PER_ISA(void decode_cpu(const DecodeParams&, const Parallel&));
-ALITOK_DECLARE_PER_ISA(void decode_tokens_cpu(const DecodeParams&, const DrawParams&, const Parallel&));
+// `crew` says when one thread is faster than all.
+ALITOK_DECLARE_PER_ISA(void decode_cpu(const DecodeParams&, Crew& crew, const Parallel&));
+ALITOK_DECLARE_PER_ISA(void decode_tokens_cpu(const DecodeParams&, const DrawParams&, Crew& crew, const Parallel&));
 
 }  // namespace alitok

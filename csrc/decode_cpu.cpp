@@ -4,11 +4,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <mutex>
 #include <new>
-#include <vector>
+#include <utility>
 
 #include "decode_matmul.h"
 #include "simd.h"
@@ -30,6 +31,7 @@ class Barrier {
   explicit Barrier(int shares) : shares_(shares) {}
 
   void wait(int shares) {
+    if (shares == shares_) return;
     const uint32_t generation = generation_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(shares, std::memory_order_acq_rel) + shares == shares_) {
       arrived_.store(0, std::memory_order_relaxed);
@@ -63,14 +65,66 @@ class Barrier {
 class Worker {
  public:
   Worker(Barrier& barrier, int64_t first, int64_t last, int64_t shares)
-      : barrier_(barrier), first_(first), last_(last), shares_(shares) {}
+      : barrier_(&barrier), first_(first), last_(last), shares_(shares) {}
 
   Range part_of(int64_t n) const { return {n * first_ / shares_, n * last_ / shares_}; }
-  void wait() { barrier_.wait(static_cast<int>(last_ - first_)); }
+  void wait() { barrier_->wait(static_cast<int>(last_ - first_)); }
+
+  bool leads() const { return first_ == 0; }
+  Worker with_all() const { return Worker(*barrier_, 0, shares_, shares_); }
 
  private:
-  Barrier& barrier_;
+  Barrier* barrier_;
   int64_t first_, last_, shares_;
+};
+
+class Clock {
+ public:
+  // Seconds since the last call, or since construction.
+  double lap() {
+    const auto now = std::chrono::steady_clock::now(), since = std::exchange(last_, now);
+    return std::chrono::duration<double>(now - since).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+// One call's dealings with the crew, shared by its threads. The one that leads keeps the times.
+class Shift {
+ public:
+  using Mode = Crew::Mode;
+
+  Shift(Crew& crew, const Crew::Work& work, int threads)
+      : crew_(crew), work_(work), threads_(threads), modes_{{threads == 1 ? Mode::alone : crew.next(work)}, {}} {}
+
+  // Of a step, counted from 0. All threads see the same one: it is written before they meet at the end of the step
+  // before, and again two steps later, when each has read it.
+  Mode mode(int64_t step) const { return modes_[step % 2].load(std::memory_order_relaxed); }
+
+  // After a step, by the thread that leads, before all meet for the last time in it.
+  void after(int64_t step) {
+    const Mode done = mode(step);
+    const double seconds = clock_.lap();
+    Mode next = done;  // threads that have left do not come back in this call
+    if (threads_ > 1) {
+      done == Mode::together ? crew_.after_together(work_, seconds) : crew_.after_alone(work_, seconds);
+      if (done != Mode::alone) next = crew_.next(work_);
+    }
+    modes_[(step + 1) % 2].store(next, std::memory_order_relaxed);
+  }
+
+  // When all threads have left after so many steps.
+  void part(int64_t steps) {
+    if (mode(steps) != Mode::alone) crew_.after_parting(work_, clock_.lap());
+  }
+
+ private:
+  Crew& crew_;
+  const Crew::Work work_;
+  const int threads_;
+  Clock clock_;
+  std::atomic<Mode> modes_[2];
 };
 
 // ---- AMX ----
@@ -276,13 +330,18 @@ class Workspace {
   uint8_t* activations;     // (padded rows, planes, depth)
   const int64_t widest;
 
-  explicit Workspace(const DecodeParams& p) : widest(std::max(3 * p.width, p.hidden)) {
+  // With what `threads` shares of the work need for themselves.
+  Workspace(const DecodeParams& p, bool draws, int64_t threads)
+      : widest(std::max(3 * p.width, p.hidden)),
+        scores_size_(round_up(p.capacity + Vec::lanes, kLine / sizeof(float))),
+        row_size_(draws ? sample_row_size(p.codes) : 0) {
     const int64_t padded_rows = round_up(p.rows, 16);  // a tile reads 16 rows
     const int64_t depth = round_up(std::max(p.width, p.hidden), kDepthMultiple);
-    const int64_t floats[] = {p.rows * p.width, p.rows * widest, padded_rows,
-                              padded_rows * depth};  // two planes of bfloat16 are as large as one of float32
-    int64_t starts[4], size = 0;
-    for (int i = 0; i < 4; ++i) {
+    const int64_t floats[] = {p.rows * p.width,       p.rows * widest,     padded_rows,
+                              padded_rows * depth,  // two planes of bfloat16 are as large as one of float32
+                              threads * scores_size_, threads * row_size_, threads * row_size_};
+    int64_t starts[7], size = 0;
+    for (int i = 0; i < 7; ++i) {
       starts[i] = size;
       size += round_up(floats[i], kLine / sizeof(float));
     }
@@ -292,31 +351,55 @@ class Workspace {
     wide = memory_ + starts[1];
     scale = memory_ + starts[2];
     activations = reinterpret_cast<uint8_t*>(memory_ + starts[3]);
+    scores_ = memory_ + starts[4];
+    row_ = memory_ + starts[5];
+    weights_ = reinterpret_cast<uint32_t*>(memory_ + starts[6]);
   }
   ~Workspace() { ::operator delete(memory_, std::align_val_t{kLine}); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
+  // Of one share: floats for the scores of a head, and for a row of logits, and as many weights of it.
+  float* scores(int64_t share) const { return scores_ + share * scores_size_; }
+  float* row(int64_t share) const { return row_ + share * row_size_; }
+  uint32_t* weights(int64_t share) const { return weights_ + share * row_size_; }
+
  private:
   static constexpr size_t kLine = 64;
-  float* memory_;
+  const int64_t scores_size_, row_size_;
+  float *memory_, *scores_, *row_;
+  uint32_t* weights_;
 };
 
 template <class Weights, class Head, class Cache>
 class Step {
  public:
-  Step(const DecodeParams& p, const Workspace& workspace, Worker worker, MatmulUnit unit)
-      : p_(p), w_(workspace), worker_(worker), unit_(unit), arena_(layer_arena(p)), position_(p.position) {}
+  Step(const DecodeParams& p, const Workspace& workspace, Worker worker, int64_t share, MatmulUnit unit)
+      : p_(p),
+        w_(workspace),
+        worker_(worker),
+        share_(share),
+        unit_(unit),
+        arena_(layer_arena(p)),
+        position_(p.position) {}
 
-  void run(const DrawParams* draw) {
+  // A thread that throws would be missed by the others for ever: all that it works with was allocated before.
+  void run(const DrawParams* draw, Shift& shift) noexcept {
     if (draw == nullptr) return decode();
-    std::vector<float> row(sample_row_size(p_.codes));
-    for (const int64_t end = position_ + draw->steps; position_ < end; ++position_) {
-      decode();
-      worker_.wait();
-      const Range mine = worker_.part_of(draw->batch);
-      for (int64_t b = mine.begin; b < mine.end; ++b) draw_token(*draw, b, row.data());
-      worker_.wait();
+    const Worker one_of_all = worker_;
+    for (int64_t step = 0; step < draw->steps; ++step, ++position_) {
+      const Shift::Mode mode = shift.mode(step);
+      if (mode == Shift::Mode::alone && !one_of_all.leads()) return;
+      if (mode == Shift::Mode::together || one_of_all.leads()) {
+        worker_ = mode == Shift::Mode::together ? one_of_all : one_of_all.with_all();
+        decode();
+        worker_.wait();
+        const Range mine = worker_.part_of(draw->batch);
+        for (int64_t b = mine.begin; b < mine.end; ++b) draw_token(*draw, b);
+        if (worker_.leads()) shift.after(step);
+      }
+      worker_ = one_of_all;
+      if (mode != Shift::Mode::alone) worker_.wait();
     }
   }
 
@@ -336,8 +419,9 @@ class Step {
                  });
   }
 
-  // Token `position_` of image b, which its rows are fed next. `row` has room for sample_row_size(codes) floats.
-  void draw_token(const DrawParams& draw, int64_t b, float* row) {
+  // Token `position_` of image b, which its rows are fed next.
+  void draw_token(const DrawParams& draw, int64_t b) {
+    float* row = w_.row(share_);
     int64_t& token = draw.tokens[b * draw.tokens_stride + position_];
     if (position_ >= draw.prompt_length) {
       const float *c = p_.logits + b * p_.codes, *u = c + draw.batch * p_.codes;
@@ -347,7 +431,7 @@ class Step {
         guide_row(c, u, draw.guidance[position_], p_.codes, row);
       }
       const SampleKey key{draw.seed, static_cast<uint64_t>(draw.image_ids[b]), static_cast<uint32_t>(position_)};
-      token = sample_row(row, p_.codes, draw.rule, key);
+      token = sample_row(row, w_.weights(share_), p_.codes, draw.rule, key);
     }
     // A row without a distribution is marked -1; whoever reads the tokens reports it.
     for (int64_t r = b; r < p_.rows; r += draw.batch) draw.ids[r] = std::max<int64_t>(token, 0);
@@ -417,7 +501,7 @@ class Step {
     });
     const float scale = 1.0f / std::sqrt(static_cast<float>(p_.head_dim));
     const auto* next = keys + p_.capacity * p_.head_dim;  // those of the next head
-    attend<Cache>(q, keys, values, next, p_.head_dim, position_ + 1, scale, scores_.data(), q);
+    attend<Cache>(q, keys, values, next, p_.head_dim, position_ + 1, scale, w_.scores(share_), q);
   }
 
   // Normalised rows as activations, in place of the rows' results.
@@ -494,43 +578,56 @@ class Step {
   const DecodeParams& p_;
   const Workspace& w_;
   Worker worker_;
+  const int64_t share_;  // whose scratch this thread has
   const MatmulUnit unit_;
   const LayerArena arena_;
   int64_t position_;
-  std::vector<float> scores_ = std::vector<float>(p_.capacity + Vec::lanes);
   alignas(64) float products_[kRowBlock * kPanelOutputs];
 };
 
 template <class Weights, class Head, class Cache>
-void run_steps(const DecodeParams& p, const DrawParams* draw, const Parallel& parallel) {
+void run_steps(const DecodeParams& p, const DrawParams* draw, Crew& crew, const Parallel& parallel) {
   const MatmulUnit unit{cpu_has_amx()};
-  const Workspace workspace(p);
-  Barrier barrier(parallel.threads);
-  parallel(0, parallel.threads, 1, [&](int64_t first, int64_t last) {
+  const int shares = parallel.threads;
+  const Workspace workspace(p, draw != nullptr, shares);
+  const Crew::Work work = {
+      static_cast<int64_t>(p.weights), p.layers, p.rows, p.width, p.hidden, p.codes, shares, draw != nullptr};
+  Shift shift(crew, work, shares);
+  Barrier barrier(shares);
+  const auto run = [&](int64_t first, int64_t last) {
     const Tiles tiles(unit.amx && Weights::kFormat != WeightFormat::float32);
-    Step<Weights, Head, Cache>(p, workspace, Worker(barrier, first, last, parallel.threads), unit).run(draw);
-  });
+    Step<Weights, Head, Cache>(p, workspace, Worker(barrier, first, last, shares), first, unit).run(draw, shift);
+  };
+  const Crew::Mode mode = shift.mode(0);
+  if (mode == Crew::Mode::together || (mode == Crew::Mode::probe && draw != nullptr)) {
+    parallel(0, shares, 1, run);
+  } else {
+    run(0, shares);  // the other threads are not even woken
+  }
+  if (draw == nullptr) return shift.after(0);
+  shift.part(draw->steps);
 }
 
 template <class Cache>
-void run_with_cache(const DecodeParams& p, const DrawParams* draw, const Parallel& parallel) {
+void run_with_cache(const DecodeParams& p, const DrawParams* draw, Crew& crew, const Parallel& parallel) {
   switch (p.weights) {
-    case WeightFormat::float32: return run_steps<Float32Weights, Float32Weights, Cache>(p, draw, parallel);
-    case WeightFormat::bfloat16: return run_steps<Bfloat16Weights<1>, Bfloat16Weights<2>, Cache>(p, draw, parallel);
-    case WeightFormat::int8: return run_steps<Int8Weights, Bfloat16Weights<2>, Cache>(p, draw, parallel);
+    case WeightFormat::float32: return run_steps<Float32Weights, Float32Weights, Cache>(p, draw, crew, parallel);
+    case WeightFormat::bfloat16:
+      return run_steps<Bfloat16Weights<1>, Bfloat16Weights<2>, Cache>(p, draw, crew, parallel);
+    case WeightFormat::int8: return run_steps<Int8Weights, Bfloat16Weights<2>, Cache>(p, draw, crew, parallel);
   }
 }
 
-void run(const DecodeParams& p, const DrawParams* draw, const Parallel& parallel) {
-  if (p.cache == CacheFormat::float32) return run_with_cache<Float32Cache>(p, draw, parallel);
-  return run_with_cache<Bfloat16Cache>(p, draw, parallel);
+void run(const DecodeParams& p, const DrawParams* draw, Crew& crew, const Parallel& parallel) {
+  if (p.cache == CacheFormat::float32) return run_with_cache<Float32Cache>(p, draw, crew, parallel);
+  return run_with_cache<Bfloat16Cache>(p, draw, crew, parallel);
 }
 
 }  // namespace
 
-void decode_cpu(const DecodeParams& p, const Parallel& parallel) { run(p, nullptr, parallel); }
-void decode_tokens_cpu(const DecodeParams& p, const DrawParams& draw, const Parallel& parallel) {
-  run(p, &draw, parallel);
+void decode_cpu(const DecodeParams& p, Crew& crew, const Parallel& parallel) { run(p, nullptr, crew, parallel); }
+void decode_tokens_cpu(const DecodeParams& p, const DrawParams& draw, Crew& crew, const Parallel& parallel) {
+  run(p, &draw, crew, parallel);
 }
 
 }  // namespace ALITOK_ISA

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu_isa.h"
+#include "threads.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operators of alitok_fast. Importing it registers torch.ops.alitok.";
@@ -18,9 +19,14 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   m.def("cpu_isa", [] { return alitok::name(alitok::cpu_isa()); }, "Instruction set in use: scalar, avx2 or avx512.");
+  m.def("set_cpu_isa", &alitok::set_cpu_isa,
+        "Use scalar, avx2, avx512 or amx from now on; \"\" is what ALITOK_CPU_ISA said at import. For tests.");
   m.def("cpu_has_amx", &alitok::cpu_has_amx, "Whether kernels use AMX tiles.");
   m.def(
       "detected_cpu_isa", [] { return alitok::name(alitok::detected_cpu_isa()); },
       "Best instruction set of this machine.");
+  m.def("cpu_quota", &alitok::cpu_quota, pybind11::arg("root") = "",
+        "CPUs that control groups leave this process; 0 for no limit.");
+  m.def("usable_cpus", &alitok::usable_cpus, "CPUs that this process may use, by affinity and quota.");
   m.def("detected_amx", &alitok::detected_amx, "Whether this machine and kernel offer AMX tiles.");
 }

@@ -2,6 +2,7 @@
 // torch's thread pool and obey torch.set_num_threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -11,12 +12,13 @@ struct Parallel {
   int threads;
   void (*run)(int64_t begin, int64_t end, int64_t grain, void (*fn)(int64_t, int64_t, void*), void* ctx);
 
-  // f(begin, end) on disjoint ranges that cover [begin, end), none shorter than `grain` unless it is the only one.
-  // Not nested: inside f it runs on the calling thread alone.
+  // f(begin, end) on disjoint ranges that cover [begin, end), at most `threads` of them, none shorter than `grain` unless
+  // it is the only one. f throws nothing: what it works with is allocated before (scratch.h). Not nested: inside f it runs on the calling thread alone.
   template <class F>
   void operator()(int64_t begin, int64_t end, int64_t grain, const F& f) const {
     run(
-        begin, end, grain, [](int64_t first, int64_t last, void* ctx) { (*static_cast<const F*>(ctx))(first, last); },
+        begin, end, std::max(grain, (end - begin + threads - 1) / threads),
+        [](int64_t first, int64_t last, void* ctx) { (*static_cast<const F*>(ctx))(first, last); },
         const_cast<void*>(static_cast<const void*>(std::addressof(f))));
   }
 };
