@@ -26,7 +26,6 @@ AddRmsNormDtype add_rms_norm_dtype(ScalarType dtype) {
 void check_rows(const Tensor& t, const char* argument, const Tensor& x, std::initializer_list<ScalarType> dtypes) {
   check_dtype(t, argument, dtypes);
   check_shape(t, argument, {x.size(0), x.size(1)});
-  check_same_device(t, argument, x, "x");
   check_contiguous(t, argument);
 }
 
@@ -39,7 +38,6 @@ AddRmsNormParams make_params(const Tensor& x, ScalarType dtype, const Tensor& we
   check_contiguous(x, "x");
   check_dtype(weight, "weight", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check_shape(weight, "weight", {x.size(1)});
-  check_same_device(weight, "weight", x, "x");
   check_contiguous(weight, "weight");
   AddRmsNormParams p{};
   p.dtype = add_rms_norm_dtype(dtype);
@@ -49,7 +47,7 @@ AddRmsNormParams make_params(const Tensor& x, ScalarType dtype, const Tensor& we
   p.x = static_cast<const float*>(x.const_data_ptr());
   p.weight = weight.const_data_ptr();
   p.eps = static_cast<float>(eps);
-  p.dropout = check_dropout(dropout, seed, x, "x");
+  p.dropout = check_dropout(dropout, seed);
   check(added || dropout == 0, "dropout", "0 where delta is None", dropout);
   return p;
 }
@@ -65,6 +63,7 @@ std::initializer_list<ScalarType> dtypes_beside(const Tensor& weight) {
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& delta, const Tensor& weight, double eps,
                                         double dropout, const OptionalTensor& seed) {
+  check_tensors({{"x", x}, {"delta", delta}, {"weight", weight}, {"seed", seed}});
   const ScalarType dtype = delta ? delta->scalar_type() : weight.scalar_type();
   AddRmsNormParams p = make_params(x, dtype, weight, eps, delta.has_value(), dropout, seed);
   if (delta) check_rows(*delta, "delta", x, dtypes_beside(weight));
@@ -88,6 +87,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const OptionalTensor& d
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(const OptionalTensor& grad_sum, const Tensor& grad_normed,
                                                          const Tensor& x, const Tensor& weight, double eps,
                                                          double dropout, const OptionalTensor& seed) {
+  check_tensors({{"x", x}, {"grad_sum", grad_sum}, {"grad_normed", grad_normed}, {"weight", weight}, {"seed", seed}});
   AddRmsNormBackwardParams b{};
   b.forward = make_params(x, grad_normed.scalar_type(), weight, eps, grad_sum.has_value(), dropout, seed);
   check_rows(grad_normed, "grad_normed", x, dtypes_beside(weight));

@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "cuda_stream.h"
+#include "overlap.h"
 #include "torch_parallel.h"
 
 namespace alitok {
@@ -24,7 +25,6 @@ CachedAttentionDtype cached_attention_dtype(ScalarType dtype) {
 
 void check_cache(const Tensor& cache, const char* argument, const Tensor& qkv) {
   check_dim(cache, argument, 4);
-  check_same_device(cache, argument, qkv, "qkv");
   check_dtype(cache, argument, {qkv.scalar_type(), ScalarType::Float8_e4m3fn});
   check_size(cache, argument, 0, qkv.size(0));
   check_size(cache, argument, 1, qkv.size(2));
@@ -42,7 +42,6 @@ void check_cache(const Tensor& cache, const char* argument, const Tensor& qkv) {
 
 const float* check_weight(const std::optional<Tensor>& weight, const char* argument, const Tensor& qkv) {
   if (!weight) return nullptr;
-  check_same_device(*weight, argument, qkv, "qkv");
   check_dtype(*weight, argument, {ScalarType::Float});
   check_shape(*weight, argument, {qkv.size(3)});
   check_contiguous(*weight, argument);
@@ -53,6 +52,14 @@ Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Ten
                         const std::optional<Tensor>& q_norm_weight, const std::optional<Tensor>& k_norm_weight,
                         double norm_eps, const std::optional<Tensor>& rope, double scale,
                         std::optional<Tensor> arrivals) {
+  check_tensors({{"qkv", qkv},
+                 {"keys", keys},
+                 {"values", values},
+                 {"position", position},
+                 {"q_norm_weight", q_norm_weight},
+                 {"k_norm_weight", k_norm_weight},
+                 {"rope", rope},
+                 {"arrivals", arrivals}});
   check_dtype(qkv, "qkv", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check_dim(qkv, "qkv", 4);
   check_size(qkv, "qkv", 1, 3);
@@ -70,11 +77,9 @@ Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Ten
   }
   check_dtype(position, "position", {ScalarType::Long});
   check(position.numel() == 1, "position", "one element", shape_name(position));
-  check_same_device(position, "position", qkv, "qkv");
   check(q_norm_weight.has_value() == k_norm_weight.has_value(), "k_norm_weight", "given exactly when q_norm_weight is",
         "one of the two");
   if (rope) {
-    check_same_device(*rope, "rope", qkv, "qkv");
     check_dtype(*rope, "rope", {ScalarType::Float});
     check_dim(*rope, "rope", 3);
     check(rope->size(0) >= keys.size(2) && rope->size(1) == head_dim / 2 && rope->size(2) == 2, "rope",
@@ -83,15 +88,21 @@ Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Ten
     check_contiguous(*rope, "rope");
   }
   if (arrivals) {
-    check_same_device(*arrivals, "arrivals", qkv, "qkv");
     check_dtype(*arrivals, "arrivals", {ScalarType::Int});
     check_shape(*arrivals, "arrivals", {rows * heads});
     check_contiguous(*arrivals, "arrivals");
   }
+  CachedAttentionParams p{};
+  p.q_norm_weight = check_weight(q_norm_weight, "q_norm_weight", qkv);
+  p.k_norm_weight = check_weight(k_norm_weight, "k_norm_weight", qkv);
+  check_no_overlap({{"keys", keys}, {"values", values}, {"arrivals", arrivals}}, {{"qkv", qkv},
+                                                                                  {"position", position},
+                                                                                  {"q_norm_weight", q_norm_weight},
+                                                                                  {"k_norm_weight", k_norm_weight},
+                                                                                  {"rope", rope}});
 
   Tensor out = torch::stable::new_empty(qkv, {rows, heads, head_dim});
   if (out.numel() == 0) return out;
-  CachedAttentionParams p{};
   p.dtype = cached_attention_dtype(qkv.scalar_type());
   p.cache_dtype = cached_attention_dtype(keys.scalar_type());
   p.rows = rows;
@@ -104,8 +115,6 @@ Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Ten
   p.row_stride = keys.stride(0);
   p.head_stride = keys.stride(1);
   p.position = static_cast<const int64_t*>(position.const_data_ptr());
-  p.q_norm_weight = check_weight(q_norm_weight, "q_norm_weight", qkv);
-  p.k_norm_weight = check_weight(k_norm_weight, "k_norm_weight", qkv);
   p.norm_eps = static_cast<float>(norm_eps);
   p.rope = rope ? static_cast<const float*>(rope->const_data_ptr()) : nullptr;
   p.scale = static_cast<float>(scale);

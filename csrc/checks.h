@@ -104,10 +104,37 @@ inline void check_range(int64_t value, const char* argument, int64_t lowest, int
         "a value in " + std::to_string(lowest) + ".." + std::to_string(highest), value);
 }
 
+// An argument by its name; no tensor where it is None.
+struct Argument {
+  Argument(const char* name, const Tensor& tensor) : name(name), tensor(&tensor) {}
+  Argument(const char* name, const std::optional<Tensor>& tensor)
+      : name(name), tensor(tensor.has_value() ? &*tensor : nullptr) {}
+  const char* name;
+  const Tensor* tensor;
+};
+
+// Before anything else in every operator, with all its tensors: they lie on the device of the first, and their sizes
+// can be multiplied with each other's and with small factors. An empty or an expanded tensor may have any sizes.
+inline void check_tensors(std::initializer_list<Argument> arguments) {
+  const Argument& first = *arguments.begin();
+  for (const Argument& argument : arguments) {
+    if (argument.tensor == nullptr) continue;
+    check(argument.tensor->defined(), argument.name, "a tensor", "None");  // which torch lets through
+    check_same_device(*argument.tensor, argument.name, *first.tensor, first.name);
+    int64_t product = 1;
+    bool fits = true;
+    for (int64_t axis = 0; axis < argument.tensor->dim(); ++axis) {
+      const int64_t size = argument.tensor->size(axis);
+      fits = fits && !__builtin_mul_overflow(product, size > 0 ? size : 1, &product);
+    }
+    check(fits && product < int64_t{1} << 48, argument.name, "sizes whose product, those of 0 left out, is below 2^48",
+          "shape " + shape_name(*argument.tensor));
+  }
+}
+
 // A probability of dropout, rounded to a multiple of 2^-16 (half to even, as Python), and its seed, which is needed
 // where that is not 0.
-inline Dropout check_dropout(double dropout, const std::optional<Tensor>& seed, const Tensor& like,
-                             const char* like_name) {
+inline Dropout check_dropout(double dropout, const std::optional<Tensor>& seed) {
   constexpr double kSteps = 65536;
   check(dropout >= 0 && dropout < 1, "dropout", "a probability in [0, 1)", dropout);
   const auto threshold = static_cast<uint32_t>(std::nearbyint(dropout * kSteps));
@@ -116,7 +143,6 @@ inline Dropout check_dropout(double dropout, const std::optional<Tensor>& seed, 
   check(seed.has_value(), "seed", "a tensor where dropout > 0", "None");
   check_dtype(*seed, "seed", {ScalarType::Long});
   check(seed->numel() == 1, "seed", "one element", "shape " + shape_name(*seed));
-  check_same_device(*seed, "seed", like, like_name);
   return {threshold, static_cast<float>(1 / (1 - threshold / kSteps)), static_cast<const int64_t*>(seed->data_ptr())};
 }
 

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "checks.h"
+#include "overlap.h"
 #include "torch_parallel.h"
 
 namespace alitok {
@@ -52,6 +53,7 @@ DecodeParams decode_params(const Tensor& arena, const Tensor& vectors, const Ten
   DecodeParams p{};
   p.weights = weight_format(bytes);
   p.cache = keys.scalar_type() == ScalarType::Float ? CacheFormat::float32 : CacheFormat::bfloat16;
+  check(keys.size(0) <= 1 << 16, "keys", "at most 2^16 layers", "shape " + shape_name(keys));
   p.layers = keys.size(0);
   p.rows = keys.size(1);
   p.heads = keys.size(2);
@@ -88,12 +90,26 @@ DecodeParams decode_params(const Tensor& arena, const Tensor& vectors, const Ten
 Tensor decode(const Tensor& arena, const Tensor& vectors, const Tensor& embeddings, const Tensor& rope,
               const Tensor& ids, Tensor keys, Tensor values, const Tensor& position, int64_t hidden, int64_t codes,
               int64_t bytes, double norm_eps) {
+  check_tensors({{"arena", arena},
+                 {"vectors", vectors},
+                 {"embeddings", embeddings},
+                 {"rope", rope},
+                 {"ids", ids},
+                 {"keys", keys},
+                 {"values", values},
+                 {"position", position}});
   DecodeParams p =
       decode_params(arena, vectors, embeddings, rope, ids, keys, values, position, 1, hidden, codes, bytes, norm_eps);
+  check_no_overlap({{"keys", keys}, {"values", values}}, {{"arena", arena},
+                                                          {"vectors", vectors},
+                                                          {"embeddings", embeddings},
+                                                          {"rope", rope},
+                                                          {"ids", ids},
+                                                          {"position", position}});
   Tensor logits = torch::stable::new_empty(vectors, {p.rows, p.codes});
   if (p.rows == 0) return logits;
   p.logits = static_cast<float*>(logits.mutable_data_ptr());
-  ALITOK_DISPATCH_ISA(decode_cpu, p, torch_parallel());
+  ALITOK_DISPATCH_ISA(decode_cpu, p, process_crew(), torch_parallel());
   return logits;
 }
 
@@ -107,6 +123,19 @@ void decode_tokens(const Tensor& arena, const Tensor& vectors, const Tensor& emb
                    const std::optional<Tensor>& schedule, double temperature, std::optional<int64_t> top_k,
                    std::optional<double> top_p, const Tensor& seed, const Tensor& image_ids, int64_t steps,
                    int64_t hidden, int64_t codes, int64_t bytes, double norm_eps) {
+  check_tensors({{"arena", arena},
+                 {"vectors", vectors},
+                 {"embeddings", embeddings},
+                 {"rope", rope},
+                 {"ids", ids},
+                 {"keys", keys},
+                 {"values", values},
+                 {"position", position},
+                 {"tokens", tokens},
+                 {"prompt_length", prompt_length},
+                 {"schedule", schedule},
+                 {"seed", seed},
+                 {"image_ids", image_ids}});
   check_range(steps, "steps", 1, int64_t{1} << 30);
   DecodeParams p = decode_params(arena, vectors, embeddings, rope, ids, keys, values, position, steps, hidden, codes,
                                  bytes, norm_eps);
@@ -135,14 +164,23 @@ void decode_tokens(const Tensor& arena, const Tensor& vectors, const Tensor& emb
   draw.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   draw.tokens_stride = tokens.size(1);
   draw.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
-  const int64_t given = std::min(end, draw.prompt_length) - p.position;
+  check_no_overlap({{"ids", ids}, {"keys", keys}, {"values", values}, {"position", position}, {"tokens", tokens}},
+                   {{"arena", arena},
+                    {"vectors", vectors},
+                    {"embeddings", embeddings},
+                    {"rope", rope},
+                    {"prompt_length", prompt_length},
+                    {"schedule", schedule},
+                    {"seed", seed},
+                    {"image_ids", image_ids}});
+  const int64_t given = std::clamp(draw.prompt_length, p.position, end) - p.position;
   for (int64_t b = 0; b < draw.batch; ++b)
     check_values(draw.tokens + b * draw.tokens_stride + p.position, given, "tokens: the prompt", codes);
 
   if (p.rows > 0) {
     const Tensor logits = torch::stable::new_empty(vectors, {p.rows, p.codes});
     p.logits = static_cast<float*>(logits.mutable_data_ptr());
-    ALITOK_DISPATCH_ISA(decode_tokens_cpu, p, draw, torch_parallel());
+    ALITOK_DISPATCH_ISA(decode_tokens_cpu, p, draw, process_crew(), torch_parallel());
   }
   *static_cast<int64_t*>(position.mutable_data_ptr()) = end;
 }

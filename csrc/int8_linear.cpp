@@ -22,12 +22,14 @@ Int8LinearDtype int8_linear_dtype(ScalarType dtype, const char* argument) {
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t outputs,
                    ScalarType dtype) {
+  check_tensors({{"x", x}, {"weight", weight}, {"bias", bias}});
   Int8LinearParams p{};
   p.x_dtype = int8_linear_dtype(x.scalar_type(), "x");
   p.out_dtype = int8_linear_dtype(dtype, "dtype");
   check_dim(x, "x", 2);
   check_contiguous(x, "x");
   check(outputs >= 0, "outputs", "at least 0", outputs);
+  check(outputs <= int64_t{1} << 40, "outputs", "at most 2^40", outputs);
   check_dtype(weight, "weight", {ScalarType::Byte});
   check_shape(weight, "weight",
               {parts(outputs, kInt8PanelOutputs), parts(x.size(1), kInt8GroupInputs), kInt8GroupBytes});

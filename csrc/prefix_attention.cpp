@@ -34,7 +34,6 @@ const float* float_data(const OptionalTensor& t, const char* name, const Tensor&
   check_dtype(*t, name, {ScalarType::Float});
   check_shape(*t, name, shape);
   check_contiguous(*t, name);
-  check_same_device(*t, name, qkv, "qkv");
   return static_cast<const float*>(t->data_ptr());
 }
 
@@ -67,7 +66,7 @@ PrefixAttentionParams make_params(const Tensor& qkv, int64_t prefix_len, const O
   check(std::isfinite(scale), "scale", "a finite number", scale);
   p.scale = static_cast<float>(scale);
 
-  p.dropout = check_dropout(dropout, seed, qkv, "qkv");
+  p.dropout = check_dropout(dropout, seed);
   return p;
 }
 
@@ -98,6 +97,11 @@ std::tuple<Tensor, Tensor> prefix_attention(const Tensor& qkv_in, int64_t prefix
                                             const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight,
                                             double norm_eps, const OptionalTensor& rope, double scale, double dropout,
                                             const OptionalTensor& seed) {
+  check_tensors({{"qkv", qkv_in},
+                 {"q_norm_weight", q_norm_weight},
+                 {"k_norm_weight", k_norm_weight},
+                 {"rope", rope},
+                 {"seed", seed}});
   check_qkv(qkv_in);
   const Tensor qkv = with_dense_rows(qkv_in);
   PrefixAttentionParams p =
@@ -128,6 +132,14 @@ std::tuple<Tensor, Tensor, Tensor> prefix_attention_backward(const Tensor& grad_
                                                              const OptionalTensor& k_norm_weight, double norm_eps,
                                                              const OptionalTensor& rope, double scale, double dropout,
                                                              const OptionalTensor& seed) {
+  check_tensors({{"qkv", qkv_in},
+                 {"grad_out", grad_out_in},
+                 {"out", out},
+                 {"lse", lse},
+                 {"q_norm_weight", q_norm_weight},
+                 {"k_norm_weight", k_norm_weight},
+                 {"rope", rope},
+                 {"seed", seed}});
   check_qkv(qkv_in);
   const Tensor qkv = with_dense_rows(qkv_in);
   PrefixAttentionParams p =
@@ -136,13 +148,11 @@ std::tuple<Tensor, Tensor, Tensor> prefix_attention_backward(const Tensor& grad_
   for (const auto& [t, name] : {std::pair{&grad_out_in, "grad_out"}, std::pair{&out, "out"}}) {
     check_dtype(*t, name, {qkv.scalar_type()});
     check_shape(*t, name, out_shape);
-    check_same_device(*t, name, qkv, "qkv");
   }
   check_contiguous(out, "out");
   check_dtype(lse, "lse", {ScalarType::Float});
   check_shape(lse, "lse", {p.batch, p.heads, p.length});
   check_contiguous(lse, "lse");
-  check_same_device(lse, "lse", qkv, "qkv");
   const Tensor grad_out = torch::stable::contiguous(grad_out_in);
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());

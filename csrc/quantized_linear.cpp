@@ -24,6 +24,7 @@ QuantizedLinearDtype quantized_linear_dtype(ScalarType dtype) {
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias) {
+  check_tensors({{"x", x}, {"weight", weight}, {"scale", scale}, {"bias", bias}});
   check_dtype(x, "x", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check_dim(x, "x", 2);
   check(x.size(0) <= kQuantizedLinearMostRows, "x", "at most " + std::to_string(kQuantizedLinearMostRows) + " rows",
@@ -34,17 +35,14 @@ Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& sca
   check(weight.size(0) < int64_t{1} << 31, "weight", "fewer than 2^31 outputs", "shape " + shape_name(weight));
   check_size(weight, "weight", 1, x.size(1));
   check_contiguous(weight, "weight");
-  check_same_device(weight, "weight", x, "x");
   check_dtype(scale, "scale", {ScalarType::BFloat16});
   const int64_t groups = (weight.size(1) + kQuantizedLinearGroup - 1) / kQuantizedLinearGroup;
   check_shape(scale, "scale", {weight.size(0), groups});
   check_contiguous(scale, "scale");
-  check_same_device(scale, "scale", x, "x");
   if (bias) {
     check_dtype(*bias, "bias", {x.scalar_type()});
     check_shape(*bias, "bias", {weight.size(0)});
     check_contiguous(*bias, "bias");
-    check_same_device(*bias, "bias", x, "x");
   }
   Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
   if (out.numel() == 0) return out;

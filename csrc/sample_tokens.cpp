@@ -31,16 +31,20 @@ LogitsDtype logits_dtype(const Tensor& logits) {
   }
 }
 
-const int64_t* one_integer(const Tensor& t, const char* argument, const Tensor& logits) {
+const int64_t* one_integer(const Tensor& t, const char* argument) {
   check_dtype(t, argument, {ScalarType::Long});
   check(t.numel() == 1, argument, "one element", "shape " + shape_name(t));
-  check_same_device(t, argument, logits, "logits");
   return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
 Tensor sample_tokens(const Tensor& logits_any, const std::optional<Tensor>& guidance_scale, double temperature,
                      std::optional<int64_t> top_k, std::optional<double> top_p, const Tensor& seed,
                      const Tensor& image_ids_any, const Tensor& step) {
+  check_tensors({{"logits", logits_any},
+                 {"guidance_scale", guidance_scale},
+                 {"seed", seed},
+                 {"image_ids", image_ids_any},
+                 {"step", step}});
   SampleTokensParams p{};
   p.dtype = logits_dtype(logits_any);
   check_dim(logits_any, "logits", 2);
@@ -56,16 +60,14 @@ Tensor sample_tokens(const Tensor& logits_any, const std::optional<Tensor>& guid
     check_dtype(*guidance_scale, "guidance_scale", {ScalarType::Float});
     check(guidance_scale->dim() == 0 || (guidance_scale->dim() == 1 && guidance_scale->size(0) == p.batch),
           "guidance_scale", "shape () or (" + std::to_string(p.batch) + ",)", "shape " + shape_name(*guidance_scale));
-    check_same_device(*guidance_scale, "guidance_scale", logits_any, "logits");
     p.guidance_scale = static_cast<const float*>(guidance_scale->const_data_ptr());
     p.guidance_stride = guidance_scale->dim() == 0 ? 0 : guidance_scale->stride(0);
   }
   p.rule = sample_rule(temperature, top_k, top_p, p.codes);
-  p.seed = one_integer(seed, "seed", logits_any);
+  p.seed = one_integer(seed, "seed");
   check_dtype(image_ids_any, "image_ids", {ScalarType::Long});
   check_shape(image_ids_any, "image_ids", {p.batch});
-  check_same_device(image_ids_any, "image_ids", logits_any, "logits");
-  p.step = one_integer(step, "step", logits_any);
+  p.step = one_integer(step, "step");
 
   Tensor ids = torch::stable::new_empty(logits_any, {p.batch}, ScalarType::Long);
   if (p.batch == 0) return ids;

@@ -18,9 +18,9 @@ void check_aligned(const Tensor& t, const char* argument) {
 }
 
 Tensor swiglu(const Tensor& gate, const Tensor& up) {
+  check_tensors({{"gate", gate}, {"up", up}});
   check_dtype(gate, "gate", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check_dtype(up, "up", {gate.scalar_type()});
-  check_same_device(up, "up", gate, "gate");
   check(shape_name(up) == shape_name(gate), "up", "shape " + shape_name(gate), shape_name(up));
   check_contiguous(gate, "gate");
   check_contiguous(up, "up");

@@ -26,7 +26,6 @@ void check_inputs(const Tensor& z, const Tensor& codebook, double commitment) {
   check(codebook.size(0) >= 1 && codebook.size(0) <= kMostRows, "codebook", "1 to 2^31 - 1 codes",
         "shape " + shape_name(codebook));
   check_size(codebook, "codebook", 1, z.size(1));
-  check_same_device(codebook, "codebook", z, "z");
   check(z.size(1) <= kVqLookupMostChannels, "z", "at most " + std::to_string(kVqLookupMostChannels) + " channels",
         "shape " + shape_name(z));
   check(std::isfinite(commitment), "commitment", "a finite number", commitment);
@@ -34,6 +33,7 @@ void check_inputs(const Tensor& z, const Tensor& codebook, double commitment) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vq_lookup(const Tensor& z_any, const Tensor& codebook_any,
                                                              double commitment, bool with_closest) {
+  check_tensors({{"z", z_any}, {"codebook", codebook_any}});
   check_inputs(z_any, codebook_any, commitment);
   const Tensor z = torch::stable::contiguous(z_any), codebook = torch::stable::contiguous(codebook_any);
   const int64_t features = z.size(0), codes = codebook.size(0);
@@ -68,16 +68,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> vq_lookup(const Tensor& z_any
 std::tuple<Tensor, Tensor> vq_lookup_backward(const Tensor& grad_quantized_any, const Tensor& grad_loss,
                                               const Tensor& z_any, const Tensor& codebook_any,
                                               const Tensor& indices_any, double commitment) {
+  check_tensors({{"z", z_any},
+                 {"codebook", codebook_any},
+                 {"grad_quantized", grad_quantized_any},
+                 {"grad_loss", grad_loss},
+                 {"indices", indices_any}});
   check_inputs(z_any, codebook_any, commitment);
   check_dtype(grad_quantized_any, "grad_quantized", {ScalarType::Float});
   check_shape(grad_quantized_any, "grad_quantized", {z_any.size(0), z_any.size(1)});
-  check_same_device(grad_quantized_any, "grad_quantized", z_any, "z");
   check_dtype(grad_loss, "grad_loss", {ScalarType::Float});
   check_shape(grad_loss, "grad_loss", {});
-  check_same_device(grad_loss, "grad_loss", z_any, "z");
   check_dtype(indices_any, "indices", {ScalarType::Long});
   check_shape(indices_any, "indices", {z_any.size(0)});
-  check_same_device(indices_any, "indices", z_any, "z");
   const Tensor z = torch::stable::contiguous(z_any), codebook = torch::stable::contiguous(codebook_any);
   const Tensor grad_quantized = torch::stable::contiguous(grad_quantized_any);
   const Tensor indices = torch::stable::contiguous(indices_any);
@@ -98,6 +100,8 @@ std::tuple<Tensor, Tensor> vq_lookup_backward(const Tensor& grad_quantized_any, 
   if (z.is_cuda()) {
     ALITOK_DISPATCH_CUDA(vq_lookup_backward_cuda, z.get_device_index(), p);
   } else {
+    // On CUDA this would stop the stream: there the kernel takes care.
+    for (int64_t n = 0; n < p.features; ++n) check_range(p.indices[n], "indices", 0, p.codes - 1);
     ALITOK_DISPATCH_ISA(vq_lookup_backward_cpu, p, torch_parallel());
   }
   return {grad_z, grad_codebook};

@@ -35,7 +35,7 @@ struct VqLookupBackwardParams {
   const float* grad_loss;       // one element
   const float* z;
   const float* codebook;
-  const int64_t* indices;  // (N), as the forward pass gave them
+  const int64_t* indices;  // (N); the CPU's are in [0, K), CUDA's kernel looks itself
   float* grad_z;           // (N, C)
   float* grad_codebook;    // (K, C)
 };

@@ -238,11 +238,14 @@ __device__ float loss_scale(const VqLookupBackwardParams& p) {
   return p.features > 0 ? static_cast<float>(2.0 / elements * *p.grad_loss) : 0.0f;
 }
 
+// An index that is no code's reads nothing: its feature's gradient is NaN, and no code's gradient counts the feature.
 __global__ void feature_gradient(VqLookupBackwardParams p) {
   const float scale = p.commitment * loss_scale(p);
   const int64_t size = p.features * p.channels;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += int64_t{gridDim.x} * kThreads) {
-    const float code = p.codebook[p.indices[i / p.channels] * p.channels + i % p.channels];
+    const int64_t index = p.indices[i / p.channels];
+    const bool valid = index >= 0 && index < p.codes;
+    const float code = valid ? p.codebook[index * p.channels + i % p.channels] : NAN;
     p.grad_z[i] = p.grad_quantized[i] + scale * (p.z[i] - code);
   }
 }
@@ -260,8 +263,8 @@ __global__ void __launch_bounds__(kThreads) codebook_gradient(VqLookupBackwardPa
   const int64_t share = (p.features + kWarps - 1) / kWarps;
   const int64_t end = min(p.features, (warp + 1) * share);
   for (int64_t n = warp * share; n < end; n += 32) {
-    const int64_t mine = n + lane < end ? p.indices[n + lane] - first_code : -1;
-    unsigned found = __ballot_sync(kAllLanes, mine >= 0 && mine < kOwned);
+    const int64_t index = n + lane < end ? p.indices[n + lane] : -1, mine = index < 0 ? -1 : index - first_code;
+    unsigned found = __ballot_sync(kAllLanes, mine >= 0 && mine < kOwned && index < p.codes);
     while (found != 0) {
       const int source = __ffs(found) - 1;
       found &= found - 1;

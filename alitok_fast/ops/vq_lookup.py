@@ -63,6 +63,8 @@ def vq_lookup(z: Tensor, codebook: Tensor, commitment: float = 0.25, with_closes
     through); the first term of `loss` moves the codebook, and the second, weighted by `commitment`, moves `z`. Second
     derivatives, forward-mode derivatives and those of `torch.func` are refused. `torch.vmap` runs the operator once per
     element.
+    The backward pass reads `indices` again: one that is out of range by then is an error on the CPU; on CUDA, where
+    looking would stop the stream, the gradient of its feature is NaN, and it counts in no code's.
 
     Args:
         z: (N, C) features, floating point, any strides; N may be 0, C >= 1.

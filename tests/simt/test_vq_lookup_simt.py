@@ -97,3 +97,22 @@ def test_seeded_bugs_are_caught(simt, old, new, sanitizer, message):
     program = simt.program("vq_lookup", sanitizer, patches=[("vq_lookup_cuda.cu", old, new)])
     with pytest.raises(AssertionError, match=message):
         check_forward(run_forward(program, z, codebook, schedules=2), z, codebook)
+
+
+def test_backward_reads_nothing_for_an_index_out_of_range(simt):
+    """Under the address sanitizer: its feature gets NaN, and no code counts it."""
+    z, codebook = vq_inputs(70, 40, 35)
+    indices = torch.randint(40, (70,), generator=torch.Generator().manual_seed(1))
+    wrong = torch.tensor([3, 17, 30, 31, 32, 69])
+    indices[wrong] = torch.tensor([-1, 40, 63, 2**40, -(2**63), 2**63 - 1])
+    right = torch.ones(70, dtype=torch.bool)
+    right[wrong] = False
+    inputs = {"z": z, "codebook": codebook, "indices": indices, "features": 70, "codes": 40, "channels": 35}
+    inputs |= {"grad_quantized": torch.zeros(70, 35), "grad_loss": torch.ones(1)}
+    inputs |= {"backward": True, "commitment": COMMITMENT}
+    outputs = {"grad_z": ((70, 35), torch.float32), "grad_codebook": ((40, 35), torch.float32)}
+    result = simt.program("vq_lookup").run(inputs, outputs)
+    assert torch.equal(result["grad_z"].isnan().any(1), ~right) and torch.equal(result["grad_z"].isnan().all(1), ~right)
+    scaled = 2 / z.numel() * (codebook[indices[right]] - z[right])
+    expected = torch.zeros_like(codebook).index_add(0, indices[right], scaled)
+    torch.testing.assert_close(result["grad_codebook"], expected, rtol=1e-4, atol=1e-6)
