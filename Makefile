@@ -26,7 +26,7 @@ SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(wildcard cs
 
 CXX_FILES = $(wildcard $(addprefix csrc/*.,h cpp cu) $(addprefix tests/*/*.,h cpp cu) $(addprefix benchmarks/*/*.,h cpp cu))
 
-.PHONY: demo test test-all test-lowest bench gpu gpu-wheel lint format build clean
+.PHONY: demo test test-all test-lowest sanitize bench gpu gpu-wheel lint format build clean
 
 # An environment that was moved or copied is made anew, since its scripts begin with the path of its interpreter; one
 # that belonged to another checkout gets this one installed.
@@ -62,6 +62,10 @@ test-all: $(VENV)/installed-test
 
 test-lowest: $(VENV)/installed-test
 	$(BIN)/python tests/lowest.py
+
+# The CPU kernels in a build of their own, under AddressSanitizer and UBSan, with the operators' tests and the fuzzer.
+sanitize: $(VENV)/installed-test
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/fuzz/sanitize.py
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m pytest benchmarks --benchmark $(BENCH)
