@@ -1,9 +1,9 @@
-"""Draws the pictures of the README and of docs/: `python docs/pictures.py --data FASHION_MNIST [--stage1 MODEL]`.
+"""Makes the pictures of the README and of docs/: `python docs/pictures.py --data FASHION_MNIST [--stage1 MODEL]`.
 
-samples.png      garments of every class, drawn by the demo model
+samples.png      garments of every class, sampled from the demo model
 test_set.png     photographs of the Fashion-MNIST test set and their reconstructions
 completion.png   upper halves of test photographs, completed by the generator (prompt_tokens)
-growing.png      drawings as their rows appear; needs the stage-1 model that the demo was trained with
+growing.png      garments as their rows appear; needs the stage-1 model that the demo was trained with
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLUMNS = 10
 
 
 def samples(pipe: Pipeline) -> Image.Image:
-    """Eight of each class, a class a column."""
+    """Eight garments of each class, one class per column."""
     labels = list(range(pipe.generator.config.num_classes)) * 8
     names = [pipe.classes[label] for label in labels]
     return grid(pipe(labels, seed=0).images, COLUMNS, names[:COLUMNS] + [""] * (len(labels) - COLUMNS), scale=2)
@@ -47,7 +47,7 @@ def reconstructions(tokenizer: Tokenizer, photos: list[np.ndarray]) -> Image.Ima
 
 
 def completions(pipe: Pipeline, photos: list[np.ndarray], labels: list[int]) -> Image.Image:
-    """Photographs; what the generator is given of them; three completions."""
+    """Rows: the photographs, what the generator is given of them, and three completions."""
     config = pipe.tokenizer.config
     kept = config.num_prefix_tokens + config.num_image_tokens // 2
     tokens = pipe.tokenizer.encode(to_tensor(np.stack(photos)))

@@ -28,7 +28,7 @@ def command_lines(page: Path) -> list[str]:
     text = page.read_text()
     code = "".join(blocks(text, "")) + "".join(re.findall(r"^    .*\n", text, re.MULTILINE))
     lines = re.sub(r"\\\n\s*", " ", code).splitlines()
-    return [line.strip() for line in lines if re.match(r"\s*(alitok-fast|torchrun|python) ", line)]
+    return [line.strip() for line in lines if re.match(r"\s*(alitok-fast|torchrun|python|pytest) ", line)]
 
 
 COMMANDS = [(page.name, line) for page in PAGES for line in command_lines(page)]
@@ -82,6 +82,11 @@ def test_commands_exist_with_their_options(line):
         return
     elif words[0] == "python":
         assert (ROOT / words[1]).exists()
+        return
+    elif words[0] == "pytest":
+        own = re.findall(r"addoption\(\s*\"(--[\w-]+)", (ROOT / "benchmarks" / "conftest.py").read_text())
+        assert (ROOT / words[1]).exists()
+        assert {word for word in words if word.startswith("--")} <= {"--benchmark", *own}
         return
     command = get_command(app)
     words = words[1:]
