@@ -17,7 +17,7 @@ _capturing = threading.Lock()  # torch allows one capture at a time in a process
 
 
 class Turn:
-    """Of calls that use the same memory, as a `with` block: one after the other, on the host and on the device.
+    """A `with` block for calls that use the same memory: they run one after the other, on host and device.
 
     A lock alone orders what threads ask of a GPU, not what it does: threads may use streams of their own. So on a CUDA
     device a turn ends with an event on its stream, however it ends, and the stream of the next turn waits for it before
@@ -57,7 +57,7 @@ class Turn:
             self._lock.release()
 
     def wait(self) -> None:
-        """Until the device has done what turns asked for so far, this thread's own included."""
+        """Wait until the device has done what turns asked for so far, this thread's own included."""
         if self._holder == threading.get_ident():
             self._mark()
         if self._done is not None:

@@ -1,4 +1,4 @@
-"""From tokens to images, at speed: the second half of sampling."""
+"""Tokens to images: the second half of sampling."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 class ImageDecoder:
-    """`Tokenizer.decode` in a dtype of its own; on a CUDA device under a graph for each batch size.
+    """`Tokenizer.decode` in its own dtype; on a CUDA device, one CUDA graph per batch size.
 
-    Where the dtype is another than the tokenizer's, it holds a copy of the decoder, made anew when the tokenizer's
+    Where the dtype differs from the tokenizer's, it holds a copy of the decoder, made anew when the tokenizer's
     weights have changed since. Calls from several threads take turns, whatever streams they use. It can be pickled and
     copied: graphs are made anew.
 
     Args:
         tokenizer: in evaluation mode.
         dtype: torch.float32, torch.bfloat16 or torch.float16 for the decoder's weights and activations; on the CPU also
-            torch.int8 for the products of its transformer (docs/precision.md), the fastest measured with VNNI and
-            without AMX. None takes bfloat16 for a float32 tokenizer where that is faster (`fast_dtype`), else the
-            tokenizer's own.
+            torch.int8 for the products of its transformer (docs/precision.md), which was the fastest where it was
+            measured: with VNNI and without AMX. None takes bfloat16 for a float32 tokenizer where that is faster
+            (`fast_dtype`), else the tokenizer's own.
 
     Raises:
         ValueError: for another dtype, or int8 on another device.

@@ -16,10 +16,10 @@ STEPS_PER_CALL = 16  # Ctrl-C waits for the end of a native call; starting one c
 
 
 class SamplingLoop:
-    """One batch while it is sampled. All that a step reads or writes are tensors that stay where they are.
+    """One batch while it is sampled. Every tensor that a step reads or writes stays where it is.
 
-    On a CUDA device the first run captures a step as a CUDA graph and replays it: no launch overhead, nothing read
-    back. A loop can be run again with other labels, seeds and schedules.
+    On a CUDA device the first run captures a step as a CUDA graph and replays it, so that there is no launch overhead
+    and nothing is read back. A loop can be run again with other labels, seeds and schedules.
 
     Runs from several threads take turns, whatever streams they use. `turn` is given by an owner of several loops: it
     makes them inside a turn, and calls `run_in_turn` inside one.
@@ -89,7 +89,7 @@ class SamplingLoop:
         prompt_tokens: Tensor | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """As `run`, for whoever has the turn."""
+        """As `run`, for a caller that has the turn already."""
         if self.model.device.type == "cuda" and self._graph is None:
             self.start(labels, schedule, seed, image_ids, prompt_tokens)
             self._graph = capture(self.model.device, self.step)
@@ -113,7 +113,7 @@ class SamplingLoop:
         image_ids: Tensor,
         prompt_tokens: Tensor | None = None,
     ) -> None:
-        """Put these images' beginnings where a step reads them."""
+        """Write the beginnings of these images where the next step reads them."""
         state, condition = self.state, self.model.condition_ids(labels, self.batch_size)
         if state.schedule is not None and schedule is not None:
             condition = torch.cat([condition, self.model.condition_ids(None, self.batch_size)])
@@ -139,5 +139,5 @@ class SamplingLoop:
 
     @property
     def nbytes(self) -> int:
-        """Of the cache, nearly all that a loop holds."""
+        """Bytes of the cache, which is nearly all that a loop holds."""
         return self.cache.keys.nbytes + self.cache.values.nbytes

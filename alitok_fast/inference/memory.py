@@ -19,7 +19,7 @@ USABLE = 0.9  # of the free memory: allocators round up, and others want some to
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes for one image of a batch (its cache, activations and logits), bytes that are free, and what follows."""
+    """Bytes for one image of a batch (its cache, activations and logits), bytes that are free, and what they allow."""
 
     bytes_per_image: int
     bytes_available: int
@@ -49,7 +49,7 @@ def plan(
         kv_dtype: of the cache; None is what `gen` takes by itself.
 
     Raises:
-        TypeError: `gen` is none.
+        TypeError: `gen` is not a generator.
         ValueError: a device of another type, or one that is not there.
     """
     if not isinstance(gen, StepModel):

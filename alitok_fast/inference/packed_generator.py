@@ -14,14 +14,14 @@ from alitok_fast.ops.decode_weights import WEIGHT_DTYPES, LayerWeights, pack_wei
 
 
 class PackedGenerator:
-    """Steps like `Generator.step`, out of weights rounded and packed once.
+    """A generator that steps like `Generator.step`, from weights that are rounded and packed once.
 
     It holds a copy of the weights: later changes of `gen` do not reach it.
 
     Args:
         gen: the generator, on the CPU, of any floating dtype.
-        weight_dtype: of the matrices: torch.float32, torch.bfloat16, or torch.int8, which has a scale for each output
-            and 64 inputs. None takes the dtype of `gen`; for float16, which has no kernels here, float32.
+        weight_dtype: dtype of the matrices: torch.float32, torch.bfloat16, or torch.int8, which has one scale per
+            output and 64 inputs. None takes the dtype of `gen`; for float16, which has no kernels here, float32.
 
     Raises:
         ValueError: another dtype, or a generator that is not on the CPU.
@@ -57,12 +57,12 @@ class PackedGenerator:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of the blocks' matrices."""
+        """The dtype of the blocks' matrices."""
         return self.packed.dtype
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Of the key/value cache, unless another is asked for: float32 for float32 weights, else bfloat16."""
+        """The dtype of the key/value cache unless another is asked for: float32 for float32 weights, else bfloat16."""
         return torch.float32 if self.packed.dtype == torch.float32 else torch.bfloat16
 
     def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
@@ -88,7 +88,7 @@ class PackedGenerator:
         return condition_ids(self.config, labels, batch_size, self.device)
 
     def tensors(self) -> list[Tensor]:
-        """What a step reads beside the cache."""
+        """All tensors that a step reads besides the cache."""
         return [self.packed.arena, self.packed.vectors, self.packed.embeddings, self.packed.rope]
 
 

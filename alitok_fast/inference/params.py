@@ -21,7 +21,7 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What decides about an image besides its label, its id and the weights.
+    """The settings that determine an image, besides its label, its id and the weights.
 
     Attributes:
         guidance_scale: in [0, 1e30]; 0 switches guidance off and halves the work. None takes the model's own.
@@ -35,12 +35,14 @@ class SamplingParams:
         TypeError, ValueError: naming the setting, what was expected and what came.
     """
 
-    guidance_scale: float | None = _setting(None, "Strength of the guidance; 0 is none. The model's own if not given.")
+    guidance_scale: float | None = _setting(
+        None, "Strength of the guidance; 0 switches it off. If not given, the model's own."
+    )
     guidance_power: float | None = _setting(
-        None, "Exponent of the guidance schedule, above 0. The model's own if not given."
+        None, "Exponent of the guidance schedule, above 0. If not given, the model's own."
     )
     temperature: float = _setting(1.0, "Temperature of the logits; 0 takes the likeliest token at each step.")
-    top_k: int | None = _setting(None, "Sample from the k likeliest tokens, k >= 1; from all if not given.")
+    top_k: int | None = _setting(None, "Sample from the k likeliest tokens, k >= 1. If not given, from all.")
     top_p: float | None = _setting(None, "Sample from the smallest set of tokens with this probability, in (0, 1].")
     seed: int = _setting(0, "Key of the noise, an integer of 64 bits.")
 
@@ -80,7 +82,7 @@ class SamplingParams:
 
 
 def sampling_params(params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
-    """`params` (None: the defaults) with single settings exchanged; TypeError for one that there is not."""
+    """`params`, or the defaults if None, with single settings replaced. Raises TypeError for an unknown setting."""
     if params is not None and not isinstance(params, SamplingParams):
         raise TypeError(f"params: expected SamplingParams or None, got {type(params).__name__}")
     known = [f.name for f in dataclasses.fields(SamplingParams)]

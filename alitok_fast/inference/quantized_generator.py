@@ -17,7 +17,7 @@ from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weights are rounded to int8 or float8_e4m3fn, with a scale for each output and 64 inputs."""
+    """A linear layer whose weights are rounded to int8 or float8_e4m3fn, with one scale per output and 64 inputs."""
 
     weight: Tensor
     scale: Tensor
@@ -35,7 +35,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedGenerator:
-    """Steps like `Generator.step`, out of block weights in 8 bits; embeddings, norms and head are those of `gen`.
+    """A generator that steps with block weights in 8 bits; its embeddings, norms and head are those of `gen`.
 
     It holds a copy of the blocks' weights, so later changes of them in `gen` do not reach it, and `gen` may be dropped
     to free its own.
@@ -83,7 +83,7 @@ class QuantizedGenerator:
         sample_steps(self, state, cache, steps)
 
     def tensors(self) -> list[Tensor]:
-        """What a step reads beside the cache."""
+        """All tensors that a step reads besides the cache."""
         return storage(self.module)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class QuantizedGenerator:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the blocks, scales and biases included."""
+        """Bytes of the blocks' weights, scales and biases included."""
         return sum(tensor.nbytes for tensor in self.module.blocks.state_dict().values())
 
 

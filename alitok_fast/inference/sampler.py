@@ -30,18 +30,18 @@ def guidance_schedule(num_tokens: int, scale: float, power: float) -> Tensor:
 
 
 class Sampler:
-    """`sample`, again and again: the packed weights, the caches and the CUDA graphs stay for the next call.
+    """Samples as `sample` does, and keeps packed weights, caches and CUDA graphs for the next call.
 
-    Calls from several threads take turns, whatever streams they use; an `on_step` that calls the sampler it is called
-    by gets a RuntimeError. A sampler can be pickled and copied: caches and graphs are made anew.
+    Calls from several threads take turns, whatever streams they use; an `on_step` that calls its own sampler
+    gets a RuntimeError. A sampler can be pickled and copied: caches and graphs are made anew.
 
     Between two calls a GPU keeps the caches and graphs of up to four batches, a CPU one cache of at most 256 MiB.
 
     Args:
         gen: the generator, or what `prepare` made of one. A generator that is packed for this sampler is packed anew
             when its weights have changed since.
-        weight_dtype: of its matrices, as for `prepare`; None is the generator's.
-        kv_dtype: of the key/value cache; None is the model's, torch.float8_e4m3fn stores it in 8 bits (CUDA only).
+        weight_dtype: dtype of its matrices, as for `prepare`; None takes the generator's.
+        kv_dtype: dtype of the cache; None takes the model's, torch.float8_e4m3fn stores it in 8 bits (CUDA only).
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Sampler:
         on_step: Callable[[int, Tensor], None] | None = None,
         **overrides: Any,
     ) -> Tensor:
-        """As `sample`."""
+        """Sample one token sequence per label; arguments, result and errors are those of `sample`."""
         config, device = self.model.config, self.model.device
         labels = _as_ids("labels", labels, device)
         count = len(labels)
@@ -120,7 +120,7 @@ class Sampler:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> SamplingLoop:
-        """The loop that samples such batches: one kept from before, or a new one. Raises MemoryError."""
+        """The loop that samples such batches, kept from an earlier call or made anew. Raises MemoryError."""
         with self._turn:
             return self._loop(batch_size, guided, temperature, top_k, top_p)
 
@@ -179,12 +179,12 @@ def sample(
 
     Args:
         gen: the generator, in evaluation mode, or what `prepare` made of one. On the CPU a generator is packed for the
-            length of the call: whoever samples more than once makes a `Sampler`.
+            length of the call: to sample more than once, make a `Sampler`.
         labels: (B,) classes in [0, num_classes).
         params: the settings; None takes the defaults of `SamplingParams`.
         image_ids: (B,) ids that key each image's noise; None takes 0..B-1.
         prompt_tokens: (B, n <= N) int64, tokens to keep; the image is completed from there. None starts from nothing.
-        kv_dtype: of the key/value cache; None is the model's, torch.float8_e4m3fn stores it in 8 bits (CUDA only).
+        kv_dtype: dtype of the cache; None takes the model's, torch.float8_e4m3fn stores it in 8 bits (CUDA only).
         on_step: called as on_step(step, tokens so far (B, step + 1)) after each token. A batch that does not fit in
             memory (`plan`) is sampled in parts, in the order of its images: then B is the part's, and each part begins
             with step 0.

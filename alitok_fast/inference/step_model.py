@@ -1,4 +1,4 @@
-"""What steps: the protocol of the sampling loop, and the one place that decides how a generator is packed for it."""
+"""Step models: the protocol that the sampling loop needs, and the one place that decides how a generator is packed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from alitok_fast.ops.decode import SampleState
 
 @runtime_checkable
 class StepModel(Protocol):
-    """A generator that appends one position at a time; `Generator`, `PackedGenerator`, `QuantizedGenerator` are.
+    """A generator that appends one position at a time: `Generator`, `PackedGenerator` or `QuantizedGenerator`.
 
-    `weight_dtype` is that of the blocks' matrices, `cache_dtype` that of the key/value cache unless another is asked
-    for. `training` is read at every call, as modules change it.
+    `weight_dtype` is the dtype of the blocks' matrices, and `cache_dtype` that of the key/value cache unless another
+    is asked for. `training` is read at every call, because modules change it.
     """
 
     config: GeneratorConfig
@@ -53,21 +53,21 @@ class StepModel(Protocol):
         ...
 
     def tensors(self) -> list[Tensor]:
-        """All that a step reads beside the cache: a CUDA graph of steps keeps them."""
+        """All tensors that a step reads besides the cache; a CUDA graph of steps keeps them alive."""
         ...
 
 
 def prepare(generator: Generator | StepModel, weight_dtype: torch.dtype | None = None) -> StepModel:
-    """What samples with `generator` fastest where it lies, out of matrices in `weight_dtype`.
+    """The fastest step model for `generator` on its device, with matrices in `weight_dtype`.
 
     | generator | weight_dtype | result |
     |---|---|---|
     | on the CPU | None, float32, bfloat16, int8 | `PackedGenerator`, a copy; None is the generator's dtype |
     | on a GPU | None or the generator's dtype | the generator itself |
     | on a GPU | int8, float8_e4m3fn | `QuantizedGenerator`, a copy of the blocks' weights |
-    | packed or quantized before | None or its own | itself |
+    | packed or quantized already | None or its own | itself |
 
-    Inside `use_reference` a generator on the CPU steps itself, too. Weights of float16 are packed as float32 on the
+    Inside `use_reference`, a generator on the CPU also steps by itself. Weights of float16 are packed as float32 on the
     CPU, which holds them exactly.
 
     Raises:

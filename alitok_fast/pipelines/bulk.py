@@ -1,9 +1,10 @@
 """Many images: balanced classes, any number of processes, resumable, one manifest.
 
 The images are numbered; image i has the label `labels[i]` and the noise of id i, so what it shows does not depend on
-who samples it. They are sampled in batches of fixed borders, so that even rounding does not: batch b belongs to process
-b % world, and is done when its files are there. Files appear whole, by renaming; a killed run goes on where it was.
-The manifest says what the images are of. It is written with the first of them, when all settings have proved to work.
+which process samples it. Batches have fixed borders, so that not even rounding depends on it: batch b belongs to
+process b % world, and is done when its files are there. Files appear whole, by renaming; a killed run goes on from
+where it was.
+The manifest says how the images were made. It is written with the first batch, once all settings have proved to work.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _FREE_KEYS = ("device", "versions", "model")
 
 
 def balanced_labels(classes: Sequence[int], images: int | None, per_class: int | None) -> list[int]:
-    """A label for each image, every class equally often: image i has `classes[i % len(classes)]`.
+    """One label per image, with every class equally often: image i has `classes[i % len(classes)]`.
 
     So each run of `len(classes)` images holds every class once, as do the parts of 5,000 on which ADM's evaluator
-    computes the Inception Score. Give `per_class`, or `images` in all, or both where they agree; neither means one per
-    class.
+    computes the Inception Score. Give `per_class`, or the total `images`, or both if they agree; with neither, each
+    class has one image.
     """
     if not classes:
         raise ValueError("labels: expected at least one class, got none")
@@ -56,7 +57,7 @@ def balanced_labels(classes: Sequence[int], images: int | None, per_class: int |
 
 @contextlib.contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
-    """This process's rank and their number: under torchrun, joined to the others; else 0 and 1.
+    """This process's rank and the number of processes: under torchrun it joins the others, else they are 0 and 1.
 
     The processes share nothing but barriers, for which gloo serves on every device.
     """
@@ -71,7 +72,7 @@ def process_group() -> Iterator[tuple[int, int]]:
 
 
 class BulkRun:
-    """SampleState `labels`, one image each, into `output`; this process is number `rank` of `world`."""
+    """Samples `labels`, one image per label, into `output`; this process is number `rank` of `world`."""
 
     def __init__(
         self,

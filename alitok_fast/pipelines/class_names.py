@@ -1,4 +1,4 @@
-"""Labels by name: exactly as written first, then in any case and Unicode form, never a guess between two classes."""
+"""Labels by name: compared exactly first, then in any case and Unicode form, never guessed between two classes."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class ClassNames:
     def ids(self, labels: Label | Sequence[Label] | Tensor | np.ndarray) -> list[int]:
         """Class numbers of labels given by number or by name, one or several.
 
-        Raises TypeError, or ValueError naming the label: one that no class has, with those that are close, or a name
-        that several classes have, with their numbers.
+        Raises TypeError, or ValueError naming the label: one that no class has, with names that are close, or a
+        name that several classes share, with their numbers.
         """
         return [self._id(label) for label in _flat(labels)]
 

@@ -22,7 +22,7 @@ BLANK = 255
 def complete(
     pipe: Pipeline, photos: Sequence[np.ndarray], label: Label, rows: int, variants: int, params: SamplingParams
 ) -> Image.Image:
-    """Photographs (H, W, 3) uint8, completed from their upper part: a sheet with one line for each.
+    """Complete photographs (H, W, 3) uint8 from their upper part: a sheet with one line per photograph.
 
     Each line shows the photograph (resized and cropped about its centre), what the generator is given of it, and
     `variants` completions as pictures of class `label`. `rows` rows of patches are given, 0 <= rows <= grid (and the
@@ -50,7 +50,7 @@ def grow(pipe: Pipeline, stage1: Tokenizer, labels: Sequence[Label], params: Sam
     """Frames (B, H, W, 3) uint8: one after each row of patches, the last one decoded by `pipe`.
 
     `stage1` is the causal tokenizer that the pipeline's codes come from; what it has not painted yet is white.
-    Raises ValueError where its codebook is another.
+    Raises ValueError if its codebook is a different one.
     """
     config = stage1.config
     ours, theirs = (model.quantize.embedding.weight.float() for model in (pipe.tokenizer, stage1))

@@ -1,4 +1,4 @@
-"""Where a large run's images land: a folder of PNGs, or one npz. Both can be left at any moment and found again."""
+"""Where a large run writes its images: a folder of PNGs, or one npz. It may be killed at any moment and go on later."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def output_at(path: Path, total: int, side: int) -> PngFolder | NpzFile:
 
 @dataclass(frozen=True)
 class PngFolder:
-    """A folder of PNGs `<id>.png`, the manifest among them."""
+    """A folder of PNGs `<id>.png`, with the manifest beside them."""
 
     path: Path
     total: int
@@ -111,7 +111,7 @@ class NpzFile:
         return self.work / f"{ids[0]:0{len(str(self.total - 1))}d}.npy"
 
     def in_the_way(self) -> list[str]:
-        """As the folder is removed in the end, everything is."""
+        """Names in the folder that are not a run's: it is removed in the end, so all of them would be lost."""
         begun = {file.name for file in leftovers(self.work, {MANIFEST_NAME})}
         return sorted(set(os.listdir(self.work)) - begun)
 

@@ -62,15 +62,15 @@ class Pipeline:
             class_names: one per class, in the order of their numbers; None where classes go by number. A generator
                 with fewer names than columns has only the named classes.
             source: a name for the metadata.
-            weight_dtype: what the generator's matrices are packed in, as for `alitok_fast.prepare`: on the CPU
-                torch.float32, torch.bfloat16 or torch.int8, elsewhere torch.int8 or torch.float8_e4m3fn; None is the
-                generator's. What is packed is a copy, made anew when the generator's weights have changed.
-            decode_dtype: what tokens are decoded to images in, as for `ImageDecoder`: None is bfloat16 where the
-                machine multiplies it faster, about half a grey level from float32. torch.int8 is for the CPU.
+            weight_dtype: dtype of the generator's packed matrices, as for `alitok_fast.prepare`: on the CPU
+                torch.float32, torch.bfloat16 or torch.int8, elsewhere torch.int8 or torch.float8_e4m3fn; None takes
+                the generator's. The packed weights are a copy, made anew when the generator's weights have changed.
+            decode_dtype: dtype in which tokens are decoded to images, as for `ImageDecoder`: None is bfloat16 where the
+                machine multiplies it faster, which is about half a grey level from float32. torch.int8 is for the CPU.
 
         Raises:
-            TypeError, ValueError: the two models do not fit together, `class_names` are no names of the generator's
-                classes, `weight_dtype` does not fit the generator, or `decode_dtype` is none of `ImageDecoder`'s.
+            TypeError, ValueError: the two models do not fit together, `class_names` do not name the generator's
+                classes, `weight_dtype` does not fit it, or `decode_dtype` is one that `ImageDecoder` does not take.
         """
         for name in ("grid", "codebook_size"):
             have, want = getattr(generator.config, name), getattr(tokenizer.config, name)
@@ -125,7 +125,7 @@ class Pipeline:
 
     @property
     def sampler(self) -> Sampler:
-        """What samples the tokens. On the CPU the generator is packed for it at the first use, once for all calls."""
+        """The sampler of the tokens. On the CPU, the generator is packed at the first use, once for all calls."""
         if self._sampler is None:
             self._sampler = Sampler(self.generator)
         return self._sampler
@@ -189,7 +189,7 @@ class Pipeline:
         return keys.tolist()
 
     def metadata(self, params: SamplingParams) -> dict[str, Any]:
-        """What decides about a picture besides its label and its id: JSON values only."""
+        """What determines a picture besides its label and its id, as JSON values."""
         return {
             **params.resolved(self.generator.config).to_dict(),
             "model": self.source,

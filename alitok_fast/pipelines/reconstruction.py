@@ -66,8 +66,8 @@ def reconstruct(tokenizer: Tokenizer, photo: np.ndarray, tile: bool = False, bat
 def reconstruct_files(
     tokenizer: Tokenizer, paths: Sequence[Path], tile: bool = False, batch_size: int = 16, on_error: str = "stop"
 ) -> dict[Path, Reconstruction]:
-    """`reconstruct` for picture files. A file that cannot be read is an UnreadableImageError naming it, or with
-    on_error "skip" a warning; ValueError when none is left."""
+    """`reconstruct` for picture files. A file that cannot be read raises UnreadableImageError naming it, or is
+    left out with a warning where on_error is "skip". Raises ValueError if none is left."""
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error: expected 'stop' or 'skip', got {on_error!r}")
     results = {}
@@ -102,7 +102,7 @@ def describe(results: Mapping[Path, Reconstruction], tile: bool) -> dict[str, An
 
 
 def side_by_side(results: Mapping[Path, Reconstruction]) -> Image.Image:
-    """One row for each photograph: the original, its reconstruction with the PSNR."""
+    """One row per photograph: the original, and its reconstruction with the PSNR."""
     rows = [
         grid([r.original, r.image], 2, [path.name, f"PSNR {r.psnr:.2f} dB, {r.tokens.numel()} tokens"])
         for path, r in results.items()
