@@ -1,4 +1,4 @@
-"""Draw curves.png from the logs beside this file (needs matplotlib)."""
+"""Plot curves.png from the logs beside this file (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main() -> None:
     axes[1].legend()
     log = read("generator")
     axes[2].plot([e["step"] for e in log], [e["loss"] for e in log])
-    axes[2].set(title="generator", xlabel="step", ylabel="cross-entropy, nats a token")
+    axes[2].set(title="generator", xlabel="step", ylabel="cross-entropy, nats per token")
     figure.savefig(HERE / "curves.png", dpi=90)
 
 
