@@ -13,7 +13,7 @@ import torch
 
 from alitok_fast import __version__, _library
 
-OPTIONAL = ("tensorboard", "huggingface_hub", "torchvision", "torch-fidelity", "lpips", "diffusers", "flash-attn")
+OPTIONAL = ("tensorboard", "huggingface_hub", "diffusers", "flash-attn")
 
 
 def info() -> dict[str, Any]:
@@ -140,8 +140,8 @@ def _cuda(extension: dict[str, Any]) -> dict[str, Any]:
     off = []
     if extension["loaded"] and not extension["cuda"]:
         off.append(
-            "CUDA kernels: not built (no nvcc was found, or ALITOK_CUDA=0); install the CUDA toolkit and reinstall "
-            "with ALITOK_CUDA=1"
+            "CUDA kernels: not built (torch had no CUDA when it was built, or there was no nvcc, or ALITOK_CUDA=0); "
+            "install a CUDA build of torch and the CUDA toolkit, and reinstall"
         )
     if torch.version.cuda is None:
         off.append(f"CUDA: torch {torch.__version__} is a CPU build; install a CUDA build of torch")

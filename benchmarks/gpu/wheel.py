@@ -74,8 +74,6 @@ def main() -> None:
     (binary,) = (staged / "alitok_fast").iterdir()
     binary = binary.rename(staged / binary.name)
     (staged / "alitok_fast").rmdir()
-    if shutil.which("strip"):
-        subprocess.run(["strip", "--strip-unneeded", str(binary)], check=True)
     if given.golden.is_dir():
         shutil.copytree(given.golden, staged / "golden", ignore=shutil.ignore_patterns("__pycache__"))
     about = {"binary": binary.name, "sources": kernel_sources()}
