@@ -30,6 +30,7 @@ def chain(x, delta, weight, dropout=0.0):
     return total, (F.rms_norm(total, total.shape[-1:], weight, EPS)).to(delta.dtype)
 
 
+@pytest.mark.quick("2")
 @pytest.mark.parametrize("rows", [2, 16])
 def bench_add_rms_norm(rows, inputs, compare):
     x, delta, weight = inputs(rows)
@@ -39,6 +40,7 @@ def bench_add_rms_norm(rows, inputs, compare):
     compare(lambda: add_rms_norm(x, delta, weight), functions, x.nbytes + delta.nbytes, "read_bytes")
 
 
+@pytest.mark.quick
 def bench_add_rms_norm_backward(mode, inputs, compare):
     """A batch of training: 8 images of B."""
     leaves = [t.requires_grad_() for t in inputs(mode.pick(check=20, quick=512, full=8 * CONFIG.num_tokens))]

@@ -24,6 +24,7 @@ def static_cache(qkv, keys, values, position, weight, rope, visible):
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).squeeze(2)
 
 
+@pytest.mark.quick("b-2-fp32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rows", [2, 16])
 @pytest.mark.parametrize("size", ["b", "xl"])

@@ -56,8 +56,7 @@ def environment() -> Path:
 def main(arguments: list[str]) -> int:
     python = environment()
     settings = os.environ | {"PYTHONPATH": str(ROOT)}
-    names = ["torch", *bounds()]
-    shown = f"import importlib.metadata as m; print(*(f'{{n}} {{m.version(n)}}' for n in {names}), sep=', ')"
+    shown = f"import importlib.metadata as m; print(*(f'{{n}} {{m.version(n)}}' for n in {list(bounds())}), sep=', ')"
     subprocess.run([str(python), "-c", shown], check=True, env=settings)
     tests = [str(ROOT / "tests" / name) for name in TESTS]
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *(arguments or tests)]
