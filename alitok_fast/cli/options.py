@@ -60,7 +60,9 @@ class LoadOptions(DeviceOptions):
         "Precision of the generator's matrices: float32, bfloat16 or int8 on a CPU; int8 or float8_e4m3fn on a GPU.",
     )
     decode_dtype: str | None = _option(
-        None, "Precision of tokens to pixels: float32, bfloat16, float16, on a CPU int8; bfloat16 where that is faster."
+        None,
+        "Precision of the step from tokens to pixels: float32, bfloat16 or float16, on a CPU also int8. "
+        "If not given, bfloat16 where that is faster.",
     )
 
     def pipeline(self) -> Pipeline:

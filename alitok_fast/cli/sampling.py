@@ -30,13 +30,15 @@ Labels = Annotated[list[str], typer.Argument(help="Classes, by number or name.")
 def sample(
     load: Any,
     params: Any,
-    labels: Annotated[MaybeTexts, typer.Argument(help="Classes, each once, by number or name; all if none.")] = None,
+    labels: Annotated[MaybeTexts, typer.Argument(help="Classes by number or name, each once; all without.")] = None,
     out: Annotated[MaybePath, typer.Option(help="Folder for PNGs, or a file ending in .npz (ADM's format).")] = None,
     grid_file: Annotated[
         MaybePath, typer.Option("--grid", help="One picture of all images, class after class.")
     ] = None,
     per_class: Annotated[MaybeInt, typer.Option(help="Images of each class; 1 if nothing else is said.", min=1)] = None,
-    num_images: Annotated[MaybeInt, typer.Option(help="Images in all, a multiple of the classes.", min=1)] = None,
+    num_images: Annotated[
+        MaybeInt, typer.Option(help="Total number of images, a multiple of the classes.", min=1)
+    ] = None,
     batch_size: BatchSize = 32,
     force: Force = False,
     progress: Progress = True,
@@ -139,7 +141,7 @@ def watch(
     params: Any,
     force: Force = False,
 ) -> None:
-    """Sample pictures and show how they grow: each row as soon as its tokens are there, last the finished picture.
+    """Sample pictures and show how they grow: each row as soon as its tokens are there, finally the finished picture.
 
     \b
     Examples:

@@ -23,7 +23,7 @@ class TokenizerOutput(NamedTuple):
     """What a training step needs.
 
     `reconstruction` (B, 3, H, W) in (0, 1); `aux` (B, 3, patch, num_prefix_tokens * patch) in (0, 1), stage 1 only;
-    `z` (B * N, code_dim) float32 features before quantizing; `vq` the look-up of those features.
+    `z` (B * N, code_dim) float32 features before quantizing; `vq` the lookup of those features.
     """
 
     reconstruction: Tensor

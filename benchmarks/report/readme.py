@@ -13,7 +13,7 @@ from report.sections import Table, number, seconds
 BEGIN = "<!-- speed: filled by `python benchmarks/report --readme` -->"
 END = "<!-- end of speed -->"
 NONE = "No report is committed yet; `make bench` writes one for this machine."
-HEADER = ("machine", "model", "batch", "alitok_fast, an image", "share of floor", "reference fp32", "bf16 autocast",
+HEADER = ("machine", "model", "batch", "alitok_fast, per image", "share of floor", "reference fp32", "bf16 autocast",
           "torch.compile, bf16", "DiT-XL/2, 250 steps")  # fmt: skip
 ONE_ROUND = "†"
 PEERS = ("reference, fp32", "reference, bf16 autocast", "torch.compile, bf16, static cache")
