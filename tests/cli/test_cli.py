@@ -103,6 +103,7 @@ def test_npz_of_all_classes_with_a_grid(run, tiny_folder, tmp_path):
     assert grid.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tiny_folder, tmp_path):
     """SIGKILL in the middle; the same command again ends with the images of an undisturbed run, and nothing else."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -137,6 +138,7 @@ def test_ctrl_c_is_one_line(run, monkeypatch):
     assert run("info") == (130, "", "alitok-fast: interrupted\n")
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_images_of_one(run, tiny_folder, tmp_path):
     options = ["--model", str(tiny_folder), "--per-class", "2", "--batch-size", "3", "--no-progress"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -153,6 +155,7 @@ def test_two_processes_draw_the_images_of_one(run, tiny_folder, tmp_path):
 # --- reconstruct, convert, info -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "two.npz"])
 def test_one_of_two_processes_is_killed(run, tiny_folder, tmp_path, name):
     """torchrun ends the other; the same command again gives the images of one process."""
@@ -190,6 +193,7 @@ def test_reconstruct(run, tiny_folder, tmp_path, options, tokens):
         assert sheet.width > sheet.height
 
 
+@pytest.mark.slow
 def test_reconstruct_photographs_with_weights_in_the_released_format(run, golden, recipe, tmp_path):
     """Real photographs through weights of the full size, read from a .pth file without a word about their size."""
     torch.save(recipe("tokenizer"), tmp_path / "alitok_tokenizer.pth")
