@@ -246,7 +246,7 @@ def test_info(run):
     "arguments, message",
     [
         (("smaple",), "No such command 'smaple'"),
-        (("sample", "--sead", "1"), "No such option: --sead"),
+        (("sample", "--sead", "1"), "--sead"),
         (("sample", "--seed", "x", "--grid", "g.png"), "Invalid value for '--seed'"),
         (("sample",), "expected --out, --grid or both, got neither"),
         (("sample", "--grid", "g.txt"), "path: expected a file ending in .png, .jpg"),
