@@ -99,7 +99,7 @@ def _inside_wrappers(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_dtype(dtype: torch.dtype) -> None:
+def check_model_dtype(dtype: torch.dtype) -> None:
     """ValueError for a dtype that no model computes in."""
     if dtype not in _DTYPES.values():
         expected = "float32, bfloat16 or float16"
@@ -143,7 +143,7 @@ def convert(
             f"target: expected a folder, or a file ending in {', '.join(checkpoint.SUFFIXES)}, got {target}"
         )
     if dtype is not None:
-        check_dtype(dtype)
+        check_model_dtype(dtype)
     path, target = resolve(source, kind or ""), Path(target)
     if not force:
         checkpoint.check_target(target, folder=not target.suffix)
@@ -210,7 +210,7 @@ def open_checkpoint(
 
 
 def _load(kind: str, path_or_name, device, dtype, config, weights) -> Any:
-    check_dtype(dtype)
+    check_model_dtype(dtype)
     return build(open_checkpoint(kind, path_or_name, config, weights)).to(device, dtype).eval()
 
 

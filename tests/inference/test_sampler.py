@@ -12,6 +12,7 @@ from alitok_fast.inference.loop import STEPS_PER_CALL, SamplingLoop
 from alitok_fast.inference.memory import plan
 from alitok_fast.inference.packed_generator import PackedGenerator
 from alitok_fast.inference.sampler import Sampler, guidance_schedule, sample
+from alitok_fast.models import Generator
 from alitok_fast.ops.sample_tokens import guided_logits, sample_tokens
 from alitok_fast.testing import ReadsBack
 
@@ -52,8 +53,8 @@ def test_guided_logits_of_the_loop_match_a_full_pass(tiny_generator, monkeypatch
     """float32 cached logits equal uncached ones to 1e-4, guidance included, along a whole drawn sequence."""
     gen = tiny_generator()
     seen = []
-    step = gen.step
-    monkeypatch.setattr(gen, "step", lambda ids, cache: seen.append(step(ids, cache)) or seen[-1])
+    step = Generator.step
+    monkeypatch.setattr(Generator, "step", lambda *given: seen.append(step(*given)) or seen[-1])
     with use_reference():  # else a generator on the CPU is packed; tests/test_decoding.py compares those logits
         tokens = sample(gen, [3, 4], guidance_scale=8.0, guidance_power=1.0)
     assert len(seen) == gen.config.num_tokens

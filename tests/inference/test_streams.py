@@ -15,6 +15,7 @@ from alitok_fast.inference import cuda_graph
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.loop import SamplingLoop
 from alitok_fast.inference.sampler import Sampler, sample
+from alitok_fast.models import Generator
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_waiting_includes_the_turn_that_one_has(fake, users):
 def test_a_recording_that_fails(fake, users, tiny_generator, monkeypatch):
     """It ran on a stream of its own, for which the turn's end has to wait."""
     gen, steps = tiny_generator(), []
-    step = gen.step
+    step = Generator.step
 
     def fail_once(*arguments):
         steps.append(step(*arguments))
@@ -227,7 +228,7 @@ def test_a_recording_that_fails(fake, users, tiny_generator, monkeypatch):
             raise MemoryError
         return steps[-1]
 
-    monkeypatch.setattr(gen, "step", fail_once)
+    monkeypatch.setattr(Generator, "step", fail_once)
     with fake.thread("maker"):
         sampler = Sampler(gen)
     with users[0], pytest.raises(MemoryError):
