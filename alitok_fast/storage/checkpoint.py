@@ -21,7 +21,7 @@ from alitok_fast.config import GeneratorConfig, TokenizerConfig
 from alitok_fast.storage.files import first_line, read_json, shown, write_atomically
 from alitok_fast.storage.recognise import Config, check_sizes, recognise
 from alitok_fast.storage.state_dict import AVERAGE, State, check_weights, plain_names, unwrap
-from alitok_fast.storage.tensor_files import SUFFIXES, check_state, read_metadata, read_tensors, separate
+from alitok_fast.storage.tensor_files import SUFFIXES, check_loaded, read_metadata, read_tensors, separate
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -192,7 +192,7 @@ def _read_state(path: Path, weights: str, config: Config | None = None, told_by:
             check_sizes(config, plain_names(entries, str(path)), str(path), told_by)
 
     state = unwrap(read_tensors(path, check), path, weights)
-    check_state(state.tensors, path)
+    check_loaded(state.tensors, path)
     check(state.tensors)
     return State(separate(state.tensors), state.key)
 

@@ -159,7 +159,7 @@ def _refused(error: pickle.UnpicklingError) -> str:
     )
 
 
-def check_state(state: Mapping[str, Tensor], path: Path) -> None:
+def check_loaded(state: Mapping[str, Tensor], path: Path) -> None:
     """ValueError unless all are plain floating-point tensors, of no more memory than such a file can hold."""
     for name, tensor in state.items():
         floating = tensor.dtype in _DTYPES.values() and tensor.layout == torch.strided and tensor.device.type == "cpu"

@@ -62,8 +62,8 @@ def own_forward(gen):
     gen.blocks[0].mlp.forward = lambda x: x
 
 
-def own_step(gen):
-    gen.blocks[0].step = lambda *_: None
+def own_part(gen):
+    gen.blocks[0].attn.project = lambda x: x
 
 
 def parametrized(gen):
@@ -124,7 +124,7 @@ CHANGES = {
     hook: r"blocks.0.norm1: expected no forward hooks, got some, .*remove them \(handle.remove\(\)",
     pre_hook: "model: expected no forward hooks, got some",
     own_forward: "blocks.0.mlp: expected the forward of its class, got another one, .*delete the attribute forward",
-    own_step: "blocks.0: expected the step of its class, got another one",
+    own_part: "blocks.0.attn: expected the project of its class, got another one",
     parametrized: "output: expected a Linear, got a ParametrizedLinear, .*remove_parametrizations",
     spectral: "blocks.0.attn.proj: expected a Linear, got a ParametrizedLinear",
     pruned: "blocks.0.mlp.w2: expected no forward hooks, got some, .*prune.remove",
@@ -157,7 +157,7 @@ def test_what_changes_nothing_is_taken(tiny_generator, tiny_tokenizer):
     gen.dropout.p = 0.0
     gen.requires_grad_(False)
     gen.blocks[0].register_full_backward_hook(lambda *_: None)
-    gen.note = "mine"
+    gen.note, gen.step = "mine", lambda ids, cache: None
     gen.output.weight.note = "mine"
     gen.blocks[0].attn.k_norm.weight = gen.blocks[0].attn.q_norm.weight
     for model in (gen, copy.deepcopy(gen).to(torch.bfloat16), tiny_tokenizer(1), tiny_tokenizer(2)):
