@@ -1,163 +1,125 @@
-"""Image sources: IDX files (Fashion-MNIST) and folders of pictures.
-
-A source has `len(source)`, `source.class_names` (names), `source.labels` (int64
-array) and `source.image(i)`, an RGB uint8 array (H, W, 3).
-"""
+"""Image sources: what training and tokenizing read from, and how one is opened."""
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import logging
-import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from PIL import Image
+
+from alitok_fast.data.checks import require_choice, require_count
+from alitok_fast.data.folders import LOOSE, OTHER_FILES, OTHER_SPLITS, TWICE, UNREADABLE, FolderImages
+from alitok_fast.data.idx import IdxImages, holds_idx
+from alitok_fast.data.pictures import UnreadableImageError, read_image
+
+__all__ = [
+    "ImageSource",
+    "UnreadableImageError",
+    "check_source",
+    "open_source",
+    "read_image",
+    "source_fingerprint",
+]
 
 _log = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-FASHION_MNIST_CLASSES = (
-    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
-_IDX_PREFIX = {"train": "train", "test": "t10k"}
-_IDX_MAGIC = {1: 0x00000801, 3: 0x00000803}  # unsigned bytes, one or three dimensions
+_SAMPLED_IMAGES = 16
 
 
-class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded; the message names it."""
+class ImageSource(Protocol):
+    """Pictures with classes, by index. `check_source` says what an object of your own lacks.
 
-
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The unsigned-byte array of an IDX file, plain or gzip-compressed.
-
-    Raises ValueError naming the file when it is no IDX file of `dimensions`
-    dimensions, or shorter or longer than its header says.
-    """
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: expected a whole gzip file, got a truncated or damaged one ({error})") from error
-    header = 4 + 4 * dimensions
-    if len(raw) < header:
-        raise ValueError(f"{path}: expected an IDX header of {header} bytes, got {len(raw)} bytes")
-    magic = int.from_bytes(raw[:4], "big")
-    if magic != _IDX_MAGIC[dimensions]:
-        raise ValueError(f"{path}: expected IDX magic number {_IDX_MAGIC[dimensions]:#010x}, got {magic:#010x}")
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", dimensions, 4))
-    expected = int(np.prod(shape, dtype=np.int64))
-    if len(raw) - header != expected:
-        raise ValueError(f"{path}: expected {expected} bytes of data for shape {shape}, got {len(raw) - header}")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
-
-
-def _find_idx(folder: Path, split: str, kind: str) -> Path:
-    stem = f"{_IDX_PREFIX[split]}-{kind}-ubyte"
-    for name in (stem, f"{stem}.gz", stem.replace("-idx", ".idx")):
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"data: expected {stem} or {stem}.gz in {folder}, found neither")
-
-
-class IdxImages:
-    """Grey IDX images (MNIST's format), padded with black to at least `image_size` and replicated to RGB."""
-
-    def __init__(self, folder: str | Path, split: str = "train", image_size: int = 32) -> None:
-        if split not in _IDX_PREFIX:
-            raise ValueError(f"split: expected one of {sorted(_IDX_PREFIX)}, got {split!r}")
-        folder = Path(folder)
-        images_path = _find_idx(folder, split, "images-idx3")
-        labels_path = _find_idx(folder, split, "labels-idx1")
-        images = read_idx(images_path, 3)
-        self.labels = read_idx(labels_path, 1).astype(np.int64)
-        if len(images) != len(self.labels):
-            raise ValueError(f"{labels_path}: expected {len(images)} labels, one per image, got {len(self.labels)}")
-        if len(images) == 0:
-            raise ValueError(f"{images_path}: expected at least one image, got none")
-        pads = [divmod(max(0, image_size - side), 2) for side in images.shape[1:]]
-        self._images = np.pad(images, [(0, 0), *((half, half + odd) for half, odd in pads)])
-        count = int(self.labels.max()) + 1
-        fashion = "fashion" in str(folder.resolve()) and count == len(FASHION_MNIST_CLASSES)
-        self.class_names = list(FASHION_MNIST_CLASSES) if fashion else [str(i) for i in range(count)]
-        self.name = f"{folder.name}/{split}"
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def image(self, index: int) -> np.ndarray:
-        return np.repeat(self._images[index][:, :, None], 3, axis=2)
-
-
-def read_image(path: Path) -> np.ndarray:
-    """The picture as (H, W, 3) uint8 RGB; UnreadableImageError names a file that is none."""
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of these
-        raise UnreadableImageError(f"{path}: expected a readable image, got {type(error).__name__}: {error}") from error
-
-
-class FolderImages:
-    """A folder of pictures; its sub-folders, sorted by name, are the classes. Without sub-folders: one class.
-
-    on_error "stop" raises UnreadableImageError when a bad file is reached.
-    "skip" decodes every file once at the start, warns about each bad one by
-    name and leaves it out, so that the data order stays fixed afterwards.
+    A method `fingerprint() -> str`, a hash of all that decides the pictures, is used where there is one; otherwise
+    `source_fingerprint` hashes labels, names and a few pictures. `image` is called from several threads.
     """
 
-    def __init__(self, folder: str | Path, on_error: str = "stop") -> None:
-        if on_error not in ("stop", "skip"):
-            raise ValueError(f"on_error: expected 'stop' or 'skip', got {on_error!r}")
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise ValueError(f"data: expected a folder, got {folder}")
-        groups = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        groups = groups or [folder]
-        self.class_names = [group.name for group in groups]
-        files = [
-            (path, label)
-            for label, group in enumerate(groups)
-            for path in sorted(group.rglob("*") if group != folder else group.iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        ]
-        if on_error == "skip":
-            files = _readable(files)
-        if not files:
-            raise ValueError(f"data: expected at least one readable image under {folder}, found none")
-        self.paths = [path for path, _ in files]
-        self.labels = np.array([label for _, label in files], np.int64)
-        self.name = folder.name
+    name: str
+    """What the data are called in a model's provenance."""
+    class_names: Sequence[str]
+    labels: np.ndarray
+    """(len,) integers in [0, len(class_names))."""
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def __len__(self) -> int: ...
 
     def image(self, index: int) -> np.ndarray:
-        return read_image(self.paths[index])
+        """Picture `index` as (H, W, 3) uint8 RGB, the same each time."""
 
 
-def _readable(files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
-    def problem(entry: tuple[Path, int]) -> str | None:
-        try:
-            read_image(entry[0])
-        except UnreadableImageError as error:
-            return str(error)
-        return None
+def check_source(source: ImageSource) -> None:
+    """Raise TypeError or ValueError naming what an image source lacks. Reads its first picture."""
+    kind = type(source).__name__
+    for name in ("name", "class_names", "labels", "image", "__len__"):
+        if not hasattr(source, name):
+            raise TypeError(f"source: expected an ImageSource (alitok_fast.data), got a {kind} without {name!r}")
+    if not isinstance(source.name, str):
+        raise TypeError(f"source.name: expected text, got {source.name!r}")
+    names = source.class_names
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"source.class_names: expected a list of names, got {names!r}")
+    if len(source) < 1:
+        raise ValueError(f"source: expected at least one picture, got {len(source)}")
+    labels = np.asarray(source.labels)
+    if labels.shape != (len(source),) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"source.labels: expected ({len(source)},) integers, one per picture, got {labels.dtype} {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise ValueError(f"source.labels: expected 0 to {len(names) - 1}, got {labels.min()} to {labels.max()}")
+    check_picture(source.image(0), 0)
 
-    with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(problem, files))
-    for text in filter(None, problems):
-        _log.warning("skipped %s", text)
-    return [entry for entry, text in zip(files, problems, strict=True) if text is None]
+
+def check_picture(image: np.ndarray, index: int) -> np.ndarray:
+    """`image`, where it is (H, W, 3) uint8 of at least one pixel; TypeError or ValueError otherwise."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        found = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+        raise TypeError(f"source.image({index}): expected a uint8 array, got {found}")
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"source.image({index}): expected shape (H, W, 3), got {image.shape}")
+    return image
+
+
+def source_fingerprint(source: ImageSource) -> str:
+    """A short hash of the data: the source's own, else of its labels, class names and up to 16 of its pictures."""
+    if hasattr(source, "fingerprint"):
+        return str(source.fingerprint())
+    digest = hashlib.sha256(repr((len(source), list(source.class_names))).encode())
+    digest.update(np.ascontiguousarray(source.labels, np.int64))
+    for index in range(0, len(source), -(-len(source) // _SAMPLED_IMAGES)):
+        picture = source.image(index)
+        digest.update(repr(picture.shape).encode())
+        digest.update(np.ascontiguousarray(picture))
+    return digest.hexdigest()[:16]
 
 
 def open_source(
-    path: str | Path, split: str = "train", image_size: int = 32, on_error: str = "stop"
+    path: str | Path,
+    split: str = "train",
+    image_size: int | None = None,
+    on_error: str = "stop",
+    apply_orientation: bool = True,
+    convert_profile: bool = True,
+    report: Callable[[str], object] | None = None,
 ) -> IdxImages | FolderImages:
-    """IDX files when `path` holds any, else a folder of pictures (`path/<split>` when that exists)."""
+    """IDX files when `path` holds any, else a folder of pictures, `path/<split>` where it holds splits.
+
+    `image_size`: the model's side in pixels. IDX images are padded to it (to 32 if not given); large JPEGs are decoded
+    at a size that is enough for it (whole if not given). `apply_orientation` and `convert_profile` are for pictures,
+    see `alitok_fast.data.pictures`. What was found and what was left out goes to `report` as one line; without it, to
+    the log, as a warning where something that may be data was left out.
+    """
     path = Path(path)
+    require_choice("on_error", on_error, ("stop", "skip"))
+    if image_size is not None:
+        require_count("image_size", image_size)
     if not path.is_dir():
         raise ValueError(f"data: expected a folder with IDX files or pictures, got {path}")
-    if any(path.glob("*-ubyte*")):
-        return IdxImages(path, split, image_size)
-    return FolderImages(path / split if (path / split).is_dir() else path, on_error)
+    if holds_idx(path):
+        source: IdxImages | FolderImages = IdxImages(path, split, image_size or 32)
+        doubtful = False
+    else:
+        source = FolderImages(path, on_error, split, image_size, apply_orientation, convert_profile)
+        doubtful = not source.left_out.counts.keys().isdisjoint({LOOSE, OTHER_FILES, OTHER_SPLITS, TWICE, UNREADABLE})
+    (report or (_log.warning if doubtful else _log.info))(source.summary)
+    return source

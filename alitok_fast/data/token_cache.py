@@ -2,31 +2,37 @@
 
 A cache is a folder: `tokens.npy` (images, crops, N), `labels.npy` (images,)
 and `meta.json`, which is written last: a folder without it is unfinished, and
-`write_token_cache` goes on where it stopped.
+`write_token_cache` (data.cache_writer) goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import hashlib
+import io
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from numpy.lib import format as npy
 
-from alitok_fast.data.transforms import cache_crops, to_tensor
-from alitok_fast.storage.files import differences, write_json
+from alitok_fast.storage.files import first_line, read_json
 
-_FORMAT = 2
+FORMAT = 2
+META_NAME, PROGRESS_NAME = "meta.json", "progress.json"
+TOKENS_NAME, LABELS_NAME = "tokens.npy", "labels.npy"
+_SAMPLED_IMAGES = 4096
+_PIECE = 1 << 16  # images looked at together
 
 
 @dataclass(frozen=True)
 class TokenCacheMeta:
-    """What the tokens are; compared before an interrupted cache is continued."""
+    """What the tokens are; compared before an interrupted cache is continued.
+
+    `tokenizer` and `data` are fingerprints of the encoder's weights and of the images; `data` is empty in caches that
+    do not know it.
+    """
 
     num_images: int
     num_crops: int
@@ -36,7 +42,8 @@ class TokenCacheMeta:
     class_names: list[str]
     source: str
     tokenizer: str
-    format: int = _FORMAT
+    data: str = ""
+    format: int = FORMAT
 
 
 @dataclass(frozen=True)
@@ -50,129 +57,121 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def draw(self, index: int, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, index: int, rng: np.random.Generator) -> np.ndarray:
         """One of the image's crops at random, (N,) int64."""
         return self.tokens[index, int(rng.integers(self.meta.num_crops))].astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """A short hash of the metadata, all labels, and the tokens of up to 4,096 images."""
+        meta = {field.name: getattr(self.meta, field.name) for field in fields(self.meta) if field.name != "format"}
+        digest = hashlib.sha256(repr(sorted(meta.items())).encode())
+        digest.update(np.ascontiguousarray(self.labels))
+        digest.update(np.ascontiguousarray(self.tokens[:: -(-len(self) // _SAMPLED_IMAGES)]))
+        return digest.hexdigest()[:16]
+
+    @property
+    def summary(self) -> str:
+        """What it holds, in one line."""
+        meta = self.meta
+        return (
+            f"{meta.source}: {meta.num_images:,} images x {meta.num_crops} crops x {meta.num_tokens} tokens "
+            f"in {len(meta.class_names)} classes"
+        )
 
 
 def token_dtype(codebook_size: int) -> np.dtype:
     return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.int32)
 
 
-def write_token_cache(
-    folder: str | Path,
-    source,
-    encode: Callable[[Tensor], Tensor],
-    meta: TokenCacheMeta,
-    batch_size: int = 64,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> None:
-    """Encode every image of `source` (see data.sources) into `folder`; continue an interrupted run.
-
-    `encode` takes (B, 3, S, S) in [0, 1] and gives (B, N) int64. Raises
-    ValueError when the folder holds a cache of other settings, or tokens out
-    of range come back.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    progress_file, partial = folder / "progress.json", folder / "tokens.partial.npy"
-    shape, dtype = (meta.num_images, meta.num_crops, meta.num_tokens), token_dtype(meta.codebook_size)
-    start = _resume_at(folder, meta)
-    if start is None:
-        return
-    if start:
-        tokens = np.lib.format.open_memmap(partial, mode="r+")
-    else:
-        tokens = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-    for first in progress(range(start, meta.num_images, batch_size)):
-        last = min(first + batch_size, meta.num_images)
-        crops = np.concatenate(
-            [cache_crops(source.image(i), meta.image_size, meta.num_crops) for i in range(first, last)]
-        )
-        found = encode(to_tensor(crops))
-        if (
-            found.shape != (len(crops), meta.num_tokens)
-            or int(found.min()) < 0
-            or int(found.max()) >= meta.codebook_size
-        ):
-            raise ValueError(
-                f"encode: expected ({len(crops)}, {meta.num_tokens}) tokens below {meta.codebook_size}, "
-                f"got shape {tuple(found.shape)} in {int(found.min())}..{int(found.max())}"
-            )
-        tokens[first:last] = found.cpu().numpy().reshape(last - first, meta.num_crops, meta.num_tokens)
-        if (first // batch_size) % 16 == 0:
-            tokens.flush()
-            write_json(progress_file, {"done": last, "meta": dataclasses.asdict(meta)})
-    tokens.flush()
-    np.save(folder / "labels.npy", np.asarray(source.labels, np.int64))
-    os.replace(partial, folder / "tokens.npy")
-    write_json(folder / "meta.json", dataclasses.asdict(meta))
-    progress_file.unlink(missing_ok=True)
-
-
-def _resume_at(folder: Path, meta: TokenCacheMeta) -> int | None:
-    """The first image still to encode; None when the cache is whole."""
-    for name in ("meta.json", "progress.json"):
-        path = folder / name
-        if not path.exists():
-            continue
-        saved = json.loads(path.read_text())
-        saved_meta = saved if name == "meta.json" else saved["meta"]
-        if different := differences(saved_meta, dataclasses.asdict(meta)):
-            raise ValueError(
-                f"{folder}: holds a token cache of other images or settings: {'; '.join(different)}; "
-                "choose another folder or delete it"
-            )
-        if name == "meta.json":
-            return None
-        if (folder / "tokens.partial.npy").exists():
-            return int(saved["done"])
-    return 0
-
-
 def validate_token_cache(folder: str | Path, check_range: bool = True) -> TokenCache:
     """Open a cache; raises ValueError naming the file, what was expected and what was found."""
     folder = Path(folder)
-    if not (folder / "meta.json").is_file():
-        reason = (
-            "an unfinished cache: run the same tokenize command again"
-            if (folder / "progress.json").exists()
-            else "no meta.json"
-        )
+    if not (folder / META_NAME).is_file():
+        reason = "no meta.json"
+        if (folder / PROGRESS_NAME).exists():
+            reason = "an unfinished cache: run the same tokenize command again"
         raise ValueError(f"{folder}: expected a token cache, got {reason}")
-    try:
-        raw = json.loads((folder / "meta.json").read_text())
-        meta = TokenCacheMeta(**_renamed(raw))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{folder / 'meta.json'}: expected token cache metadata, got {error}") from error
-    if meta.format not in (1, _FORMAT):
-        raise ValueError(f"{folder / 'meta.json'}: expected format {_FORMAT}, got {meta.format}")
-    tokens = _open_array(
-        folder / "tokens.npy", (meta.num_images, meta.num_crops, meta.num_tokens), token_dtype(meta.codebook_size)
-    )
-    labels = _open_array(folder / "labels.npy", (meta.num_images,), np.dtype(np.int64))
+    meta = read_meta(folder / META_NAME)
+    shape = (meta.num_images, meta.num_crops, meta.num_tokens)
+    tokens = _open_array(folder / TOKENS_NAME, shape, token_dtype(meta.codebook_size))
+    labels = _open_array(folder / LABELS_NAME, (meta.num_images,), np.dtype(np.int64))
     if labels.min() < 0 or labels.max() >= len(meta.class_names):
         raise ValueError(
-            f"{folder / 'labels.npy'}: expected labels in 0..{len(meta.class_names) - 1}, "
+            f"{folder / LABELS_NAME}: expected labels in 0..{len(meta.class_names) - 1}, "
             f"got {labels.min()}..{labels.max()}"
         )
-    if check_range and int(tokens.max()) >= meta.codebook_size:
-        largest = int(tokens.max())
-        raise ValueError(f"{folder / 'tokens.npy'}: expected tokens below {meta.codebook_size}, got {largest}")
+    if check_range:
+        pieces = [tokens[first : first + _PIECE] for first in range(0, len(tokens), _PIECE)]
+        smallest, largest = min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)
+        if smallest < 0 or largest >= meta.codebook_size:
+            raise ValueError(
+                f"{folder / TOKENS_NAME}: expected tokens below {meta.codebook_size}, "
+                f"got {largest if smallest >= 0 else smallest}"
+            )
     return TokenCache(tokens, labels, meta)
 
 
+def read_meta(path: Path) -> TokenCacheMeta:
+    """The metadata in meta.json; ValueError names the file, and the key that is wrong."""
+    return checked_meta(read_json(path, "token cache metadata"), path)
+
+
+def checked_meta(raw: Any, path: Path) -> TokenCacheMeta:
+    """Metadata from JSON, of this format or as alitok_fast 0.1 wrote them; `path` is where they come from."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected token cache metadata, got {type(raw).__name__}")
+    raw = _renamed(raw)
+    try:
+        meta = TokenCacheMeta(**raw)
+    except TypeError as error:
+        raise ValueError(f"{path}: expected token cache metadata, got {first_line(error)}") from None
+    if meta.format not in (1, FORMAT):
+        raise ValueError(f"{path}: expected format {FORMAT}, got {meta.format!r}")
+    for field in fields(meta):
+        value = getattr(meta, field.name)
+        if field.type == "int" and (type(value) is not int or not 0 < value < 1 << 31):
+            raise ValueError(f"{path}: {field.name}: expected a whole number of at least 1, got {_short(value)}")
+        if field.type == "str" and not isinstance(value, str):
+            raise ValueError(f"{path}: {field.name}: expected text, got {_short(value)}")
+    names = meta.class_names
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: class_names: expected a list of names, got {_short(names)}")
+    return meta
+
+
 def _renamed(meta: dict[str, Any]) -> dict[str, Any]:
-    """Metadata as alitok_fast 0.1 wrote it, under today's names."""
     names = {"images": "num_images", "crops": "num_crops", "tokens": "num_tokens", "classes": "class_names"}
     return {names.get(name, name): value for name, value in meta.items()} if meta.get("format") == 1 else meta
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """The beginning of a .npy file of this array, in C order."""
+    file = io.BytesIO()
+    npy.write_array_header_1_0(file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
 def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A memory map of a .npy file that must hold exactly this array. Its header is compared, not believed."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a whole .npy array, got {error}") from error
-    if array.shape != shape or array.dtype != dtype:
-        raise ValueError(f"{path}: expected {dtype} of shape {shape}, got {array.dtype} of shape {array.shape}")
-    return array
+        with path.open("rb") as file:
+            version = npy.read_magic(file)
+            read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            found_shape, fortran_order, found_dtype = read_header(file)
+            offset = file.tell()
+    except Exception as error:  # numpy evaluates the header as Python: SyntaxError, TokenError, EOFError, ...
+        raise ValueError(f"{path}: expected a whole .npy array, got {first_line(error)}") from error
+    if found_shape != shape or found_dtype != dtype or (fortran_order and len(shape) > 1):
+        order = " in Fortran order" if fortran_order else ""
+        raise ValueError(
+            f"{path}: expected {dtype} of shape {shape}, got {found_dtype} of shape {_short(found_shape)}{order}"
+        )
+    expected, size = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
+    if size != expected:
+        raise ValueError(f"{path}: expected a whole .npy array of {expected} bytes, got {size} bytes")
+    return np.memmap(path, dtype, "r", offset, shape)

@@ -1,0 +1,186 @@
+"""One picture file to an RGB array that means what a viewer shows.
+
+- The EXIF orientation is applied and colour profiles are converted to sRGB. The published preparation does neither:
+  `apply_orientation=False` and `convert_profile=False` read as it does.
+- 16-bit grey is scaled to 8 bits (v >> 8). Other integers and floats, which viewers do not agree on, are refused.
+- Transparent pixels are shown on white (`BACKDROP`). CMYK without a profile takes Pillow's plain conversion.
+- Of animations and files of several pages the first picture is read.
+
+Formats are taken from a file's content, out of `FORMATS` alone: none of them starts another program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms
+
+BACKDROP = (255, 255, 255)
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+_NO_SIGNATURE = "TGA"  # any bytes may pass for one: only files that are called so are tried
+_FLOATS = {".pfm"}
+_ORIENTATION_TAG, _PHOTOMETRIC_TAG = 0x0112, 262
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PROFILE_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "Lab": "LAB"}
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be decoded; the message names it."""
+
+
+class PixelGate:
+    """Lets threads decode at the same time only what stays below `limit` pixels together; a larger picture goes alone.
+
+    A pixel takes about 8 bytes while it is decoded and converted.
+    """
+
+    def __init__(self, limit: int = 64_000_000) -> None:
+        self.limit = limit
+        self._held = 0
+        self._changed = threading.Condition()
+
+    def __reduce__(self):  # a lock belongs to its process
+        return PixelGate, (self.limit,)
+
+    @contextlib.contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + pixels <= self.limit)
+            self._held += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= pixels
+                self._changed.notify_all()
+
+
+def picture_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the files that the installed Pillow reads in one of `FORMATS`."""
+    kinds = Image.registered_extensions()
+    known = {kind for kind in FORMATS if kind in Image.OPEN} | {"MPO"}  # MPO is opened as JPEG
+    return frozenset(suffix for suffix, kind in kinds.items() if kind in known) - _FLOATS
+
+
+def read_image(
+    path: str | Path,
+    apply_orientation: bool = True,
+    convert_profile: bool = True,
+    image_size: int | None = None,
+    gate: PixelGate | None = None,
+) -> np.ndarray:
+    """The picture as (H, W, 3) uint8 RGB; UnreadableImageError names a file that is none.
+
+    `image_size`: the side in pixels of the square that it will be resized to. A JPEG whose shorter side is at least
+    4 times that is decoded at 1/2, 1/4 or 1/8 of its size, with at least 2 times `image_size` left, which the resize
+    averages over; None decodes everything. `gate` bounds the memory of threads that read at the same time.
+    """
+    path = Path(path)
+    with _opened(path) as picture:
+        if image_size is not None:
+            shorter = max(1, min(picture.size))
+            picture.draft(None, tuple(-(-side * 2 * image_size // shorter) for side in picture.size))
+        with gate.hold(picture.width * picture.height) if gate else contextlib.nullcontext():
+            picture.load()
+            rgb = _to_rgb(picture, convert_profile)
+            if apply_orientation and (turn := _orientation(picture)) in _TRANSPOSITIONS:
+                rgb = rgb.transpose(_TRANSPOSITIONS[turn])
+            return np.asarray(rgb)
+
+
+def check_image(path: str | Path, gate: PixelGate | None = None) -> None:
+    """Decode a file and drop the picture; UnreadableImageError names a file that is none."""
+    with (
+        _opened(Path(path)) as picture,
+        gate.hold(picture.width * picture.height) if gate else contextlib.nullcontext(),
+    ):
+        picture.load()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    kinds = Image.registered_extensions()
+    own = kinds.get(path.suffix.lower())
+    formats = [kind for kind in FORMATS if kind in Image.OPEN and (kind != _NO_SIGNATURE or kind == own)]
+    try:
+        with Image.open(path, formats=formats) as picture:
+            yield picture
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableImageError(f"{path}: expected a picture in one of {', '.join(FORMATS)}, got none") from error
+    except Exception as error:  # on damaged files Pillow's plugins raise nearly anything
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UnreadableImageError(f"{path}: expected a readable image, got {found}") from error
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none; damaged metadata do not make a picture unreadable."""
+    try:
+        return int(picture.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # Pillow parses EXIF in Python: struct.error, SyntaxError, KeyError, ...
+        return 1
+
+
+def _to_rgb(picture: Image.Image, convert_profile: bool) -> Image.Image:
+    profile = picture.info.get("icc_profile") if convert_profile else None
+    colour, alpha = _sixteen_bits(picture) if picture.mode.startswith("I") else _colour_and_alpha(picture)
+    if profile:
+        colour = _to_srgb(colour, profile)
+    if colour.mode == "LAB":
+        colour = ImageCms.profileToProfile(
+            colour, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    colour = colour.convert("RGB")
+    if alpha is None:
+        return colour
+    return Image.composite(colour, Image.new("RGB", colour.size, BACKDROP), alpha)
+
+
+def _colour_and_alpha(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    if picture.mode == "F":
+        raise ValueError("expected 8 or 16 bits per channel, got floating-point numbers")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        whole = picture.convert("RGBA")
+        return whole.convert("RGB"), whole.getchannel("A")
+    return (picture if picture.mode in ("L", "RGB", "CMYK", "LAB") else picture.convert("RGB")), None
+
+
+def _sixteen_bits(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """16-bit grey, which Pillow calls I;16 or, of PNG and PGM files, I."""
+    if picture.mode == "I" and picture.format not in ("PNG", "PPM"):
+        raise ValueError("expected 8 or 16 bits per channel, got 32-bit integers")
+    values, alpha = np.asarray(picture), None
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    if picture.format == "TIFF" and picture.tag_v2.get(_PHOTOMETRIC_TAG) == 0:  # white is zero
+        values = 65535 - values
+    return Image.fromarray((values >> 8).astype(np.uint8)), alpha
+
+
+def _to_srgb(colour: Image.Image, profile: bytes) -> Image.Image:
+    """Through its colour profile to sRGB; as it is where the profile is sRGB, damaged or of other colours."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()
+        if space not in _PROFILE_MODES or "sRGB" in ImageCms.getProfileDescription(source):
+            return colour
+        if (space == "CMYK") != (colour.mode == "CMYK") or (space == "Lab") != (colour.mode == "LAB"):
+            return colour
+        colour = colour.convert(_PROFILE_MODES[space])
+        target = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(colour, source, target, outputMode="RGB") or colour
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return colour
