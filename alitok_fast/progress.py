@@ -14,7 +14,7 @@ LINE_SECONDS = 30  # between plain lines, at least
 
 
 class Bar:
-    """Counts up to `total` (0: unknown) with the time left and a line of figures; silent when not `enabled`.
+    """Counts up to `total` (0: unknown) with the time left and the last known figures; silent when not `enabled`.
 
     The speed is the mean since the beginning: a batch may take longer than the window of rich's own estimate.
     """
@@ -26,6 +26,7 @@ class Bar:
         self._begun = self._line = monotonic()
         self._ends: float | None = None
         self._plain = enabled and not bar
+        self._figures: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -51,14 +52,13 @@ class Bar:
         self._done += by
         now, count = monotonic(), self._done - self._start
         self._ends = now + (now - self._begun) / count * (self._total - self._done) if count and self._total else None
-        text = None if figures is None else " ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        self._progress.update(self._task, advance=by)
-        if text is not None:
-            self._progress.update(self._task, figures=text)
+        self._figures |= figures or {}
+        text = " ".join(f"{k} {v:.4g}" for k, v in self._figures.items())
+        self._progress.update(self._task, advance=by, figures=text)
         if self._plain and now - self._line >= LINE_SECONDS:
             self._line = now
             of = f"{self._done}/{self._total}" if self._total else str(self._done)
-            parts = [of, f"{count / (now - self._begun):.3g}/s", f"{self.left} left" if self._ends else "", text or ""]
+            parts = [of, f"{count / (now - self._begun):.3g}/s", f"{self.left} left" if self._ends else "", text]
             print(f"{self._title}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
     @property

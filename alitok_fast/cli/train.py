@@ -1,23 +1,25 @@
-"""`alitok-fast train ...` and `alitok-fast tokenize`: parse, call, print. Mounted by alitok_fast/cli.py."""
+"""`alitok-fast train ...` and `alitok-fast tokenize`: parse, call, print. Mounted by alitok_fast/cli/app.py.
+
+torch loads inside the commands, so that help is quick.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
 
-import torch
 import typer
 
 from alitok_fast.config import GeneratorConfig, TokenizerConfig, generator_preset, tokenizer_preset
-from alitok_fast.data import open_source, validate_token_cache
-from alitok_fast.device import check_device
-from alitok_fast.models.loading import load_tokenizer
-from alitok_fast.training.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, TrainConfig
-from alitok_fast.training.generator import train_generator
-from alitok_fast.training.tokenize import tokenize
-from alitok_fast.training.tokenizer import train_tokenizer
+from alitok_fast.training.config import (
+    GENERATOR_PRESETS,
+    TOKENIZER_PRESETS,
+    GeneratorTrainConfig,
+    TokenizerTrainConfig,
+    TrainConfig,
+)
 
 HELP = """Train the tokenizer (stages 1 and 2) and the generator.
 
@@ -26,20 +28,44 @@ Examples:
   alitok-fast train tokenizer --stage 1 --data PHOTOS --out runs/stage1
   alitok-fast train tokenizer --stage 2 --stage1 runs/stage1/model --data PHOTOS --out runs/stage2
   alitok-fast train generator --cache runs/tokens --out runs/generator
+  alitok-fast train generator --cache runs/tokens --out runs/generator --resume --set steps=8000
 """
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
 
+
+def _device(name: str) -> str:
+    from alitok_fast.device import check_device
+
+    return check_device(name)
+
+
+# typer reads annotations at run time, and on Python 3.10 it needs them in this form.
+MaybeInt = Optional[int]  # noqa: UP045
+MaybePath = Optional[Path]  # noqa: UP045
+MaybeText = Optional[str]  # noqa: UP045
+MaybeTexts = Optional[list[str]]  # noqa: UP045
 Out = Annotated[Path, typer.Option(help="Run folder: config.json, log.jsonl, checkpoint/ and model/.")]
-Data = Annotated[Path, typer.Option(help="Folder with IDX files (Fashion-MNIST), or of pictures (a folder per class).")]
+Data = Annotated[
+    Path, typer.Option(help="Folder with IDX files (Fashion-MNIST), or of pictures (one folder per class).")
+]
+Split = Annotated[str, typer.Option(help="IDX files: train or test. Pictures: a folder in DATA, such as val.")]
 OnError = Annotated[str, typer.Option(help="Unreadable pictures: 'stop' at them, or 'skip' them by name.")]
-Preset = Annotated[str, typer.Option(help="Model sizes and training settings to start from.")]
+Orientation = Annotated[bool, typer.Option(help="Turn pictures as their EXIF data say, as viewers do.")]
+Profile = Annotated[bool, typer.Option(help="Convert the colours of pictures with a colour profile to sRGB.")]
+Workers = Annotated[MaybeInt, typer.Option(help="Threads that read pictures; one per core, at most 8, if not given.")]
+Preset = Annotated[
+    MaybeText, typer.Option(help="Model sizes and training settings to start from; 'demo' if not given.")
+]
 Settings = Annotated[
-    Optional[list[str]],  # noqa: UP007, UP045 - typer reads this annotation at run time
+    MaybeTexts,
     typer.Option("--set", help="Change a training setting, such as --set steps=1000 --set lr=1e-3; repeatable."),
 ]
-Resume = Annotated[bool, typer.Option(help="Go on from the run folder's checkpoint.")]
+Resume = Annotated[
+    bool, typer.Option(help="Go on from the run folder's checkpoint, with its settings; --set steps=N extends the run.")
+]
+Force = Annotated[bool, typer.Option(help="Write over what --out holds already.")]
 TensorBoard = Annotated[bool, typer.Option(help="Also write TensorBoard files.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=check_device)]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=_device)]
 Progress = Annotated[bool, typer.Option(help="A progress bar; lines without a terminal.")]
 
 
@@ -65,12 +91,13 @@ def with_settings(config: TrainConfig, settings: list[str] | None) -> TrainConfi
 def _parse(name: str, text: str, current: object) -> object:
     kind = type(current)
     try:
-        if kind is tuple:
-            values = json.loads(text)
-            return tuple(float(v) for v in values)
+        if kind is tuple:  # 0.9,0.95 with or without brackets
+            return tuple(float(part) for part in text.strip().strip("()[]").split(","))
         return kind(text)
-    except (ValueError, TypeError):
-        raise ValueError(f"--set {name}: expected a {kind.__name__} such as {current}, got {text!r}") from None
+    except ValueError:
+        what = {int: "a whole number", float: "a number", tuple: "numbers"}[kind]
+        shown = ",".join(map(str, current)) if kind is tuple else current
+        raise ValueError(f"--set {name}: expected {what} such as {shown}, got {text!r}") from None
 
 
 def _training_preset(presets: dict, name: str) -> TrainConfig:
@@ -79,51 +106,114 @@ def _training_preset(presets: dict, name: str) -> TrainConfig:
     return presets[name]
 
 
+def _of_run(out: Path, kind: str, train: type, model: type) -> tuple | None:
+    """The kind, the training settings and the model's sizes of the run in the folder `out`; None without one."""
+    from alitok_fast.training.run_folder import read_settings
+
+    saved = read_settings(out)
+    if saved is None:
+        return None
+    if not saved["kind"].startswith(kind):
+        raise ValueError(f"out: expected the run of a {kind}, got {saved['kind']!r} in {out}")
+    try:
+        return saved["kind"], train.from_dict(saved["train"]), model.from_dict(saved["model"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{out / 'config.json'}: {error}") from None
+
+
+def _train(train: Callable[[], Path]) -> None:
+    """Print the folder of the model; what diverged is one line as any other failure, not a traceback."""
+    try:
+        typer.echo(train())
+    except FloatingPointError as error:
+        raise RuntimeError(str(error)) from error
+
+
 @app.command("tokenizer")
 def tokenizer_command(
     data: Data,
     out: Out,
-    stage: Annotated[int, typer.Option(help="1: everything, causal decoder. 2: a new bidirectional decoder.")],
-    stage1: Annotated[Optional[Path], typer.Option(help="Stage 2: the stage-1 model to start from.")] = None,  # noqa: UP045
-    preset: Preset = "demo",
+    stage: Annotated[
+        MaybeInt, typer.Option(help="1: everything, causal decoder. 2: a new bidirectional decoder.")
+    ] = None,
+    stage1: Annotated[MaybePath, typer.Option(help="Stage 2: the stage-1 model to start from.")] = None,
+    preset: Preset = None,
     set_: Settings = None,
-    split: Annotated[str, typer.Option(help="IDX files: train or test.")] = "train",
+    split: Split = "train",
     on_error: OnError = "stop",
+    orientation: Orientation = True,
+    profile: Profile = True,
+    workers: Workers = None,
     resume: Resume = False,
+    force: Force = False,
     tensorboard: TensorBoard = False,
     device: Device = "cpu",
     progress: Progress = True,
 ) -> None:
     """Train the tokenizer.
 
-    Example: alitok-fast train tokenizer --stage 1 --data /usr/share/datasets/fashion-mnist --out runs/stage1
+    \b
+    Examples:
+      alitok-fast train tokenizer --stage 1 --data /usr/share/datasets/fashion-mnist --out runs/stage1
+      alitok-fast train tokenizer --data /usr/share/datasets/fashion-mnist --out runs/stage1 --resume
     """
-    model_config: TokenizerConfig = tokenizer_preset(preset)
-    presets = TOKENIZER_PRESETS[stage] if stage in TOKENIZER_PRESETS else TOKENIZER_PRESETS[1]
-    config = with_settings(_training_preset(presets, preset), set_)
-    source = open_source(data, split, model_config.image_size, on_error)
-    typer.echo(train_tokenizer(source, out, stage, model_config, config, stage1, device, resume, tensorboard, progress))
+    from alitok_fast.data import open_source
+    from alitok_fast.data.checks import require_count
+    from alitok_fast.training.tokenizer import train_tokenizer
+
+    if workers is not None:
+        require_count("workers", workers)
+    run = _of_run(out, "tokenizer", TokenizerTrainConfig, TokenizerConfig) if resume else None
+    if run is not None and stage is None:
+        stage = int(run[0][-1])
+    if stage is None:
+        raise ValueError("stage: expected --stage 1 or --stage 2, got none")
+    model_config: TokenizerConfig = tokenizer_preset(preset or "demo")
+    config = _training_preset(TOKENIZER_PRESETS.get(stage, TOKENIZER_PRESETS[1]), preset or "demo")
+    if run is not None:
+        config, model_config = run[1], run[2] if preset is None else model_config
+    config = with_settings(config, set_)
+    source = open_source(data, split, model_config.image_size, on_error, orientation, profile, typer.echo)
+    _train(
+        lambda: train_tokenizer(
+            source, out, stage, model_config, config, stage1, device, resume, tensorboard, progress, workers, force
+        )
+    )
 
 
 @app.command("generator")
 def generator_command(
     cache: Annotated[Path, typer.Option(help="Token cache written by `alitok-fast tokenize`.")],
     out: Out,
-    preset: Preset = "demo",
+    preset: Preset = None,
     set_: Settings = None,
     resume: Resume = False,
+    force: Force = False,
     tensorboard: TensorBoard = False,
     device: Device = "cpu",
     progress: Progress = True,
 ) -> None:
     """Train the generator on a token cache.
 
-    Example: alitok-fast train generator --cache runs/tokens --out runs/generator --set precision=fp32
+    \b
+    Examples:
+      alitok-fast train generator --cache runs/tokens --out runs/generator --set precision=fp32
+      alitok-fast train generator --cache runs/tokens --out runs/generator --resume --set steps=8000
     """
-    model_config: GeneratorConfig = generator_preset(preset)
-    config = with_settings(_training_preset(GENERATOR_PRESETS, preset), set_)
+    from alitok_fast.data import validate_token_cache
+    from alitok_fast.training.generator import train_generator
+
+    run = _of_run(out, "generator", GeneratorTrainConfig, GeneratorConfig) if resume else None
+    model_config: GeneratorConfig = generator_preset(preset or "demo")
+    config = _training_preset(GENERATOR_PRESETS, preset or "demo")
+    if run is not None:
+        config, model_config = run[1], run[2] if preset is None else model_config
+    config = with_settings(config, set_)
     tokens = validate_token_cache(cache)
-    typer.echo(train_generator(tokens, out, model_config, config, device, resume, tensorboard, progress))
+    typer.echo(tokens.summary)
+    _train(
+        lambda: train_generator(tokens, out, model_config, config, device, resume, tensorboard, progress, force=force)
+    )
 
 
 def tokenize_command(
@@ -131,9 +221,13 @@ def tokenize_command(
     out: Annotated[Path, typer.Option(help="Folder of the token cache.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer: 'demo', a model folder or a checkpoint file.")] = "demo",
     crops: Annotated[int, typer.Option(help="1: centre, 2: and its mirror image, 10: with the corners too.")] = 10,
-    split: Annotated[str, typer.Option(help="IDX files: train or test.")] = "train",
+    split: Split = "train",
     batch_size: Annotated[int, typer.Option(help="Images encoded together.")] = 64,
     on_error: OnError = "stop",
+    orientation: Orientation = True,
+    profile: Profile = True,
+    workers: Workers = None,
+    force: Force = False,
     device: Device = "cpu",
     progress: Progress = True,
 ) -> None:
@@ -141,8 +235,19 @@ def tokenize_command(
 
     Example: alitok-fast tokenize --data photos/ --out runs/tokens --tokenizer runs/stage1/model --crops 2
     """
+    import torch
+
+    from alitok_fast.data import open_source
+    from alitok_fast.data.checks import require_choice, require_count
+    from alitok_fast.data.transforms import CROP_COUNTS
+    from alitok_fast.models.loading import load_tokenizer
+    from alitok_fast.training.tokenize import tokenize
+
+    require_count("batch_size", batch_size)
+    require_choice("crops", crops, CROP_COUNTS)
+    if workers is not None:
+        require_count("workers", workers)
     model = load_tokenizer(tokenizer, device, torch.float32)
-    found = tokenize(
-        model, open_source(data, split, model.config.image_size, on_error), out, crops, batch_size, progress
-    )
+    source = open_source(data, split, model.config.image_size, on_error, orientation, profile, typer.echo)
+    found = tokenize(model, source, out, crops, batch_size, progress, workers, force)
     typer.echo(f"{out}: {found.meta.num_images} images x {found.meta.num_crops} crops x {found.meta.num_tokens} tokens")

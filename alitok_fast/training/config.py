@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +17,8 @@ class TrainConfig(Config):
     """What the tokenizer's and the generator's training have in common.
 
     `batch_size` is the number of samples in one optimizer step, over all
-    `grad_accumulation` micro-batches. `ema_decay` 0 keeps no moving average.
+    `grad_accumulation` micro-batches: more of them take less memory for the
+    same result (the generator's dropout is drawn anew for each). `ema_decay` 0 keeps no moving average.
     """
 
     steps: int = 500_000
@@ -34,6 +37,20 @@ class TrainConfig(Config):
     save_every: int = 1000
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                self._check(field.name, isinstance(value, int) and not isinstance(value, bool), "a whole number")
+            if field.type == "float":
+                self._check(field.name, isinstance(value, int | float) and math.isfinite(value), "a finite number")
+        betas = self.betas
+        self._check(
+            "betas",
+            isinstance(betas, tuple)
+            and len(betas) == 2
+            and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas),
+            "two numbers from 0 to 1, 1 excluded",
+        )
         for name in ("steps", "batch_size", "grad_accumulation", "log_every", "save_every"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check(
@@ -46,6 +63,8 @@ class TrainConfig(Config):
         self._check("end_lr", 0 <= self.end_lr <= self.lr, f"0 to lr ({self.lr})")
         self._check("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "0 to 1, 1 excluded")
+        self._check("weight_decay", self.weight_decay >= 0, "0 or a positive number")
+        self._check("seed", 0 <= self.seed < 1 << 63, "0 to 2**63 - 1")
         self._check("max_grad_norm", self.max_grad_norm > 0, "a positive number")
 
     def _check(self, name: str, condition: bool, expected: str) -> None:
@@ -70,6 +89,10 @@ class TokenizerTrainConfig(TrainConfig):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     aux_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("aux_weight", self.aux_weight >= 0, "0 or a positive number")
 
 
 @dataclass(frozen=True)

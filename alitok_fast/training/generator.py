@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from alitok_fast.models.generator import Generator
 from alitok_fast.training.config import GeneratorTrainConfig
 from alitok_fast.training.loop import StepOutput, train
 from alitok_fast.training.losses import generator_loss
-from alitok_fast.training.run_folder import RunFolder
+from alitok_fast.training.run_folder import open_run
 
 
 class GeneratorTask:
@@ -27,14 +28,14 @@ class GeneratorTask:
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
         pairs = self._order.at(index)
-        tokens = np.stack([self.cache.draw(sample, self._order.rng(epoch, sample)) for epoch, sample in pairs])
+        tokens = np.stack([self.cache.sample(sample, self._order.rng(epoch, sample)) for epoch, sample in pairs])
         labels = self.cache.labels[[sample for _, sample in pairs]]
         return torch.from_numpy(tokens), torch.from_numpy(labels)
 
     def loss(self, tokens: Tensor, labels: Tensor) -> StepOutput:
         return StepOutput(generator_loss(self.model(tokens, labels), tokens), {})
 
-    def after_backward(self) -> None:
+    def after_backward(self, outputs: Sequence[StepOutput]) -> None:
         pass
 
     def provenance(self) -> dict[str, Any]:
@@ -58,11 +59,13 @@ def train_generator(
     resume: bool = False,
     tensorboard: bool = False,
     progress: bool = True,
+    force: bool = False,
 ) -> Path:
     """Train on a token cache (alitok_fast.data.validate_token_cache); the folder of the trained model.
 
-    Raises ValueError when the cache and the model's sizes do not fit, or when
-    the settings differ from those of the run being resumed.
+    Raises ValueError when the cache and the model's sizes do not fit, when the
+    settings or the tokens differ from those of the run being resumed, or when
+    `out` holds something else, which `force` writes over.
     """
     for name, expected, actual in (
         ("tokens", model_config.num_tokens, cache.meta.num_tokens),
@@ -74,7 +77,8 @@ def train_generator(
         raise ValueError(
             f"cache: expected at most {model_config.num_classes} classes, got {len(cache.meta.class_names)}"
         )
-    torch.manual_seed(config.seed)
-    model = Generator(model_config)
-    run = RunFolder(out, "generator", config, model_config.to_dict(), resume)
-    return train(GeneratorTask(model, cache, config), config, run, device, tensorboard, progress)
+    inputs = {"data": {"name": cache.meta.source, "fingerprint": cache.fingerprint()}}
+    with open_run(out, "generator", config, model_config.to_dict(), resume, inputs, force) as run:
+        torch.manual_seed(config.seed)
+        model = Generator(model_config)
+        return train(GeneratorTask(model, cache, config), config, run, device, tensorboard, progress)

@@ -23,6 +23,6 @@ def auxiliary_loss(target: Tensor, aux: Tensor, config: TokenizerConfig, weight:
 
 
 def generator_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy in nats a token; logits (B, N + 1, K), tokens (B, N). The last position predicts nothing."""
+    """Cross-entropy in nats per token; logits (B, N + 1, K), tokens (B, N). The last position predicts nothing."""
     length = tokens.shape[1]
     return F.cross_entropy(logits[:, :length].float().flatten(0, 1), tokens.flatten())

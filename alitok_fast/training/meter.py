@@ -1,7 +1,8 @@
-"""Averages over a log window."""
+"""Averages over a log window, and the watch over the codebook."""
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
+
+_log = logging.getLogger(__name__)
 
 
 class Meter:
@@ -43,6 +46,11 @@ class Meter:
         result["samples_per_second"] = self._samples / (time.perf_counter() - self._began)
         return result
 
+    @property
+    def num_codes(self) -> int:
+        """Codes of the codebook whose usage is counted; 0 where none is."""
+        return 0 if self._usage is None else len(self._usage)
+
     def state(self) -> dict[str, Any]:
         return {
             "sums": self._sums,
@@ -58,3 +66,23 @@ class Meter:
         self._usage = None if state["usage"] is None else state["usage"].to(device)
         self._count, self._samples = state["count"], state["samples"]
         self._began = time.perf_counter() - state["seconds"]
+
+
+class CodebookWatch:
+    """Says once in words that the codebook has collapsed: after the warm-up few codes stand for everything."""
+
+    SHARE = 0.05
+
+    def __init__(self, warmup: int) -> None:
+        self._warmup, self._said = warmup, False
+
+    def see(self, step: int, entry: dict[str, Any], num_codes: int) -> None:
+        """`entry` is a log entry, `num_codes` the size of the codebook (0 where there is none)."""
+        if self._said or step <= self._warmup or not num_codes or entry["perplexity"] >= self.SHARE * num_codes:
+            return
+        self._said = True
+        _log.warning(
+            "codebook: collapsed at step %d: its perplexity is %.1f, as if %.0f of its %d codes were used, so tokens "
+            "say little about a picture. Lower lr, or warm up for longer",
+            step, entry["perplexity"], max(1, entry["perplexity"]), num_codes,
+        )  # fmt: skip

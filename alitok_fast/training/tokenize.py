@@ -7,21 +7,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alitok_fast.data import TokenCache, validate_token_cache, write_token_cache
+from alitok_fast.data import (
+    ImageSource,
+    TokenCache,
+    check_source,
+    source_fingerprint,
+    validate_token_cache,
+    write_token_cache,
+)
+from alitok_fast.data.checks import require_choice, require_count
 from alitok_fast.data.token_cache import TokenCacheMeta
+from alitok_fast.data.transforms import CROP_COUNTS
 from alitok_fast.models.tokenizer import Tokenizer
 from alitok_fast.progress import tracked
 from alitok_fast.storage.files import weights_fingerprint
 
 
 def tokenize(
-    tokenizer: Tokenizer, source, out: str | Path, crops: int = 10, batch_size: int = 64, progress: bool = True
+    tokenizer: Tokenizer,
+    source: ImageSource,
+    out: str | Path,
+    crops: int = 10,
+    batch_size: int = 64,
+    progress: bool = True,
+    workers: int | None = None,
+    force: bool = False,
 ) -> TokenCache:
     """Write the token cache of an image source (alitok_fast.data.open_source) to the folder `out`, or finish it.
 
     `crops` is 1 (centre), 2 (and its mirror image) or 10 (section 3.3). The
     stage does not matter: stage 2 keeps the encoder and the codebook of stage 1.
+    `workers` threads read pictures (one per core, at most 8, if not given).
+    Raises as `write_token_cache`; `force` writes over what it would refuse.
     """
+    require_count("batch_size", batch_size)
+    require_choice("crops", require_count("crops", crops), CROP_COUNTS)
+    check_source(source)
     config = tokenizer.config
     decisive = ("latent_tokens", "encoder.", "quantize.embedding.")
     encoder = {name: value for name, value in tokenizer.state_dict().items() if name.startswith(decisive)}
@@ -34,6 +55,7 @@ def tokenize(
         class_names=list(source.class_names),
         source=source.name,
         tokenizer=weights_fingerprint(encoder),
+        data=source_fingerprint(source),
     )
     tokenizer.eval()
 
@@ -41,5 +63,14 @@ def tokenize(
         return tokenizer.encode(images.to(tokenizer.device))
 
     with torch.inference_mode():
-        write_token_cache(out, source, encode, meta, batch_size, lambda batches: tracked("tokenize", batches, progress))
+        write_token_cache(
+            out,
+            source,
+            encode,
+            meta,
+            batch_size,
+            lambda batches: tracked("tokenize", batches, progress),
+            workers,
+            force,
+        )
     return validate_token_cache(out)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from training.conftest import idx_folder  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from alitok_fast.cli.train import app, tokenize_command
@@ -46,7 +47,7 @@ def test_mistakes_are_named(commands: typer.Typer, idx_folder: Path, tmp_path: P
         (["--stage", "3"], "stage: expected 1 or 2, got 3"),
         (["--stage", "2"], "stage1: expected a stage-1 checkpoint for stage 2"),
         (["--stage", "1", "--preset", "z"], "expected a tokenizer preset"),
-        (["--stage", "1", "--set", "lr=fast"], "--set lr: expected a float such as 0.001, got 'fast'"),
+        (["--stage", "1", "--set", "lr=fast"], "--set lr: expected a number such as 0.001, got 'fast'"),
         (["--stage", "1", "--split", "half"], "split: expected one of"),
         (
             ["--stage", "1", "--set", "steps=30"],

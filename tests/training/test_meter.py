@@ -64,10 +64,10 @@ def test_a_run_resumed_inside_a_window_logs_the_same(device, idx_folder: Path, t
     whole = run(tmp_path / "whole")
     after_backward, steps = TokenizerTask.after_backward, iter(range(config.steps))
 
-    def killed(task: TokenizerTask) -> None:
+    def killed(task: TokenizerTask, outputs: list) -> None:
         if next(steps) == 3:
             raise Killed
-        after_backward(task)
+        after_backward(task, outputs)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(TokenizerTask, "after_backward", killed)

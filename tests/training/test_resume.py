@@ -27,7 +27,7 @@ from alitok_fast.training.generator import GeneratorTask, train_generator
 from alitok_fast.training.tokenizer import TokenizerTask, train_tokenizer
 for task in (GeneratorTask, TokenizerTask):
     after = task.after_backward
-    task.after_backward = lambda self, after=after: (time.sleep(float(pause)), after(self))
+    task.after_backward = lambda self, outputs, after=after: (time.sleep(float(pause)), after(self, outputs))
 options = dict(resume=resume == "1", progress=False)
 if kind == "generator":
     train_generator(validate_token_cache(data), out, GENERATOR, GENERATOR_TRAINING, **options)

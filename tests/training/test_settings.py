@@ -20,7 +20,7 @@ def test_round_trip_and_unknown_key() -> None:
     ("changes", "message"),
     [
         ({"steps": 0}, "steps: expected at least 1, got 0"),
-        ({"batch": 10, "accumulate": 3}, "batch: expected a multiple of accumulate 3, got 10"),
+        ({"batch_size": 10, "grad_accumulation": 3}, "batch_size: expected a multiple of grad_accumulation 3, got 10"),
         ({"warmup": -1}, "warmup: expected 0 to steps"),
         ({"lr": 0.0}, "lr: expected a positive number"),
         ({"end_lr": 1.0}, "end_lr: expected 0 to lr"),
@@ -36,7 +36,11 @@ def test_bad_settings(changes: dict, message: str) -> None:
 def test_settings_from_the_command_line() -> None:
     config = with_settings(GeneratorTrainConfig(), ["steps=70000", "lr=1e-3", "betas=[0.8, 0.9]", "precision=fp32"])
     assert (config.steps, config.lr, config.betas, config.precision) == (70_000, 1e-3, (0.8, 0.9), "fp32")
-    wrong = [("steps", "name=value"), ("stepz=1", "unknown setting 'stepz'"), ("steps=x", "expected a int")]
+    wrong = [
+        ("steps", "name=value"),
+        ("stepz=1", "unknown setting 'stepz'"),
+        ("steps=x", "--set steps: expected a whole number such as 500000"),
+    ]
     for text, message in wrong:
         with pytest.raises(ValueError, match=message):
             with_settings(GeneratorTrainConfig(), [text])

@@ -68,7 +68,7 @@ def test_stage2_keeps_what_stage1_learned(runs: Path) -> None:
 def test_model_folder_tells_where_it_comes_from(runs: Path) -> None:
     for name in ("stage1", "stage2", "generator"):
         provenance = json.loads((runs / name / "model" / "config.json").read_text())["provenance"]
-        assert provenance["training"]["batch"] == 8 and provenance["step"] == provenance["training"]["steps"]
+        assert provenance["training"]["batch_size"] == 8 and provenance["step"] == provenance["training"]["steps"]
     assert load_generator(runs / "generator" / "model").config.class_dropout == GENERATOR.class_dropout
 
 
@@ -164,7 +164,7 @@ def test_run_folder_refuses_to_mix_runs(runs: Path, idx_folder: Path) -> None:
     source = open_source(idx_folder, image_size=8)
     with pytest.raises(ValueError, match="already holds a run"):
         train_tokenizer(source, runs / "stage1", 1, TOKENIZER, TOKENIZER_TRAINING, progress=False)
-    with pytest.raises(ValueError, match="batch: expected 8 as in .*config.json, got 4"):
+    with pytest.raises(ValueError, match="config.json, got train.batch_size: expected 8, got 4"):
         train_tokenizer(source, runs / "stage1", 1, TOKENIZER, TOKENIZER_TRAINING, resume=True, progress=False)
 
 
@@ -177,7 +177,8 @@ def test_damaged_checkpoint_is_refused(runs: Path, tmp_path: Path) -> None:
 
 def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(tmp_path, "x", GENERATOR_TRAINING, {}, resume=False)
-    run.save_state({"step": 1})
+    rest = {key: {} for key in ("model", "optimizer", "ema", "meter", "rng", "cuda_rng")}
+    run.save_state({"step": 1, **rest})
 
     def full(value, file) -> None:
         Path(file).write_bytes(b"half of it")
@@ -185,8 +186,8 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        run.save_state({"step": 2})
-    assert run.load_state() == {"step": 1}
+        run.save_state({"step": 2, **rest})
+    assert run.load_state() == {"step": 1, **rest}
     assert [p.name for p in run.state_file.parent.iterdir()] == ["state.pt"]
 
 
