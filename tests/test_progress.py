@@ -98,3 +98,17 @@ def test_items_of_unknown_number(clock, capsys):
 
     assert list(tracked("tokenize", slowly())) == [0, 1]
     assert capsys.readouterr().err.splitlines()[-1] == "tokenize: 2, 0.0323/s"
+
+
+def test_every_line_has_the_last_known_figures(clock, capsys):
+    with Bar("train", 4) as bar:
+        for figures in ({"loss": 2.0, "usage": 0.5}, {"loss": 1.0}, None, {"loss": 0.5}):
+            clock.now += 40
+            bar.advance(figures)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(", ")[2] for line in lines] == [
+        "loss 2 usage 0.5",
+        "loss 1 usage 0.5",
+        "loss 1 usage 0.5",
+        "loss 0.5 usage 0.5",
+    ]

@@ -105,7 +105,8 @@ def train_tokenizer(
     elif stage1 is None:  # all weights are in the checkpoint
         saved = read_settings(out) or {}
         inputs["stage1"] = saved.get("inputs", {}).get("stage1")
-        model = Tokenizer(TokenizerConfig.from_dict({**saved.get("model", model_config.to_dict()), "stage": 2}))
+        sizes = {**saved.get("model", model_config.to_dict()), "stage": 1}
+        model = stage2_from_stage1(Tokenizer(TokenizerConfig.from_dict(sizes)), sizes["num_buffer_tokens"])
     else:
         first = load_tokenizer(stage1)
         inputs["stage1"] = weights_fingerprint(first.state_dict())

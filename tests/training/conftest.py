@@ -33,8 +33,11 @@ GENERATOR_TRAINING = GeneratorTrainConfig(steps=12, lr=1e-2, **_COMMON)
 
 @pytest.fixture(scope="session")
 def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stripes(tmp_path_factory.mktemp("stripes"))
+
+
+def write_stripes(folder: Path) -> Path:
     """24 images of 8x8 in three classes: dark with vertical, grey with horizontal, bright with diagonal stripes."""
-    folder = tmp_path_factory.mktemp("stripes")
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:8, :8]
     labels = np.arange(24, dtype=np.uint8) % 3

@@ -49,3 +49,32 @@ def test_settings_from_the_command_line() -> None:
 def test_every_model_preset_has_training_settings() -> None:
     assert set(GENERATOR_PRESETS) == set(GENERATORS)
     assert set(TOKENIZER_PRESETS[1]) == set(TOKENIZER_PRESETS[2]) == set(TOKENIZERS)
+
+
+@pytest.mark.parametrize("text", ["[0.9, 0.95]", "(0.9, 0.95)", "0.9,0.95", " 0.9 , 0.95 "])
+def test_forms_of_betas(text: str) -> None:
+    assert with_settings(GeneratorTrainConfig(), [f"betas={text}"]).betas == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["betas=[0.9]", "betas={}", "betas=", "betas=0.9,0.95,0.99", "betas=1.5,2", "betas=nan,0.9", "weight_decay=-1",
+     "weight_decay=nan", "lr=inf", "lr=nan", "end_lr=nan", "max_grad_norm=inf", "ema_decay=nan", "seed=-1", "steps=1.5",
+     "batch_size=-2", "grad_accumulation=0", "log_every=0", "save_every=-1"],
+)  # fmt: skip
+def test_settings_without_a_meaning_are_refused_by_name(setting: str) -> None:
+    with pytest.raises(ValueError, match=setting.partition("=")[0]):
+        with_settings(GeneratorTrainConfig(), [setting])
+
+
+def test_the_form_in_a_message_is_accepted() -> None:
+    with pytest.raises(ValueError, match="such as (.*), got") as error:
+        with_settings(GeneratorTrainConfig(), ["betas=x"])
+    shown = str(error.value).partition("such as ")[2].partition(", got")[0]
+    assert with_settings(GeneratorTrainConfig(), [f"betas={shown}"]).betas == GeneratorTrainConfig().betas
+
+
+@pytest.mark.parametrize("changes", [{"steps": 10.0}, {"seed": True}, {"lr": "1"}, {"betas": [0.9, 0.95]}])
+def test_types_are_checked(changes: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}: expected"):
+        GeneratorTrainConfig(warmup=0, **changes)
