@@ -51,9 +51,9 @@ def write_token_cache(
     """Encode every image of `source` (see data.sources) into `folder`; continue an interrupted run.
 
     `encode` takes (B, 3, S, S) in [0, 1] and gives (B, N) int64. Pictures are read by `workers` threads, one batch
-    ahead. Raises ValueError when tokens out of range come back, when another process writes into the folder, and,
-    unless `force` removes them, when the folder holds a cache of other images or settings or files under the cache's
-    names that no cache wrote; OSError naming the file when the disk is full, before anything is encoded.
+    ahead. Raises ValueError when tokens out of range come back, when another process writes into the folder, when it
+    holds a cache of other images or settings, or files under the cache's names that no cache wrote (`force` removes
+    all of these first and begins anew); OSError naming the file when the disk is full, before anything is encoded.
     """
     require_count("batch_size", batch_size)
     workers = default_workers() if workers is None else require_count("workers", workers)
@@ -195,7 +195,7 @@ class _PartialTokens:
 
 def _begun(folder: Path, meta: TokenCacheMeta, force: bool) -> list[list[int]] | None:
     """The blocks that an earlier run entered in the progress file; None when the cache is whole already."""
-    if force and _problem(folder, meta):
+    if force:
         for name in _NAMES:
             (folder / name).unlink(missing_ok=True)
     if problem := _problem(folder, meta):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alitok_fast.data.checks import require_choice
+from alitok_fast.data.checks import escaped_text, require_choice
 from alitok_fast.data.pictures import PixelGate, UnreadableImageError, check_image, picture_suffixes, read_image
 
 _log = logging.getLogger(__name__)
@@ -22,9 +22,14 @@ _SYSTEM_NAMES = frozenset(
     {"__macosx", "__pycache__", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information",
      "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 )  # fmt: skip
-HIDDEN, OTHER_FILES, LOOSE = "hidden or system names", "files of other kinds", "pictures beside the class folders"
-EMPTY, TWICE, UNREADABLE = "folders without pictures", "links to folders that were read already", "unreadable pictures"
-OTHER_SPLITS = "folders that are no split"
+Reason = tuple[str, str]  # for one thing, for several
+HIDDEN: Reason = ("hidden or system name", "hidden or system names")
+OTHER_FILES: Reason = ("file of another kind", "files of other kinds")
+LOOSE: Reason = ("picture beside the class folders", "pictures beside the class folders")
+EMPTY: Reason = ("folder without pictures", "folders without pictures")
+OTHER_SPLITS: Reason = ("folder that is no split", "folders that are no split")
+TWICE: Reason = ("link to a folder that was read already", "links to folders that were read already")
+UNREADABLE: Reason = ("unreadable picture", "unreadable pictures")
 _SAMPLED_FILES, _SAMPLED_BYTES = 64, 1 << 20
 
 
@@ -32,15 +37,17 @@ class LeftOut:
     """How many things were left out, for each reason, with the first one as an example."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self._examples: dict[str, str] = {}
+        self.counts: dict[Reason, int] = {}
+        self._examples: dict[Reason, str] = {}
 
-    def add(self, reason: str, path: Path) -> None:
+    def add(self, reason: Reason, path: Path) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self._examples.setdefault(reason, path.name)
 
     def __str__(self) -> str:
-        return ", ".join(f"{n:,} {reason} (such as {self._examples[reason]!r})" for reason, n in self.counts.items())
+        return ", ".join(
+            f"{n:,} {reason[n > 1]} (such as {self._examples[reason]!r})" for reason, n in self.counts.items()
+        )
 
 
 class FolderImages:
@@ -76,7 +83,7 @@ class FolderImages:
         self.name = f"{self.root.name}/{split}" if splits else self.root.name
         names = {_class_name(group) for part in splits or [self.root] for group in self._groups(part)}
         self.class_names = sorted(names) or [self.root.name]
-        files = self._labelled(chosen) if names else [(path, 0) for path in self._pictures(chosen, deep=False)]
+        files = self._labelled(chosen) if names else [(path, 0) for path in self._flat(chosen)]
         if on_error == "skip":
             files = self._readable(files)
         if not files:
@@ -108,7 +115,8 @@ class FolderImages:
         held, classes = len(np.unique(self.labels)), len(self.class_names)
         of = f"{held} of {classes} classes" if held < classes else f"{classes} {'class' if classes == 1 else 'classes'}"
         left = f"; left out: {self.left_out}" if self.left_out.counts else ""
-        return f"{self.name}: {len(self):,} pictures in {of}{left}"
+        pictures = "picture" if len(self) == 1 else "pictures"
+        return f"{escaped_text(self.name)}: {len(self):,} {pictures} in {of}{left}"
 
     def _splits(self, split: str) -> list[Path]:
         """The folders of the splits; none where the sub-folders are classes."""
@@ -120,6 +128,7 @@ class FolderImages:
             others = [path for path in folders if path not in alike and path not in chosen]
             for path in others:
                 self.left_out.add(OTHER_SPLITS, path)
+            self._beside(self.root, LOOSE)
             return [path for path in folders if path not in others]
         if only_splits or (len(alike) > 1 and all(self._folders(path) for path in alike)):
             names = ", ".join(repr(path.name) for path in alike)
@@ -129,7 +138,7 @@ class FolderImages:
         return []
 
     def _folders(self, folder: Path) -> list[Path]:
-        return [path for path in sorted(folder.iterdir()) if path.is_dir() and not _is_junk(path.name)]
+        return [Path(entry) for entry in _entries(folder) if entry.is_dir() and not _is_junk(entry.name)]
 
     def _groups(self, folder: Path) -> list[Path]:
         """The class folders: those that hold a picture."""
@@ -137,48 +146,50 @@ class FolderImages:
         return [path for path in self._folders(folder) if next(self._walk(path, silent, set()), None) is not None]
 
     def _labelled(self, folder: Path) -> list[tuple[Path, int]]:
-        labels = {name: label for label, name in enumerate(self.class_names)}
-        for _ in self._pictures(folder, deep=False, reason=LOOSE):
-            pass
-        return [(path, labels[_class_name(group)]) for group in self._groups(folder) for path in self._pictures(group)]
+        labels, groups = {name: label for label, name in enumerate(self.class_names)}, self._groups(folder)
+        self._beside(folder, LOOSE)
+        for path in self._folders(folder):
+            if path not in groups:
+                self.left_out.add(EMPTY, path)
+        walks = ((group, sorted(self._walk(group, self.left_out, set()))) for group in groups)
+        return [(path, labels[_class_name(group)]) for group, paths in walks for path in paths]
 
-    def _pictures(self, folder: Path, deep: bool = True, reason: str | None = None) -> list[Path]:
-        """The pictures of a folder, and if `deep` of those in it; where there is a `reason`, they are left out."""
-        if deep:
-            return sorted(self._walk(folder, self.left_out, set()))
+    def _flat(self, folder: Path) -> list[Path]:
+        for path in self._folders(folder):
+            self.left_out.add(EMPTY, path)
+        return self._beside(folder)
+
+    def _beside(self, folder: Path, loose: Reason | None = None) -> list[Path]:
+        """The pictures in a folder itself, left out where `loose` says why; what is no picture is left out anyway."""
         found = []
-        for path in sorted(folder.iterdir()):
-            if _is_junk(path.name):
+        for entry in _entries(folder):
+            path = Path(entry)
+            if _is_junk(entry.name):
                 self.left_out.add(HIDDEN, path)
-            elif path.is_dir():
-                if next(self._walk(path, LeftOut(), set()), None) is None:
-                    self.left_out.add(EMPTY, path)
-            elif not self._is_picture(path):
+            elif self._is_picture(entry):
+                self.left_out.add(loose, path) if loose else found.append(path)
+            elif not entry.is_dir():
                 self.left_out.add(OTHER_FILES, path)
-            elif reason:
-                self.left_out.add(reason, path)
-            else:
-                found.append(path)
         return found
 
     def _walk(self, folder: Path, left_out: LeftOut, seen: set[str]) -> Iterator[Path]:
         """Pictures at any depth; links to folders are followed, and each folder is entered once."""
         seen.add(os.path.realpath(folder))
-        for path in sorted(folder.iterdir()):
-            if _is_junk(path.name):
+        for entry in _entries(folder):
+            path = Path(entry)
+            if _is_junk(entry.name):
                 left_out.add(HIDDEN, path)
-            elif path.is_dir():
-                if os.path.realpath(path) in seen:
-                    left_out.add(TWICE, path)
-                else:
-                    yield from self._walk(path, left_out, seen)
-            elif self._is_picture(path):
+            elif self._is_picture(entry):
                 yield path
-            else:
+            elif not entry.is_dir():
                 left_out.add(OTHER_FILES, path)
+            elif os.path.realpath(path) in seen:
+                left_out.add(TWICE, path)
+            else:
+                yield from self._walk(path, left_out, seen)
 
-    def _is_picture(self, path: Path) -> bool:
-        return path.suffix.lower() in self._suffixes and path.is_file()
+    def _is_picture(self, entry: os.DirEntry) -> bool:
+        return os.path.splitext(entry.name)[1].lower() in self._suffixes and entry.is_file()
 
     def _readable(self, files: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
         def problem(entry: tuple[Path, int]) -> str | None:
@@ -195,6 +206,12 @@ class FolderImages:
                 self.left_out.add(UNREADABLE, path)
                 _log.warning("skipped %s", text)
         return [entry for entry, text in zip(files, problems, strict=True) if text is None]
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder, by name; their types come with the names, without looking at each file."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def _is_junk(name: str) -> bool:

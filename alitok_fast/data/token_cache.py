@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
+from alitok_fast.data.checks import escaped_text
 from alitok_fast.storage.files import first_line, read_json
 
 FORMAT = 2
@@ -72,10 +73,11 @@ class TokenCache:
     @property
     def summary(self) -> str:
         """What it holds, in one line."""
-        meta = self.meta
+        meta, classes = self.meta, len(self.meta.class_names)
+        crops = "1 crop" if meta.num_crops == 1 else f"{meta.num_crops} crops"
         return (
-            f"{meta.source}: {meta.num_images:,} images x {meta.num_crops} crops x {meta.num_tokens} tokens "
-            f"in {len(meta.class_names)} classes"
+            f"{escaped_text(meta.source)}: {meta.num_images:,} images x {crops} x {meta.num_tokens} tokens "
+            f"in {classes} {'class' if classes == 1 else 'classes'}"
         )
 
 
@@ -101,14 +103,20 @@ def validate_token_cache(folder: str | Path, check_range: bool = True) -> TokenC
             f"got {labels.min()}..{labels.max()}"
         )
     if check_range:
-        pieces = [tokens[first : first + _PIECE] for first in range(0, len(tokens), _PIECE)]
-        smallest, largest = min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)
+        smallest, largest = _range(tokens)
         if smallest < 0 or largest >= meta.codebook_size:
             raise ValueError(
                 f"{folder / TOKENS_NAME}: expected tokens below {meta.codebook_size}, "
                 f"got {largest if smallest >= 0 else smallest}"
             )
     return TokenCache(tokens, labels, meta)
+
+
+def _range(tokens: np.ndarray) -> tuple[int, int]:
+    """The smallest and the largest token, read from the disk once."""
+    pieces = (tokens[first : first + _PIECE] for first in range(0, len(tokens), _PIECE))
+    smallest, largest = zip(*((int(piece.min()), int(piece.max())) for piece in pieces), strict=True)
+    return min(smallest), max(largest)
 
 
 def read_meta(path: Path) -> TokenCacheMeta:

@@ -18,7 +18,7 @@ class TrainConfig(Config):
 
     `batch_size` is the number of samples in one optimizer step, over all
     `grad_accumulation` micro-batches: more of them take less memory for the
-    same result (the generator's dropout is drawn anew for each). `ema_decay` 0 keeps no moving average.
+    same result (but for the generator's dropout, which is new in each). `ema_decay` 0 keeps no moving average.
     """
 
     steps: int = 500_000

@@ -56,7 +56,7 @@ def test_what_was_found_is_said_first(commands: typer.Typer, idx_folder: Path, t
     tokens = ["tokenize", "--data", idx_folder, "--tokenizer", "demo", "--crops", 1, "--out", tmp_path / "tokens"]
     assert run(commands, *tokens, "--no-progress").splitlines()[0] == first
     generator = run(commands, "train", "generator", "--cache", tmp_path / "tokens", "--out", tmp_path / "g", *SHORT)
-    assert generator.splitlines()[0] == f"{idx_folder.name}/train: 24 images x 1 crops x 73 tokens in 3 classes"
+    assert generator.splitlines()[0] == f"{idx_folder.name}/train: 24 images x 1 crop x 73 tokens in 3 classes"
 
 
 def test_the_run_folder_knows_its_settings(commands: typer.Typer, idx_folder: Path, tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ def test_what_is_left_out_is_said_once_in_numbers(tmp_path: Path, put, caplog: p
     for part in (
         "2 pictures in 1 class",
         "2 pictures beside the class folders (such as 'c.png')",
-        "1 files of other kinds (such as 'notes.txt')",
-        "1 folders without pictures (such as 'empty')",
+        "1 file of another kind (such as 'notes.txt')",
+        "1 folder without pictures (such as 'empty')",
     ):
         assert part in record.getMessage()
 
@@ -84,7 +84,7 @@ def test_linked_folders_are_entered_once(tmp_path: Path, put) -> None:
     (tmp_path / "data" / "cat" / "round").symlink_to(tmp_path / "data" / "cat")
     source = open_source(tmp_path / "data")
     assert [path.name for path in source.paths] == ["a.png", "b.png"]
-    assert "1 links to folders that were read already (such as 'round')" in source.summary
+    assert "1 link to a folder that was read already (such as 'round')" in source.summary
 
 
 def test_splits(tmp_path: Path, put) -> None:
@@ -249,3 +249,22 @@ def test_reading_ahead_keeps_order_and_raises_what_was_raised() -> None:
         assert found == [[i * i for i in batch] for batch in batches]
     with pytest.raises(ZeroDivisionError):
         list(read_ahead(batches, lambda i: 1 // (i - 3), 2))
+
+
+def test_what_lies_beside_the_splits_is_said(tmp_path: Path, put) -> None:
+    put("train", "a", "x.png")
+    put("val", "a", "x.png")
+    put("overview.png")
+    (tmp_path / "LICENSE").write_text("x")
+    (tmp_path / "meta").mkdir()
+    put("train", "loose.png")
+    assert open_source(tmp_path).summary == (
+        f"{tmp_path.name}/train: 1 picture in 1 class; left out: 1 folder that is no split (such as 'meta'), "
+        "1 file of another kind (such as 'LICENSE'), 2 pictures beside the class folders (such as 'overview.png')"
+    )
+
+
+def test_hostile_names_do_not_reach_the_terminal(tmp_path: Path, put) -> None:
+    put("\x1b]0;x\x07", "cat", "\x1b[2Jx.png")
+    (tmp_path / "\x1b]0;x\x07" / "cat" / "\x1b[2J.txt").write_text("x")
+    assert open_source(tmp_path / "\x1b]0;x\x07").summary.isprintable()

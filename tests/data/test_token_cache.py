@@ -280,3 +280,17 @@ def test_fingerprints_follow_tokens_labels_and_metadata(tmp_path: Path, whole) -
     (folder / "meta.json").write_text(json.dumps({**meta, "tokenizer": "other"}))
     found.add(validate_token_cache(folder).fingerprint())
     assert len(found) == 4
+
+
+def test_text_from_a_file_is_shown_escaped(tmp_path: Path, whole) -> None:
+    path = tmp_path / "whole" / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "source": "\x1b]0;x\x07" * 100}))
+    summary = validate_token_cache(path.parent).summary
+    assert summary.isprintable() and len(summary) < 200
+
+
+def test_force_begins_anew(tmp_path: Path, whole) -> None:
+    (tmp_path / "whole" / "tokens.npy").write_bytes(b"damaged")
+    write(tmp_path / "whole")  # whole, as far as its metadata say
+    write(tmp_path / "whole", force=True)
+    assert (validate_token_cache(tmp_path / "whole").tokens == whole).all()
