@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alitok_fast.data.checks import escaped_text, require_choice
+from alitok_fast.data.checks import escaped_text, require_choice, require_count
 from alitok_fast.data.pictures import PixelGate, UnreadableImageError, check_image, picture_suffixes, read_image
 
 _log = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ class FolderImages:
         convert_profile: bool = True,
     ) -> None:
         require_choice("on_error", on_error, ("stop", "skip"))
+        if image_size is not None:
+            require_count("image_size", image_size)
         self.root = Path(folder)
         if not self.root.is_dir():
             raise ValueError(f"data: expected a folder, got {folder}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from alitok_fast.data.checks import require_count
+
 
 class DataOrder:
     """An endless walk over `size` samples, newly shuffled in each epoch.
@@ -14,10 +16,13 @@ class DataOrder:
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        if size < 1:
-            raise ValueError(f"size: expected at least one sample, got {size}")
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size: expected a positive multiple of {world} processes, got {batch_size}")
+        for name, count in (("size", size), ("batch_size", batch_size), ("world", world)):
+            require_count(name, count)
+        if batch_size % world:
+            raise ValueError(f"batch_size: expected a multiple of {world} processes, got {batch_size}")
+        if require_count("rank", rank, least=0) >= world:
+            raise ValueError(f"rank: expected 0 to {world - 1}, got {rank}")
+        require_count("seed", seed, least=0)
         self.size, self.batch_size, self.seed, self.rank, self.world = size, batch_size, seed, rank, world
         self._permutations: dict[int, np.ndarray] = {}
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
+from alitok_fast.data.checks import require_count
+
 BACKDROP = (255, 255, 255)
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 _NO_SIGNATURE = "TGA"  # any bytes may pass for one: only files that are called so are tried
@@ -48,7 +50,7 @@ class PixelGate:
     """
 
     def __init__(self, limit: int = 64_000_000) -> None:
-        self.limit = limit
+        self.limit = require_count("limit", limit)
         self._held = 0
         self._changed = threading.Condition()
 
@@ -89,6 +91,8 @@ def read_image(
     averages over; None decodes everything. `gate` bounds the memory of threads that read at the same time.
     """
     path = Path(path)
+    if image_size is not None:
+        require_count("image_size", image_size)
     with _opened(path) as picture:
         if image_size is not None:
             shorter = max(1, min(picture.size))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from alitok_fast.data.checks import require_count
+
 Item, Read = TypeVar("Item"), TypeVar("Read")
 MOST_WORKERS = 8
 
@@ -22,7 +24,7 @@ def read_ahead(
     batches: Iterable[Sequence[Item]], read: Callable[[Item], Read], workers: int, ahead: int = 1
 ) -> Iterator[list[Read]]:
     """For each batch the list of `read(item)`, in order, while up to `ahead` further batches are being read."""
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(require_count("workers", workers))
     waiting: deque[list[Future]] = deque()
     try:
         for batch in batches:

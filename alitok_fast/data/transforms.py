@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alitok_fast.data.checks import require_choice
+from alitok_fast.data.checks import require_choice, require_count
 
 CACHE_SCALE = 1.1  # the cached crops are cut from an image this much larger than the crop
 CROP_COUNTS = (1, 2, 10)
@@ -24,7 +24,7 @@ def to_tensor(images: np.ndarray) -> Tensor:
 def _resized_shape(image: np.ndarray, size: int) -> tuple[int, int]:
     """(height, width) after a resize to a shorter side of `size`."""
     height, width = image.shape[:2]
-    scale = size / min(height, width)
+    scale = require_count("size", size) / min(height, width)
     return max(size, round(height * scale)), max(size, round(width * scale))
 
 

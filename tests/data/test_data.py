@@ -19,12 +19,16 @@ from alitok_fast.data import (
     IdxImages,
     UnreadableImageError,
     cache_crops,
+    folders,
     open_source,
+    read_image,
     to_tensor,
     train_crop,
     validate_token_cache,
     write_token_cache,
 )
+from alitok_fast.data.pictures import PixelGate
+from alitok_fast.data.reading import read_ahead
 from alitok_fast.data.token_cache import TokenCacheMeta
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -264,3 +268,38 @@ def test_fashion_mnist() -> None:
     source = open_source(FASHION, "test")
     assert len(source) == 10_000 and source.class_names[9] == "ankle boot"
     assert np.bincount(source.labels).tolist() == [1000] * 10
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "8", None])
+def test_counts_are_checked_by_name(pictures: Path, wrong: object) -> None:
+    image, rng = np.zeros((9, 9, 3), np.uint8), np.random.default_rng(0)
+    for name, call in (
+        ("size", lambda: cache_crops(image, wrong, 1)),
+        ("size", lambda: train_crop(image, wrong, rng)),
+        ("size", lambda: DataOrder(wrong, 2, 0)),
+        ("batch_size", lambda: DataOrder(4, wrong, 0)),
+        ("world", lambda: DataOrder(4, 2, 0, 0, wrong)),
+        ("limit", lambda: PixelGate(wrong)),
+        ("workers", lambda: next(read_ahead([[1]], abs, wrong))),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected a whole number of at least 1, got {wrong!r}"):
+            call()
+    if wrong is not None:
+        for call in (
+            lambda: open_source(pictures, image_size=wrong),
+            lambda: FolderImages(pictures, image_size=wrong),
+            lambda: read_image(pictures / "boot" / "0.png", image_size=wrong),
+        ):
+            with pytest.raises(ValueError, match="image_size: expected a whole number of at least 1"):
+                call()
+    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
+        DataOrder(4, 2, 0, 2, 2)
+
+
+def test_every_thread_goes_through_one_gate(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gates = []
+    monkeypatch.setattr(folders, "check_image", lambda path, gate: gates.append(gate))
+    source = FolderImages(pictures, on_error="skip")
+    monkeypatch.setattr(folders, "read_image", lambda path, gate, **_: gates.append(gate))
+    source.image(0)
+    assert len(gates) == 7 and len(set(gates)) == 1 and isinstance(gates[0], PixelGate)

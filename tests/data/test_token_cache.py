@@ -294,3 +294,12 @@ def test_force_begins_anew(tmp_path: Path, whole) -> None:
     write(tmp_path / "whole")  # whole, as far as its metadata say
     write(tmp_path / "whole", force=True)
     assert (validate_token_cache(tmp_path / "whole").tokens == whole).all()
+
+
+@pytest.mark.parametrize("shape", [(99999999999, 2, 3), (5, 2, 2**70), (-5, -2, 3), (5, 2), (), ("a",), (5.0, 2, 3)])
+def test_the_shape_in_a_header_is_not_believed(tmp_path: Path, whole, shape: tuple) -> None:
+    path = tmp_path / "whole" / "tokens.npy"
+    header = repr({"descr": "<u2", "fortran_order": False, "shape": shape}).ljust(117).encode() + b"\n"
+    path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(60))
+    with pytest.raises(ValueError, match="tokens.npy: expected "):
+        validate_token_cache(path.parent)
