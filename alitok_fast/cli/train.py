@@ -6,12 +6,12 @@ torch loads inside the commands, so that help is quick.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
+from alitok_fast.cli.options import MaybeInt, MaybePath, MaybeText, MaybeTexts, Progress
 from alitok_fast.config import GeneratorConfig, TokenizerConfig, generator_preset, tokenizer_preset
 from alitok_fast.training.config import (
     GENERATOR_PRESETS,
@@ -39,11 +39,6 @@ def _device(name: str) -> str:
     return check_device(name)
 
 
-# typer reads annotations at run time, and on Python 3.10 it needs them in this form.
-MaybeInt = Optional[int]  # noqa: UP045
-MaybePath = Optional[Path]  # noqa: UP045
-MaybeText = Optional[str]  # noqa: UP045
-MaybeTexts = Optional[list[str]]  # noqa: UP045
 Out = Annotated[Path, typer.Option(help="Run folder: config.json, log.jsonl, checkpoint/ and model/.")]
 Data = Annotated[
     Path, typer.Option(help="Folder with IDX files (Fashion-MNIST), or of pictures (one folder per class).")
@@ -66,7 +61,6 @@ Resume = Annotated[
 Force = Annotated[bool, typer.Option(help="Write over what --out holds already.")]
 TensorBoard = Annotated[bool, typer.Option(help="Also write TensorBoard files.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=_device)]
-Progress = Annotated[bool, typer.Option(help="A progress bar; lines without a terminal.")]
 
 
 def with_settings(config: TrainConfig, settings: list[str] | None) -> TrainConfig:
@@ -121,14 +115,6 @@ def _of_run(out: Path, kind: str, train: type, model: type) -> tuple | None:
         raise ValueError(f"{out / 'config.json'}: {error}") from None
 
 
-def _train(train: Callable[[], Path]) -> None:
-    """Print the folder of the model; what diverged is one line as any other failure, not a traceback."""
-    try:
-        typer.echo(train())
-    except FloatingPointError as error:
-        raise RuntimeError(str(error)) from error
-
-
 @app.command("tokenizer")
 def tokenizer_command(
     data: Data,
@@ -174,11 +160,10 @@ def tokenizer_command(
         config, model_config = run[1], run[2] if preset is None else model_config
     config = with_settings(config, set_)
     source = open_source(data, split, model_config.image_size, on_error, orientation, profile, typer.echo)
-    _train(
-        lambda: train_tokenizer(
-            source, out, stage, model_config, config, stage1, device, resume, tensorboard, progress, workers, force
-        )
+    model = train_tokenizer(
+        source, out, stage, model_config, config, stage1, device, resume, tensorboard, progress, workers, force
     )
+    typer.echo(model)
 
 
 @app.command("generator")
@@ -211,9 +196,7 @@ def generator_command(
     config = with_settings(config, set_)
     tokens = validate_token_cache(cache)
     typer.echo(tokens.summary)
-    _train(
-        lambda: train_generator(tokens, out, model_config, config, device, resume, tensorboard, progress, force=force)
-    )
+    typer.echo(train_generator(tokens, out, model_config, config, device, resume, tensorboard, progress, force))
 
 
 def tokenize_command(

@@ -1,4 +1,4 @@
-"""Checks of plain arguments, by name, and how text from files is shown."""
+"""Checks of plain arguments, by name."""
 
 from __future__ import annotations
 
@@ -14,12 +14,6 @@ def require_count(name: str, value: int, least: int = 1) -> int:
     if number is None or number < least:
         raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
     return number
-
-
-def escaped_text(text: str, longest: int = 80) -> str:
-    """`text`, which comes from a file, fit for a terminal: what is not printable escaped, the end cut off."""
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-    return shown if len(shown) <= longest else shown[: longest - 3] + "..."
 
 
 def require_choice(name: str, value: object, choices: tuple) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from alitok_fast.data.checks import escaped_text, require_choice, require_count
+from alitok_fast.data.checks import require_choice, require_count
 from alitok_fast.data.pictures import PixelGate, UnreadableImageError, check_image, picture_suffixes, read_image
+from alitok_fast.storage.files import shown
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class LeftOut:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{n:,} {reason[n > 1]} (such as {self._examples[reason]!r})" for reason, n in self.counts.items()
+            f"{n:,} {reason[n > 1]} (such as '{shown(self._examples[reason])}')" for reason, n in self.counts.items()
         )
 
 
@@ -118,7 +119,7 @@ class FolderImages:
         of = f"{held} of {classes} classes" if held < classes else f"{classes} {'class' if classes == 1 else 'classes'}"
         left = f"; left out: {self.left_out}" if self.left_out.counts else ""
         pictures = "picture" if len(self) == 1 else "pictures"
-        return f"{escaped_text(self.name)}: {len(self):,} {pictures} in {of}{left}"
+        return f"{shown(self.name)}: {len(self):,} {pictures} in {of}{left}"
 
     def _splits(self, split: str) -> list[Path]:
         """The folders of the splits; none where the sub-folders are classes."""

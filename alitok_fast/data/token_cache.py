@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from alitok_fast.data.checks import escaped_text
-from alitok_fast.storage.files import first_line, read_json
+from alitok_fast.storage.files import first_line, read_json, shown
 
 FORMAT = 2
 META_NAME, PROGRESS_NAME = "meta.json", "progress.json"
@@ -76,7 +75,7 @@ class TokenCache:
         meta, classes = self.meta, len(self.meta.class_names)
         crops = "1 crop" if meta.num_crops == 1 else f"{meta.num_crops} crops"
         return (
-            f"{escaped_text(meta.source)}: {meta.num_images:,} images x {crops} x {meta.num_tokens} tokens "
+            f"{shown(meta.source)}: {meta.num_images:,} images x {crops} x {meta.num_tokens} tokens "
             f"in {classes} {'class' if classes == 1 else 'classes'}"
         )
 
@@ -134,27 +133,22 @@ def checked_meta(raw: Any, path: Path) -> TokenCacheMeta:
     except TypeError as error:
         raise ValueError(f"{path}: expected token cache metadata, got {first_line(error)}") from None
     if meta.format not in (1, FORMAT):
-        raise ValueError(f"{path}: expected format {FORMAT}, got {meta.format!r}")
+        raise ValueError(f"{path}: expected format {FORMAT}, got {shown(repr(meta.format))}")
     for field in fields(meta):
         value = getattr(meta, field.name)
         if field.type == "int" and (type(value) is not int or not 0 < value < 1 << 31):
-            raise ValueError(f"{path}: {field.name}: expected a whole number of at least 1, got {_short(value)}")
+            raise ValueError(f"{path}: {field.name}: expected a whole number of at least 1, got {shown(repr(value))}")
         if field.type == "str" and not isinstance(value, str):
-            raise ValueError(f"{path}: {field.name}: expected text, got {_short(value)}")
+            raise ValueError(f"{path}: {field.name}: expected text, got {shown(repr(value))}")
     names = meta.class_names
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: class_names: expected a list of names, got {_short(names)}")
+        raise ValueError(f"{path}: class_names: expected a list of names, got {shown(repr(names))}")
     return meta
 
 
 def _renamed(meta: dict[str, Any]) -> dict[str, Any]:
     names = {"images": "num_images", "crops": "num_crops", "tokens": "num_tokens", "classes": "class_names"}
     return {names.get(name, name): value for name, value in meta.items()} if meta.get("format") == 1 else meta
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
@@ -177,7 +171,7 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarr
     if found_shape != shape or found_dtype != dtype or (fortran_order and len(shape) > 1):
         order = " in Fortran order" if fortran_order else ""
         raise ValueError(
-            f"{path}: expected {dtype} of shape {shape}, got {found_dtype} of shape {_short(found_shape)}{order}"
+            f"{path}: expected {dtype} of shape {shape}, got {found_dtype} of shape {shown(repr(found_shape))}{order}"
         )
     expected, size = offset + math.prod(shape) * dtype.itemsize, path.stat().st_size
     if size != expected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,12 +82,14 @@ def test_the_run_folder_knows_its_settings(commands: typer.Typer, idx_folder: Pa
         CliRunner().invoke(commands, arguments, catch_exceptions=False)
 
 
-def test_what_diverges_is_a_run_time_error(commands: typer.Typer, idx_folder: Path, tmp_path: Path) -> None:
-    """Which the command line shows as one line; FloatingPointError would be a traceback."""
+def test_what_diverges_is_one_line(idx_folder: Path, tmp_path: Path) -> None:
     train = ["train", "tokenizer", "--data", str(idx_folder), "--stage", "1", "--out", str(tmp_path / "x"), *SHORT]
-    with pytest.raises(RuntimeError, match=r"expected a finite number, got .* at step \d; no checkpoint was written"):
-        arguments = [*train, "--set", "lr=1e38", "--set", "warmup=0", "--set", "steps=3", "--set", "max_grad_norm=1e30"]
-        CliRunner().invoke(commands, arguments, catch_exceptions=False)
+    for setting in ("lr=1e38", "warmup=0", "steps=3", "max_grad_norm=1e30"):
+        train += ["--set", setting]
+    found = subprocess.run([sys.executable, "-m", "alitok_fast.cli", *train], capture_output=True, text=True)
+    assert found.returncode == 1 and re.fullmatch(
+        r"alitok-fast: .*: expected a finite number, got .* at step \d; no checkpoint was written yet.*\n", found.stderr
+    ), found.stderr
     assert not (tmp_path / "x" / "model").exists()
 
 
