@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -30,6 +30,7 @@ Examples:
   alitok-fast train generator --cache runs/tokens --out runs/generator
   alitok-fast train generator --cache runs/tokens --out runs/generator --resume --set steps=8000
 """
+Settable = TypeVar("Settable", bound=TrainConfig)
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
 
 
@@ -63,10 +64,10 @@ TensorBoard = Annotated[bool, typer.Option(help="Also write TensorBoard files.")
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=_device)]
 
 
-def with_settings(config: TrainConfig, settings: list[str] | None) -> TrainConfig:
+def with_settings(config: Settable, settings: list[str] | None) -> Settable:
     """The configuration with `name=value` changes; ValueError names an unknown key or a value of another type."""
-    changes = {}
-    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    changes: dict[str, Any] = {}
+    known: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for setting in settings or []:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -82,8 +83,8 @@ def with_settings(config: TrainConfig, settings: list[str] | None) -> TrainConfi
     return type(config).from_dict({**config.to_dict(), **changes})
 
 
-def _parse(name: str, text: str, current: object) -> object:
-    kind = type(current)
+def _parse(name: str, text: str, current: Any) -> Any:
+    kind: Any = type(current)
     try:
         if kind is tuple:  # 0.9,0.95 with or without brackets
             return tuple(float(part) for part in text.strip().strip("()[]").split(","))
@@ -94,13 +95,13 @@ def _parse(name: str, text: str, current: object) -> object:
         raise ValueError(f"--set {name}: expected {what} such as {shown}, got {text!r}") from None
 
 
-def _training_preset(presets: dict, name: str) -> TrainConfig:
+def _training_preset(presets: dict[str, Settable], name: str) -> Settable:
     if name not in presets:
         raise ValueError(f"preset: expected one of {sorted(presets)}, got {name!r}")
     return presets[name]
 
 
-def _of_run(out: Path, kind: str, train: type, model: type) -> tuple | None:
+def _of_run(out: Path, kind: str, train: Any, model: Any) -> tuple[str, Any, Any] | None:
     """The kind, the training settings and the model's sizes of the run in the folder `out`; None without one."""
     from alitok_fast.training.run_folder import read_settings
 

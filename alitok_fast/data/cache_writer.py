@@ -86,7 +86,7 @@ def _encode_all(source, encode, meta, partial, batch_size, progress, workers) ->
     batches = (range(first, min(first + batch_size, meta.num_images)) for first in firsts)
     read = read_ahead(batches, crops_of, workers)
     for number, (_, crops) in enumerate(zip(progress(firsts), read, strict=True), 1):
-        images = np.concatenate(crops)
+        images: np.ndarray = np.concatenate(crops)
         found = encode(to_tensor(images))
         smallest, largest = int(found.min()), int(found.max())
         if found.shape != (len(images), meta.num_tokens) or smallest < 0 or largest >= meta.codebook_size:

@@ -52,7 +52,7 @@ def _read(path: Path, read: Callable, readinto: Callable, dimensions: int) -> np
     if expected > most:
         raise ValueError(f"{path}: expected {expected} bytes of data for shape {shape}, got at most {most}")
     data, filled = np.empty(expected, np.uint8), 0
-    view = memoryview(data)
+    view = data.data
     while filled < expected and (count := readinto(view[filled:])):
         filled += count
     if filled < expected:
@@ -117,8 +117,8 @@ class IdxImages:
     def fingerprint(self) -> str:
         """A short hash of all pixels and labels."""
         digest = hashlib.sha256(repr((self._images.shape, self._pads)).encode())
-        digest.update(self._images)
-        digest.update(self.labels)
+        digest.update(self._images.data)
+        digest.update(self.labels.data)
         return digest.hexdigest()[:16]
 
     @property

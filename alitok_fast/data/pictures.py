@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import TiffImageFile
 
 from alitok_fast.data.checks import require_count
 
@@ -96,7 +97,8 @@ def read_image(
     with _opened(path) as picture:
         if image_size is not None:
             shorter = max(1, min(picture.size))
-            picture.draft(None, tuple(-(-side * 2 * image_size // shorter) for side in picture.size))
+            wanted = [-(-side * 2 * image_size // shorter) for side in picture.size]
+            picture.draft(None, (wanted[0], wanted[1]))
         with gate.hold(picture.width * picture.height) if gate else contextlib.nullcontext():
             picture.load()
             rgb = _to_rgb(picture, convert_profile)
@@ -143,9 +145,8 @@ def _to_rgb(picture: Image.Image, convert_profile: bool) -> Image.Image:
     if profile:
         colour = _to_srgb(colour, profile)
     if colour.mode == "LAB":
-        colour = ImageCms.profileToProfile(
-            colour, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        colour = ImageCms.profileToProfile(colour, lab, srgb, outputMode="RGB") or colour
     colour = colour.convert("RGB")
     if alpha is None:
         return colour
@@ -169,7 +170,7 @@ def _sixteen_bits(picture: Image.Image) -> tuple[Image.Image, Image.Image | None
     clear = picture.info.get("transparency")
     if isinstance(clear, int):
         alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
-    if picture.format == "TIFF" and picture.tag_v2.get(_PHOTOMETRIC_TAG) == 0:  # white is zero
+    if isinstance(picture, TiffImageFile) and picture.tag_v2.get(_PHOTOMETRIC_TAG) == 0:  # white is zero
         values = 65535 - values
     return Image.fromarray((values >> 8).astype(np.uint8)), alpha
 

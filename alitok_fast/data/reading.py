@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from alitok_fast.data.checks import require_count
 
-Item, Read = TypeVar("Item"), TypeVar("Read")
+Item = TypeVar("Item")
+Read = TypeVar("Read")
 MOST_WORKERS = 8
 
 

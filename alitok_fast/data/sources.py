@@ -29,17 +29,22 @@ _SAMPLED_IMAGES = 16
 
 
 class ImageSource(Protocol):
-    """Pictures with classes, by index. `check_source` says what an object of your own lacks.
+    """Pictures with classes, by index. `check_source` says what an object of your own lacks; plain attributes will do.
 
     A method `fingerprint() -> str`, a hash of all that decides the pictures, is used where there is one; otherwise
     `source_fingerprint` hashes labels, names and a few pictures. `image` is called from several threads.
     """
 
-    name: str
-    """What the data are called in a model's provenance."""
-    class_names: Sequence[str]
-    labels: np.ndarray
-    """(len,) integers in [0, len(class_names))."""
+    @property
+    def name(self) -> str:
+        """What the data are called in a model's provenance."""
+
+    @property
+    def class_names(self) -> Sequence[str]: ...
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(len,) integers in [0, len(class_names))."""
 
     def __len__(self) -> int: ...
 
@@ -85,11 +90,11 @@ def source_fingerprint(source: ImageSource) -> str:
     if hasattr(source, "fingerprint"):
         return str(source.fingerprint())
     digest = hashlib.sha256(repr((len(source), list(source.class_names))).encode())
-    digest.update(np.ascontiguousarray(source.labels, np.int64))
+    digest.update(np.ascontiguousarray(source.labels, np.int64).data)
     for index in range(0, len(source), -(-len(source) // _SAMPLED_IMAGES)):
         picture = source.image(index)
         digest.update(repr(picture.shape).encode())
-        digest.update(np.ascontiguousarray(picture))
+        digest.update(np.ascontiguousarray(picture).data)
     return digest.hexdigest()[:16]
 
 

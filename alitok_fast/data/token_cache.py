@@ -65,8 +65,8 @@ class TokenCache:
         """A short hash of the metadata, all labels, and the tokens of up to 4,096 images."""
         meta = {field.name: getattr(self.meta, field.name) for field in fields(self.meta) if field.name != "format"}
         digest = hashlib.sha256(repr(sorted(meta.items())).encode())
-        digest.update(np.ascontiguousarray(self.labels))
-        digest.update(np.ascontiguousarray(self.tokens[:: -(-len(self) // _SAMPLED_IMAGES)]))
+        digest.update(np.ascontiguousarray(self.labels).data)
+        digest.update(np.ascontiguousarray(self.tokens[:: -(-len(self) // _SAMPLED_IMAGES)]).data)
         return digest.hexdigest()[:16]
 
     @property

@@ -103,7 +103,7 @@ class GeneratorTrainConfig(TrainConfig):
 
 
 # The demo fits two CPU cores and an hour: smaller batches, higher rates, shorter schedules (docs/demo.md).
-_DEMO = dict(end_lr=2e-5, warmup=100, log_every=25, save_every=100)
+_DEMO: dict[str, Any] = dict(end_lr=2e-5, warmup=100, log_every=25, save_every=100)
 _DEMO_STAGE1 = TokenizerTrainConfig(steps=2400, batch_size=64, lr=1e-3, betas=(0.9, 0.99), **_DEMO)
 _DEMO_STAGE2 = TokenizerTrainConfig(steps=2000, batch_size=32, lr=1e-3, betas=(0.9, 0.99), **_DEMO)
 _DEMO_GENERATOR = GeneratorTrainConfig(steps=4000, batch_size=32, lr=1.5e-3, **_DEMO)

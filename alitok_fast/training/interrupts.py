@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from typing import Any
 
 _log = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.seen = False
-        self._before = None
+        self._before: Any = None
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():

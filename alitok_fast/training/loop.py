@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from alitok_fast._library import install_hint
+from alitok_fast.models.generator import Generator
 from alitok_fast.models.loading import save_model
+from alitok_fast.models.tokenizer import Tokenizer
 from alitok_fast.progress import Bar
 from alitok_fast.storage.files import first_line
 from alitok_fast.training.config import TrainConfig
@@ -36,12 +38,15 @@ class StepOutput(NamedTuple):
 class Task(Protocol):
     """What is trained: a model, its data and its loss."""
 
-    model: nn.Module
+    @property
+    def model(self) -> Tokenizer | Generator: ...
 
     def batch(self, index: int) -> tuple[Tensor, ...]:
         """Micro-batch `index` of the whole run, on the CPU; a function of the index alone."""
 
-    def loss(self, *batch: Tensor) -> StepOutput: ...
+    @property
+    def loss(self) -> Callable[..., StepOutput]:
+        """A method: what `batch` gives, on the device, to a StepOutput."""
 
     def after_backward(self, outputs: Sequence[StepOutput]) -> None:
         """Once in each step, before the optimizer: updates outside the gradient, such as the clustering of the
@@ -191,7 +196,9 @@ def _update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
             ema[name].copy_(value)
 
 
-def _save_model(run: RunFolder, task: Task, model: nn.Module, ema: dict[str, Tensor] | None, step: int) -> None:
+def _save_model(
+    run: RunFolder, task: Task, model: Tokenizer | Generator, ema: dict[str, Tensor] | None, step: int
+) -> None:
     provenance = {**task.provenance(), "step": step, "torch": torch.__version__, "saved": time.strftime("%Y-%m-%d")}
     if ema is None:
         save_model(run.model_folder, model, provenance)

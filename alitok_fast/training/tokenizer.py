@@ -57,7 +57,7 @@ class TokenizerTask:
             terms["aux"] = auxiliary_loss(target, output.aux, model.config, self.config.aux_weight)
             terms["quantizer"] = output.vq.loss
             clusters = clusters_of(output.z, output.vq, model.quantize.codebook)
-        return StepOutput(sum(terms.values()), terms, output.vq.usage, clusters)
+        return StepOutput(sum(terms.values(), terms["mse"].new_zeros(())), terms, output.vq.usage, clusters)
 
     def after_backward(self, outputs: Sequence[StepOutput]) -> None:
         if self.model.config.stage == 1:
@@ -98,7 +98,9 @@ def train_tokenizer(
         )
     workers = default_workers() if workers is None else require_count("workers", workers)
     check_source(source)
-    inputs = {"data": {"name": source.name, "images": len(source), "fingerprint": source_fingerprint(source)}}
+    inputs: dict[str, Any] = {
+        "data": {"name": source.name, "images": len(source), "fingerprint": source_fingerprint(source)}
+    }
     torch.manual_seed(config.seed)
     if stage == 1:
         model = Tokenizer(TokenizerConfig.from_dict({**model_config.to_dict(), "stage": 1}))
