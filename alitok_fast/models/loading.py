@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from alitok_fast._library import install_hint
 from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, TokenizerConfig
 from alitok_fast.models.generator import Generator
-from alitok_fast.models.tokenizer import Tokenizer
+from alitok_fast.models.tokenizer import Tokenizer, encoder_fingerprint
 from alitok_fast.storage import checkpoint
 from alitok_fast.storage.checkpoint import Checkpoint, read_checkpoint
 from alitok_fast.storage.files import shown
@@ -157,7 +157,12 @@ def convert(
     _fit(original.config, original.state, original.path)
     state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in original.state.items()}
     write = checkpoint.write_file if target.suffix else checkpoint.write_checkpoint
-    return write(target, replace(original, state=state), force)
+    provenance = original.provenance
+    if (
+        original.kind == "tokenizer"
+    ):  # rounded, it is still what generators were trained with
+        provenance = {"fingerprint": encoder_fingerprint(original.state), **provenance}
+    return write(target, replace(original, state=state, provenance=provenance), force)
 
 
 def resolve(path_or_name: str | os.PathLike, kind: str) -> Path:

@@ -6,6 +6,7 @@ first row of patches, then `num_image_tokens` tokens in raster order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from alitok_fast.models.checks import check_finite, check_range, check_tensor
 from alitok_fast.models.layers import Conv2d, LayerNorm, Linear, PointwiseConv, TokenizerLayer, making, new_parameter
 from alitok_fast.models.vector_quantizer import VectorQuantizer
 from alitok_fast.ops.vq_lookup import VQLookup
+from alitok_fast.storage.files import weights_fingerprint
 
 
 class TokenizerOutput(NamedTuple):
@@ -199,6 +201,12 @@ class Tokenizer(nn.Module):
             raise ValueError(f"tokens: expected at most {self.config.num_tokens} per row, got {tokens.shape[1]}")
         check_range("tokens", tokens, 0, self.config.codebook_size)
         return check_finite("pixels", self.decoder.rows(self.quantize.embedding(tokens)))
+
+
+def encoder_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """A short hash of the weights that determine an image's tokens: encoder, latent tokens and codebook, in float32."""
+    decisive = ("latent_tokens", "encoder.", "quantize.embedding.")
+    return weights_fingerprint({name: value for name, value in state.items() if name.startswith(decisive)})
 
 
 def stage2_from_stage1(stage1: Tokenizer, num_buffer_tokens: int | None = None) -> Tokenizer:

@@ -20,7 +20,10 @@ from alitok_fast.inference.sampler import Sampler
 from alitok_fast.inference.step_model import prepare
 from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.models.loading import build, open_checkpoint
+from alitok_fast.models.tokenizer import encoder_fingerprint
 from alitok_fast.pipelines.class_names import ClassNames, Label, trained_classes
+from alitok_fast.storage.checkpoint import Checkpoint
+from alitok_fast.storage.files import shown
 from alitok_fast.storage.images import to_uint8
 
 
@@ -112,6 +115,7 @@ class Pipeline:
         """
         opened = open_checkpoint("generator", name_or_path, weights=weights)
         other = open_checkpoint("tokenizer", name_or_path if tokenizer is None else tokenizer, weights=weights)
+        _check_trained_together(opened, other)
         generator: Any = build(opened).to(device, dtype).eval()
         decoder: Any = build(other).to(device, dtype).eval()
         if weight_dtype is not None and generator.device.type != "cpu":
@@ -201,6 +205,19 @@ class Pipeline:
             "device": str(self.generator.device),
             "versions": {"alitok_fast": __version__, "torch": torch.__version__},
         }
+
+
+def _check_trained_together(generator: Checkpoint, tokenizer: Checkpoint) -> None:
+    """Where the generator knows which tokenizer's tokens it was trained on, that it gets them."""
+    expected = generator.provenance.get("tokenizer")
+    if expected is None or expected == tokenizer.provenance.get("fingerprint"):
+        return
+    got = encoder_fingerprint(tokenizer.state)
+    if got != expected:
+        raise ValueError(
+            f"tokenizer: expected the one that the generator was trained with, fingerprint {shown(expected)}, got {got}"
+            f" in {tokenizer.path}; Pipeline(tokenizer, generator) takes any"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

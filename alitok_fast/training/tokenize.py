@@ -18,9 +18,8 @@ from alitok_fast.data import (
 from alitok_fast.data.checks import require_choice, require_count
 from alitok_fast.data.token_cache import TokenCacheMeta
 from alitok_fast.data.transforms import CROP_COUNTS
-from alitok_fast.models.tokenizer import Tokenizer
+from alitok_fast.models.tokenizer import Tokenizer, encoder_fingerprint
 from alitok_fast.progress import tracked
-from alitok_fast.storage.files import weights_fingerprint
 
 
 def tokenize(
@@ -44,8 +43,6 @@ def tokenize(
     require_choice("crops", require_count("crops", crops), CROP_COUNTS)
     check_source(source)
     config = tokenizer.config
-    decisive = ("latent_tokens", "encoder.", "quantize.embedding.")
-    encoder = {name: value for name, value in tokenizer.state_dict().items() if name.startswith(decisive)}
     meta = TokenCacheMeta(
         num_images=len(source),
         num_crops=crops,
@@ -54,7 +51,7 @@ def tokenize(
         image_size=config.image_size,
         class_names=list(source.class_names),
         source=source.name,
-        tokenizer=weights_fingerprint(encoder),
+        tokenizer=encoder_fingerprint(tokenizer.state_dict()),
         data=source_fingerprint(source),
     )
     tokenizer.eval()

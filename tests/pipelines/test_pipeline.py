@@ -19,6 +19,8 @@ import alitok_fast
 from alitok_fast import Pipeline, SamplingParams, on_rows, prepare, sample, save_model
 from alitok_fast.inference.image_decoder import fast_dtype
 from alitok_fast.inference.quantized_generator import QuantizedGenerator
+from alitok_fast.models.loading import convert
+from alitok_fast.models.tokenizer import encoder_fingerprint
 from alitok_fast.storage.images import to_uint8
 
 
@@ -232,3 +234,22 @@ def test_a_stage1_tokenizer_draws_too(tmp_path, tiny_folder, tiny_tokenizer, pip
     save_model(tmp_path / "stage1", stage1)
     out = Pipeline.from_pretrained(tiny_folder, tokenizer=tmp_path / "stage1")([1])
     assert out.images[0].size == (16, 16)
+
+
+def test_an_unrelated_tokenizer_of_the_same_shape_is_refused(tmp_path, tiny_tokenizer, tiny_generator):
+    tokenizer = tiny_tokenizer()
+    trained_on = encoder_fingerprint(tokenizer.state_dict())
+    save_model(tmp_path / "tokenizer", tokenizer)
+    save_model(tmp_path / "generator", tiny_generator(), {"tokenizer": trained_on})
+    Pipeline.from_pretrained(tmp_path)
+    convert(tmp_path / "tokenizer", tmp_path / "rounded", dtype=torch.bfloat16)
+    Pipeline.from_pretrained(tmp_path / "generator", tokenizer=tmp_path / "rounded")
+    with torch.no_grad():
+        tokenizer.decoder.ffn[0].bias += 1
+    save_model(tmp_path / "tuned", tokenizer)
+    Pipeline.from_pretrained(tmp_path / "generator", tokenizer=tmp_path / "tuned")  # a decoder changes no tokens
+    with torch.no_grad():
+        tokenizer.quantize.embedding.weight[0] += 1
+    save_model(tmp_path / "other", tokenizer)
+    with pytest.raises(ValueError, match=f"tokenizer: expected the one .* fingerprint {trained_on}, got .*other"):
+        Pipeline.from_pretrained(tmp_path / "generator", tokenizer=tmp_path / "other")
