@@ -13,6 +13,7 @@ from alitok_fast.cli.options import (
     LoadOptions,
     MaybeInt,
     MaybePath,
+    MaybeText,
     MaybeTexts,
     Progress,
     check_picture,
@@ -135,29 +136,35 @@ def complete(
 @with_options(load=LoadOptions, params=SamplingParams)
 def watch(
     labels: Labels,
-    stage1: Annotated[str, typer.Option(help="Causal (stage-1) tokenizer with the same codes.")],
     out: Annotated[Path, typer.Option(help="Animation (.gif, .webp), or a picture with time from left to right.")],
     load: Any,
     params: Any,
+    stage1: Annotated[
+        MaybeText, typer.Option(help="Causal (stage-1) tokenizer with the same codes; if not given, that of --model.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Sample pictures and show how they grow: each row as soon as its tokens are there, finally the finished picture.
 
     \b
     Examples:
-      alitok-fast watch bag "ankle boot" --stage1 runs/stage1/model --out growing.gif
+      alitok-fast watch bag "ankle boot" --out growing.gif
       alitok-fast watch 207 --model b.bin --tokenizer tokenizer.pth --stage1 stage1.pth --out growing.png
     """
     check_picture(out, force)
+    from alitok_fast.models.loading import resolve
     from alitok_fast.pipelines import completion
     from alitok_fast.storage.images import write_film, write_image
 
+    causal = None if stage1 else resolve(load.model, "stage1")
+    if causal is not None and causal.name != "stage1":
+        raise ValueError(f"stage1: expected a causal tokenizer, got none, and {load.model} has no folder stage1")
     pipe = load.pipeline()
     ids = pipe.classes.ids(labels)
-    frames = completion.grow(pipe, load.load_tokenizer(stage1), ids, params)
+    frames = completion.grow(pipe, load.load_tokenizer(stage1 or str(causal)), ids, params)
     if out.suffix.lower() in (".gif", ".webp"):
         write_film(out, completion.film(frames, [pipe.classes[label] for label in ids]))
     else:
         write_image(out, completion.filmstrip(frames))
-    described = {"stage1": stage1, "labels": ids, "image_ids": list(range(len(ids)))}
+    described = {"stage1": stage1 or load.model, "labels": ids, "image_ids": list(range(len(ids)))}
     write_metadata(out, {**pipe.metadata(params), **described})

@@ -158,15 +158,16 @@ def convert(
     state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in original.state.items()}
     write = checkpoint.write_file if target.suffix else checkpoint.write_checkpoint
     provenance = original.provenance
-    if (
-        original.kind == "tokenizer"
-    ):  # rounded, it is still what generators were trained with
+    if original.kind == "tokenizer":  # rounded, it is still what generators were trained with
         provenance = {"fingerprint": encoder_fingerprint(original.state), **provenance}
     return write(target, replace(original, state=state, provenance=provenance), force)
 
 
 def resolve(path_or_name: str | os.PathLike, kind: str) -> Path:
-    """The local path of a `kind` ("tokenizer" or "generator"), fetched from the hub where it is a repository id."""
+    """The local path of a model, fetched from the hub where it is a repository id.
+
+    `kind` is the folder that holds it in a pipeline's: "tokenizer", "generator", or "stage1" for a causal tokenizer.
+    """
     name = str(path_or_name)
     if name == "demo":  # a folder of that name is "./demo"
         return Path(str(resources.files("alitok_fast") / "weights" / "demo" / kind))

@@ -365,7 +365,7 @@ def stage1_folder(tiny_folder, tiny_tokenizer, tmp_path) -> Path:
     return save_model(tmp_path / "stage1", stage1)
 
 
-def test_drawings_are_watched(run, tiny_folder, stage1_folder, tmp_path):
+def test_pictures_are_watched(run, tiny_folder, stage1_folder, tmp_path):
     call = ("watch", "c1", 4, 5, "--model", tiny_folder, "--stage1", stage1_folder, "--out")
     succeed(run(*call, tmp_path / "growing.gif"))
     succeed(run(*call, tmp_path / "growing.png"))
@@ -377,6 +377,17 @@ def test_drawings_are_watched(run, tiny_folder, stage1_folder, tmp_path):
     assert metadata == json.loads((tmp_path / "growing.png.json").read_text())
     assert (metadata["labels"], metadata["image_ids"], metadata["seed"]) == ([1, 4, 5], [0, 1, 2], 0)
     assert metadata["stage1"] == str(stage1_folder)
+
+
+def test_the_demo_can_be_watched(run, tmp_path):
+    succeed(run("watch", "bag", "--out", tmp_path / "bag.gif"))
+    with Image.open(tmp_path / "bag.gif") as film:
+        assert film.n_frames == 9
+
+
+def test_a_model_without_a_causal_tokenizer_is_named(run, tiny_folder, tmp_path):
+    status, _, err = run("watch", 1, "--model", tiny_folder, "--out", tmp_path / "g.gif")
+    assert status == 2 and "stage1: expected a causal tokenizer, got none" in err
 
 
 def test_another_codebook_is_refused(run, tiny_folder, tiny_tokenizer, tmp_path):
