@@ -43,7 +43,6 @@ def test_stage_1_in_parts_equals_the_whole(weights, parts: int) -> None:
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 6])
 def test_one_update_over_the_parts_is_that_over_the_batch(parts: int) -> None:
-    """Ties too: every feature occurs twice, and the first of the batch counts."""
     torch.manual_seed(0)
     one, two = (VectorQuantizer(TOKENIZER) for _ in range(2))
     z = torch.randn(12, TOKENIZER.code_dim).repeat(2, 1)[torch.randperm(24)]
@@ -52,6 +51,18 @@ def test_one_update_over_the_parts_is_that_over_the_batch(parts: int) -> None:
     update_codebook(two, [clusters_of(part, two(part), two.codebook) for part in z.chunk(parts)])
     assert torch.equal(one.embed_prob, two.embed_prob)
     assert torch.equal(one.codebook, two.codebook)
+
+
+def test_on_a_tie_the_first_micro_batch_counts() -> None:
+    """Two features, equally far from codes at the origin, on opposite sides."""
+    one, two = (VectorQuantizer(TOKENIZER) for _ in range(2))
+    for quantizer in (one, two):
+        torch.nn.init.zeros_(quantizer.embedding.weight)
+    feature = torch.ones(1, TOKENIZER.code_dim)
+    z = torch.cat([feature, -feature])
+    one.cluster_update(z, one(z))
+    update_codebook(two, [clusters_of(part, two(part), two.codebook) for part in z.chunk(2)])
+    assert torch.equal(one.codebook, two.codebook) and bool((two.codebook >= 0).all())
 
 
 def test_what_is_kept_between_the_calls_has_no_graph(idx_folder: Path) -> None:
