@@ -125,7 +125,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path, formats=formats) as picture:
             yield picture
     except Image.UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{path}: expected a picture in one of {', '.join(FORMATS)}, got none") from error
+        raise UnreadableImageError(
+            f"{path}: expected a readable image in one of {', '.join(FORMATS)}, got none"
+        ) from error
     except Exception as error:  # on damaged files Pillow's plugins raise nearly anything
         found = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UnreadableImageError(f"{path}: expected a readable image, got {found}") from error

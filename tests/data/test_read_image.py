@@ -138,7 +138,7 @@ def test_no_picture_runs_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
     for name in ("photo.png", "photo.eps"):
         (tmp_path / name).write_bytes(page)
-        with pytest.raises(UnreadableImageError, match="expected a picture in one of AVIF"):
+        with pytest.raises(UnreadableImageError, match="expected a readable image in one of AVIF"):
             read_image(tmp_path / name)
     assert not (tmp_path / "ran").exists() and ".eps" not in picture_suffixes()
 
