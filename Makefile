@@ -3,6 +3,7 @@
 #   make test                       environment, installation, all tests but the slow ones
 #   make test-all                   the slow ones too: packages, kills and resumes, nvcc, models of the released sizes
 #   make test-lowest                with the oldest releases that pyproject.toml allows
+#   make sanitize                   the operators' tests and the fuzzer under AddressSanitizer and UBSan
 #   make bench                      speed report of this machine, in benchmarks/reports/
 #   make bench BENCH="--reference-repo PATH"    beside a checkout of the reference implementation
 #   make gpu                        proves the library on a GPU in eight minutes; a rehearsal where there is none

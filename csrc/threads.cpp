@@ -118,12 +118,15 @@ void Crew::owe(Record& record, double seconds) {
   record.debt = 0;
 }
 
-// The least of the first ones, then a mean in which a step that was itself disturbed counts no more than twice.
+// The least of the first ones. Then quickly down, since nothing makes a step faster than it is, and slowly up, since much
+// makes it slower: what was measured while the machine was busy is soon forgotten.
 void Crew::after_alone(const Work& work, double seconds) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Record& record = find(work);
   if (record.measured < kFirstProbes) {
     record.alone = record.measured++ == 0 ? seconds : std::min(record.alone, seconds);
+  } else if (seconds < record.alone) {
+    record.alone = (record.alone + seconds) / 2;
   } else {
     record.alone += (std::min(seconds, 2 * record.alone) - record.alone) / 8;
   }

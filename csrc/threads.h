@@ -50,7 +50,7 @@ class Crew {
  private:
   static constexpr double kPause = 20;
   static constexpr double kDebt = 2e-3, kCredit = 20e-3;  // seconds: a scheduler's slice is some 3 ms
-  static constexpr int kProbe = 256, kFirstProbes = 3;
+  static constexpr int kProbe = 128, kFirstProbes = 3;
 
   struct Record {
     Work work{};

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alitok_fast._library import use_reference
-from alitok_fast.ops import add_rms_norm as norm
-from alitok_fast.ops import cached_attention as cached
-from alitok_fast.ops import decode as dec
-from alitok_fast.ops import int8_linear as int8
-from alitok_fast.ops import prefix_attention as prefix
-from alitok_fast.ops import quantized_linear as quantized
-from alitok_fast.ops import sample_tokens as sampling
-from alitok_fast.ops import swiglu as gated
-from alitok_fast.ops import vq_lookup as vq
 from alitok_fast.ops.decode_weights import LayerWeights, PackedWeights, pack_weights
+
+# By import_module: `alitok_fast.ops` has functions of the same names.
+norm, cached, dec, int8, prefix, quantized, sampling, gated, vq = (
+    import_module(f"alitok_fast.ops.{name}")
+    for name in (
+        "add_rms_norm", "cached_attention", "decode", "int8_linear", "prefix_attention", "quantized_linear",
+        "sample_tokens", "swiglu", "vq_lookup",
+    )
+)  # fmt: skip
 
 ops = torch.ops.alitok
 Arguments = dict[str, Any]

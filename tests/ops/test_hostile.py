@@ -12,7 +12,6 @@ import sys
 import pytest
 import torch
 
-from alitok_fast.ops import add_rms_norm, decode, int8_linear, quantized_linear, sample_tokens, swiglu  # noqa: F401
 from alitok_fast.ops.cached_attention import cached_attention
 from alitok_fast.ops.decode_weights import LayerWeights, pack_weights
 from alitok_fast.ops.vq_lookup import vq_lookup
@@ -59,7 +58,8 @@ DECODE = (
     [
         (lambda: ops.swiglu(torch.ones(64), meta(64)), "up"),
         (lambda: ops.add_rms_norm(torch.ones(4, 64), None, meta(64), 1e-5, 0.0, None), "weight"),
-        (lambda: ops.add_rms_norm_backward(None, torch.ones(4, 64), meta(4, 64), torch.ones(64), 1e-5, 0.0, None), "x"),
+        (lambda: ops.add_rms_norm_backward(None, torch.ones(4, 64), meta(4, 64), torch.ones(64), 1e-5, 0.0, None),
+         "grad_normed"),
         (lambda: ops.int8_linear(torch.ones(2, 64), meta(1, 1, 2176, dtype=torch.uint8), None, 32, torch.float32),
          "weight"),
         (lambda: ops.quantized_linear(torch.ones(2, 64), meta(8, 64, dtype=torch.int8),
@@ -71,7 +71,8 @@ DECODE = (
         (lambda: ops.prefix_attention(torch.ones(1, 4, 3, 1, 8), 0, meta(8), meta(8), 1e-5, None, 0.3, 0.0, None),
          "q_norm_weight"),
         (lambda: ops.prefix_attention_backward(meta(1, 4, 1, 8), torch.ones(1, 4, 3, 1, 8), torch.ones(1, 4, 1, 8),
-                                               torch.ones(1, 1, 4), 0, None, None, 1e-5, None, 0.3, 0.0, None), "qkv"),
+                                               torch.ones(1, 1, 4), 0, None, None, 1e-5, None, 0.3, 0.0, None),
+         "grad_out"),
         (lambda: ops.vq_lookup(torch.zeros(4, 8), meta(5, 8), 0.25, True), "codebook"),
         (lambda: ops.vq_lookup_backward(torch.zeros(4, 8), torch.tensor(1.0), torch.zeros(4, 8), meta(5, 8),
                                         torch.zeros(4, dtype=torch.int64), 0.25), "codebook"),
