@@ -46,11 +46,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}{SUFFIX}")
-    with _exclusive(temporary):
+    with _exclusive(temporary) as mode:
         try:
             write(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+            temporary.chmod(mode)  # a library may have put a file of its own there, which only its owner can read
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -59,13 +60,20 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path, wait: bool = True) -> Iterator[None]:
-    """Create `path` empty, unless it is there, and lock it; BlockingIOError where it is locked and `wait` is False.
+def _exclusive(path: Path, wait: bool = True) -> Iterator[int]:
+    """Create `path` and lock it, for the length of the block; its mode, as the umask has it.
 
-    The lock dies with its process. On systems without `fcntl` there is none.
+    Where somebody else holds it, wait, or raise BlockingIOError unless `wait`. What a killed holder left is replaced:
+    the lock dies with its process. On systems without `fcntl` there is none.
     """
     while True:
-        handle = os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)  # the umask applies
+        try:
+            handle, fresh = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666), True
+        except FileExistsError:
+            try:
+                handle, fresh = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)), False
+            except FileNotFoundError:
+                continue
         try:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,10 +81,11 @@ def _exclusive(path: Path, wait: bool = True) -> Iterator[None]:
                 current = os.path.samestat(os.stat(path), os.fstat(handle))
             except FileNotFoundError:
                 current = False
-            if current:  # else its holder has renamed or removed it meanwhile
-                os.ftruncate(handle, 0)
-                yield
+            if current and fresh:
+                yield os.fstat(handle).st_mode & 0o777
                 return
+            if current:  # else its holder has renamed or removed it meanwhile
+                path.unlink()
         finally:
             os.close(handle)
 
