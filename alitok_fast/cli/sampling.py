@@ -72,7 +72,8 @@ def sample(
             if len(ids) > GRID_IMAGES:
                 raise ValueError(f"--grid: expected at most {GRID_IMAGES} images, got {len(ids)}")
             side = pipe.tokenizer.config.image_size
-            check_image_name(grid_file, grid_size(len(ids), columns, (side, side), ["label"] * len(ids)))
+            size = grid_size(len(ids), columns, (side, side), ["label"] * len(ids))
+            check_image_name(grid_file, size, "--grid")
         run = None
         if out is not None:
             run = BulkRun(pipe, ids, out, params, batch_size, rank, world)

@@ -131,7 +131,8 @@ def without_autocast(reference: F) -> F:
 
     @functools.wraps(reference)
     def run(*arguments: Any, **named: Any) -> Any:
-        device = next(argument for argument in arguments if isinstance(argument, Tensor)).device.type
+        given = (*arguments, *named.values())
+        device = next(argument for argument in given if isinstance(argument, Tensor)).device.type
         if not torch.amp.is_autocast_available(device):  # the meta device has none
             return reference(*arguments, **named)
         with torch.autocast(device, enabled=False):

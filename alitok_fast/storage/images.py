@@ -108,20 +108,20 @@ FORMATS = {  # by suffix: Pillow's name, and the most pixels that a side may hav
 }
 
 
-def check_image_name(path: Path, size: tuple[int, int] | None = None) -> str:
-    """The format that the suffix of `path` names, by Pillow's name.
+def check_image_name(path: Path, size: tuple[int, int] | None = None, argument: str = "path") -> str:
+    """The format that the suffix of `path` names, by Pillow's name; `argument` is what errors call the path.
 
     Raises ValueError for a suffix of no format that is written here, a folder that is not there, or a picture of
     `size` (width, height) pixels that is too large for the format.
     """
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"path: expected a file ending in {', '.join(FORMATS)}, got {path}")
+        raise ValueError(f"{argument}: expected a file ending in {', '.join(FORMATS)}, got {path}")
     if not path.parent.is_dir():
-        raise ValueError(f"path: expected a file in a folder that exists, got {path}")
+        raise ValueError(f"{argument}: expected a file in a folder that exists, got {path}")
     kind, largest = FORMATS[path.suffix.lower()]
     if size is not None and max(size) > largest:
         raise ValueError(
-            f"path: expected at most {largest} pixels a side in {kind}, got {size[0]} x {size[1]} for {path}; a "
+            f"{argument}: expected at most {largest} pixels a side in {kind}, got {size[0]} x {size[1]} for {path}; a "
             ".png may be larger"
         )
     return kind
