@@ -78,8 +78,9 @@ def _find(folder: Path, split: str, kind: str) -> Path:
 class IdxImages:
     """Grey IDX images (MNIST's format), padded with black to at least `image_size` and replicated to RGB.
 
-    Class names come from `class_names`, else from a file classes.txt beside the images, one name per line; those of
-    Fashion-MNIST are known by its labels. Otherwise classes are called by their numbers.
+    Class names come from `class_names`, else from a file classes.txt beside the images, one name per line.
+    Fashion-MNIST is known by its labels wherever it lies; a part of it, by a folder called fashion-mnist or
+    FashionMNIST (or raw/ in it, as torchvision has it). Otherwise classes are called by their numbers.
     """
 
     def __init__(
@@ -137,7 +138,10 @@ def _class_names(folder: Path, labels: np.ndarray, names: list[str] | None) -> l
         except UnicodeDecodeError as error:
             raise ValueError(f"{where}: expected names in UTF-8, one per line, got {error}") from None
     if names is None:
-        fashion = hashlib.sha256(labels.tobytes()).hexdigest() in _FASHION_MNIST_LABELS
+        known = hashlib.sha256(labels.tobytes()).hexdigest() in _FASHION_MNIST_LABELS
+        place = folder.resolve()
+        named = (place.parent if place.name == "raw" else place).name in ("fashion-mnist", "FashionMNIST")
+        fashion = known or (named and count <= len(FASHION_MNIST_CLASSES))
         return list(FASHION_MNIST_CLASSES) if fashion else [str(i) for i in range(count)]
     if len(names) < count:
         raise ValueError(f"{where}: expected {count} names, one per class, got {len(names)}")

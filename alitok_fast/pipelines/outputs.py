@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,10 @@ class NpzFile:
     def holds(self, ids: Sequence[int]) -> bool:
         try:
             piece = np.load(self.piece(ids), mmap_mode="r")
-        except (FileNotFoundError, ValueError, EOFError):  # not there, or not whole as files of ours appear
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # not there, or not whole as files of ours appear
             return False
-        return piece.dtype == np.uint8 and piece.shape == (len(ids), self.side, self.side, 3)
+        shape = len(ids), self.side, self.side, 3
+        return isinstance(piece, np.ndarray) and piece.dtype == np.uint8 and piece.shape == shape
 
     def write(self, ids: Sequence[int], pixels: np.ndarray) -> None:
         write_npy(self.piece(ids), pixels)

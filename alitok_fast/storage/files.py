@@ -146,11 +146,18 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Contain
             found += [f"{key}.{line}" for line in differences(expected, got, free)]
             continue
         if isinstance(expected, list) and isinstance(got, list):
-            pairs = enumerate(zip_longest(expected, got))
-            index, (expected, got) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
-            key = f"{key}[{index}]"
-        found.append(f"{key}: expected {expected!r}, got {got!r}")
+            pairs = [pair for pair in enumerate(zip_longest(expected, got)) if pair[1][0] != pair[1][1]]
+            if pairs:
+                index, (expected, got) = pairs[0]
+                key = f"{key}[{index}]"
+            else:
+                expected, got = f"{len(expected)} entries", f"{len(got)} entries"
+        found.append(f"{key}: expected {_brief(expected)}, got {_brief(got)}")
     return found
+
+
+def _brief(value: object) -> str:
+    return shown(repr(value) if isinstance(value, str) else value)
 
 
 @contextlib.contextmanager

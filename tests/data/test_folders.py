@@ -153,9 +153,18 @@ def write_idx(folder: Path, labels: list[int]) -> Path:
     return folder
 
 
-def test_names_do_not_hang_on_the_path(tmp_path: Path) -> None:
-    folder = write_idx(tmp_path / "fashion-mnist", list(range(10)))
-    assert open_source(folder).class_names == [str(i) for i in range(10)]
+@pytest.mark.parametrize(
+    "place, garments",
+    [("FashionMNIST/raw", True), ("fashion-mnist", True), ("fashionista/MNIST/raw", False), ("MNIST/raw", False)],
+)
+def test_names_of_a_part_of_fashion_mnist(tmp_path: Path, place: str, garments: bool) -> None:
+    """Digits under somebody's "fashionista" are no garments."""
+    names = open_source(write_idx(tmp_path / place, list(range(10)))).class_names
+    assert names == (list(FASHION_MNIST_CLASSES) if garments else [str(i) for i in range(10)])
+
+
+def test_names_from_a_file(tmp_path: Path) -> None:
+    folder = write_idx(tmp_path / "some", list(range(10)))
     (folder / "classes.txt").write_text("\n".join("abcdefghij"))
     assert open_source(folder).class_names == list("abcdefghij")
     (folder / "classes.txt").write_text("a\nb\n")

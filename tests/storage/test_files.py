@@ -85,6 +85,7 @@ def test_json_that_is_none_names_its_file(tmp_path, text):
 
 
 def test_differences():
+    assert differences({"a": [1, None]}, {"a": [1]}) == ["a: expected '2 entries', got '1 entries'"]
     before = {"seed": 0, "labels": [1, 2, 3], "train": {"lr": 1.0, "log_every": 3}, "gone": True, "device": "cpu"}
     now = {"seed": 1, "labels": [1, 5], "train": {"lr": 2.0, "log_every": 4}, "device": "cuda"}
     assert differences(before, before) == []
