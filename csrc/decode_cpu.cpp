@@ -114,10 +114,8 @@ class Shift {
     modes_[(step + 1) % 2].store(next, std::memory_order_relaxed);
   }
 
-  // When all threads have left after so many steps.
-  void part(int64_t steps) {
-    if (mode(steps) != Mode::alone) crew_.after_parting(work_, clock_.lap());
-  }
+  // When all threads of a call together have left.
+  void part() { crew_.after_parting(work_, clock_.lap()); }
 
  private:
   Crew& crew_;
@@ -599,13 +597,17 @@ void run_steps(const DecodeParams& p, const DrawParams* draw, Crew& crew, const 
     Step<Weights, Head, Cache>(p, workspace, Worker(barrier, first, last, shares), first, unit).run(draw, shift);
   };
   const Crew::Mode mode = shift.mode(0);
-  if (mode == Crew::Mode::together || (mode == Crew::Mode::probe && draw != nullptr)) {
+  const bool together = mode == Crew::Mode::together || (mode == Crew::Mode::probe && draw != nullptr);
+  if (together) {
     parallel(0, shares, 1, run);
   } else {
     run(0, shares);  // the other threads are not even woken
   }
-  if (draw == nullptr) return shift.after(0);
-  shift.part(draw->steps);
+  if (draw == nullptr) {
+    shift.after(0);
+  } else if (together) {
+    shift.part();
+  }
 }
 
 template <class Cache>

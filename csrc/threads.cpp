@@ -112,9 +112,13 @@ void Crew::after_parting(const Work& work, double seconds) {
 
 void Crew::owe(Record& record, double seconds) {
   if (record.alone <= 0) return;
-  record.debt = std::max(record.debt + seconds, -std::max(kCredit, 2 * record.alone));
+  const double credit = std::max(kCredit, 2 * record.alone);
+  record.debt = std::max(record.debt + seconds, -credit);
+  if (record.debt <= -credit / 2) record.failures = 0;
   if (record.debt <= std::max(kDebt, record.alone / 10)) return;
-  record.pause = kPause * record.debt;
+  const double pause = kPause * record.debt;
+  record.pause = std::max(record.pause, 0.0) + std::max(pause, std::min(pause * (1 << record.failures), kLongPause));
+  record.failures = std::min(record.failures + 1, kMostFailures);
   record.debt = 0;
 }
 

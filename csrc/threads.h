@@ -23,10 +23,10 @@ int usable_cpus();
 // Threads that meet wait for the last one. Where another process has its core for a few milliseconds, that is much longer
 // than the work: two threads beside one busy process are slower than one. So steps are timed. What steps together have
 // lost against steps alone is a debt, gains pay it back, and when it grows beyond a short time the steps that follow are
-// done alone, for kPause times as long as what was lost. Then it is tried again. So threads cost at most one part in
-// kPause over one, whatever else runs; and where cores are free, all steps are together but for one in kProbe, which
-// measures what a step alone takes. Both ways give the same result to the last bit: the clock decides about time and
-// nothing else.
+// done alone, for kPause times as long as what was lost. Then it is tried again; after each trial that fails half as
+// often, since changing over has costs that no step shows. So threads cost at most one part in kPause over one, whatever
+// else runs; and where cores are free, all steps are together but for one in kProbe, which measures what a step alone
+// takes. Both ways give the same result to the last bit: the clock decides about time and nothing else.
 class Crew {
  public:
   // What the time of a step depends on.
@@ -48,9 +48,9 @@ class Crew {
   void after_parting(const Work& work, double seconds);
 
  private:
-  static constexpr double kPause = 20;
+  static constexpr double kPause = 20, kLongPause = 2;    // seconds, unless more was lost
   static constexpr double kDebt = 2e-3, kCredit = 20e-3;  // seconds: a scheduler's slice is some 3 ms
-  static constexpr int kProbe = 128, kFirstProbes = 3;
+  static constexpr int kProbe = 128, kFirstProbes = 3, kMostFailures = 4;
 
   struct Record {
     Work work{};
@@ -59,6 +59,7 @@ class Crew {
     int since = 0;     // steps together since the last of them
     double debt = 0;   // seconds lost together; negative: gained
     double pause = 0;  // seconds to go on alone
+    int failures = 0;  // trials since steps together were last worth it
   };
   Record& find(const Work& work);
   static void owe(Record& record, double seconds);

@@ -29,9 +29,10 @@ struct Run {
   double now = 0;
   int steps = 0, together = 0;
 
-  void until(double end, const Machine& machine) {
+  void until(double end, const Machine& machine, const Machine& part = [](double) { return 0.0; }) {
     while (now < end) {
-      Mode mode = crew.next(work);
+      const Mode began = crew.next(work);
+      Mode mode = began;
       for (int i = 0; i < kStepsPerCall; ++i, ++steps) {
         const double seconds = mode == Mode::together ? machine(now) : alone;
         now += seconds;
@@ -43,7 +44,11 @@ struct Run {
         }
         if (mode != Mode::alone) mode = crew.next(work);
       }
-      if (mode != Mode::alone) crew.after_parting(work, 0);
+      if (began != Mode::alone) {  // the one that is waited for may be away then, too
+        const double seconds = part(now);
+        now += seconds;
+        crew.after_parting(work, seconds);
+      }
     }
   }
   // Time taken, in units of what one thread would have taken.
@@ -76,7 +81,7 @@ int main() {
     for (const double slice : {0.003, 0.012, 0.05}) {  // the last one as a container's quota does it
       alitok::Crew crew;
       Run run{crew, {1, 2, 3}, alone};
-      run.until(40, busy(together, 0.7 * slice, slice));
+      run.until(40, busy(together, 0.7 * slice, slice), busy(0, 0.7 * slice, slice));
       if (!(run.against_one() < 1.1)) std::printf("steps of %g s, slices of %g s, ", alone, slice);
       expect(run.against_one() < 1.1, "busy: time against one thread", run.against_one());
       Run after{crew, run.work, alone};
