@@ -59,7 +59,7 @@ def sample(
         raise ValueError("expected --out, --grid or both, got neither")
     if grid_file is not None:
         check_picture(grid_file, force)
-    from alitok_fast.pipelines.bulk import BulkRun, balanced_labels, process_group
+    from alitok_fast.pipelines.bulk import BulkRun, balanced_labels, only_writer, process_group
     from alitok_fast.progress import Bar
     from alitok_fast.storage.images import check_image_name, grid, grid_size, write_image
 
@@ -76,11 +76,12 @@ def sample(
             check_image_name(grid_file, size, "--grid")
         run = None
         if out is not None:
-            run = BulkRun(pipe, ids, out, params, batch_size, rank, world)
-            title = "sampling" if world == 1 else f"sampling, process 1 of {world}"
-            with Bar(title, run.share, enabled=progress and rank == 0) as bar:
-                run.sample(lambda n: bar.advance(by=n))
-            run.finish()
+            with only_writer(out, rank):
+                run = BulkRun(pipe, ids, out, params, batch_size, rank, world)
+                title = "sampling" if world == 1 else f"sampling, process 1 of {world}"
+                with Bar(title, run.share, enabled=progress and rank == 0) as bar:
+                    run.sample(lambda n: bar.advance(by=n))
+                run.finish()
         if rank:
             return
     if out is not None:

@@ -95,7 +95,7 @@ def evaluate_samples(
     `real_features` as `features` returns them for real images.
     """
     agreed = (predict(classifier, images) == labels).double()
-    drawn = features(classifier, images)
+    sampled = features(classifier, images)
 
     def distance(values: Tensor) -> float:
         return frechet_distance(values, real_features)
@@ -104,8 +104,8 @@ def evaluate_samples(
         "samples": len(labels),
         "class_accuracy": float(agreed.mean()),
         "class_accuracy_error": float(agreed.std() / len(agreed) ** 0.5),
-        "feature_distance": distance(drawn),
-        "feature_distance_error": standard_error(distance, drawn),
+        "feature_distance": distance(sampled),
+        "feature_distance_error": standard_error(distance, sampled),
         "by_class": [float(agreed[labels == i].mean()) for i in range(int(labels.max()) + 1)],
     }
 

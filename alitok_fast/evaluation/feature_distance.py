@@ -34,10 +34,10 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 
 def standard_error(statistic: Callable[[Tensor], float], values: Tensor, rounds: int = 50, seed: int = 0) -> float:
-    """Of a statistic of values (n, ...): its standard deviation over samples drawn from `values` with replacement."""
+    """Of a statistic of values (n, ...): its standard deviation over resamplings of `values` with replacement."""
     rng = torch.Generator().manual_seed(seed)
-    draws = [statistic(values[torch.randint(len(values), (len(values),), generator=rng)]) for _ in range(rounds)]
-    return float(torch.tensor(draws, dtype=torch.float64).std())
+    resampled = [statistic(values[torch.randint(len(values), (len(values),), generator=rng)]) for _ in range(rounds)]
+    return float(torch.tensor(resampled, dtype=torch.float64).std())
 
 
 def _symmetric_root(matrix: Tensor) -> Tensor:

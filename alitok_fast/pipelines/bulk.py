@@ -22,7 +22,7 @@ import torch.distributed as dist
 from alitok_fast.inference.params import SamplingParams
 from alitok_fast.pipelines.outputs import MANIFEST_NAME, output_at
 from alitok_fast.pipelines.pipeline import Pipeline
-from alitok_fast.storage.files import differences, read_json, weights_fingerprint, write_json
+from alitok_fast.storage.files import differences, locked, read_json, weights_fingerprint, write_json
 
 MOST_IMAGES = 100_000_000
 # Where and when, not what: a run may be resumed on another device, with the same weights from another path.
@@ -69,6 +69,20 @@ def process_group() -> Iterator[tuple[int, int]]:
         yield dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def only_writer(output: Path, rank: int = 0) -> Iterator[None]:
+    """Inside the block no other command may write to `output`: the first process holds a lock beside it.
+
+    Raises ValueError where another command holds it.
+    """
+    if rank:
+        yield
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(output.with_name(f".{output.name}.lock"), output):
+        yield
 
 
 class BulkRun:

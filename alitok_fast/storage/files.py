@@ -161,15 +161,18 @@ def _brief(value: object) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` inside the block; it dies with its process. ValueError where another holds it."""
+def locked(path: Path, output: Path | None = None) -> Iterator[None]:
+    """Hold the lock file `path` of an output (its folder, if not given); the lock dies with its process.
+
+    Raises ValueError where another holds it.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_exclusive(path, wait=False))
         except BlockingIOError:
             raise ValueError(
-                f"out: expected an output that nobody writes, got {path.parent}, which another process is writing "
-                f"(it holds {path.name})"
+                f"out: expected an output that nobody writes, got {output or path.parent}, which another process is "
+                f"writing (it holds {path})"
             ) from None
         try:
             yield

@@ -18,7 +18,7 @@ from PIL import Image
 
 from alitok_fast import Pipeline, load_tokenizer, save_model
 from alitok_fast.cli import main
-from alitok_fast.pipelines.bulk import BulkRun
+from alitok_fast.pipelines.bulk import BulkRun, only_writer
 from alitok_fast.storage.images import CAPTION, MARGIN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,6 +181,14 @@ def test_one_of_two_processes_is_killed(run, tiny_folder, tmp_path, name):
     else:
         two, one = ({file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in (name, f"one_{name}"))
         assert two == one
+
+
+def test_two_commands_do_not_write_to_one_output(run, tiny_folder, tmp_path):
+    with only_writer(tmp_path / "o"):
+        status, _, err = run("sample", "--model", tiny_folder, "--out", tmp_path / "o")
+    assert status == 2 and err.count("\n") == 1 and "o, which another process is writing" in err
+    succeed(run("sample", "--model", tiny_folder, "--out", tmp_path / "o"))
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("options, tokens", [((), 21), (("--tile",), 21 * 2)])
