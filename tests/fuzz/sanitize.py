@@ -1,6 +1,6 @@
 """Build the CPU kernels with the address and undefined-behaviour sanitizers, and run tests on them.
 
-    python tests/fuzz/sanitize.py [pytest arguments; default: tests/ops tests/fuzz]
+    python tests/fuzz/sanitize.py [pytest arguments; default: tests/ops tests/fuzz -m "not slow"]
 
 The build has a folder and an extension of its own, build/sanitize; the one that is installed stays as it is. Needs GCC
 with libasan and libubsan, as distributions ship it. Prints one line of result, and exits as pytest does.
@@ -78,7 +78,7 @@ def main() -> int:
         "-c",
         "import sys, pytest; sys.path[:] = [p for p in sys.path if p]; sys.exit(pytest.main())",
     ]
-    arguments = sys.argv[1:] or ["tests/ops", "tests/fuzz"]
+    arguments = sys.argv[1:] or ["tests/ops", "tests/fuzz", "-m", "not slow"]
     result = subprocess.run([*run, "-q", "-x", "-p", "no:cacheprovider", *arguments], env=environment, cwd=ROOT)
     verdict = "nothing found" if result.returncode == 0 else f"failed with status {result.returncode}"
     print(
