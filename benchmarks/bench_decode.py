@@ -11,7 +11,11 @@ from alitok_fast.testing import relative_error
 from peers.eager import EagerLoop
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 5e-2}  # of logits; tests/test_decoding.py says more
+ERROR = {
+    "float32": 1e-4,
+    "bfloat16": 5e-2,
+    "int8": 5e-2,
+}  # of logits
 
 
 @pytest.mark.quick("b-float32-1", "b-int8-1", "b-bfloat16-8")

@@ -155,7 +155,7 @@ def bench_plain(mask, dtype, backward, mode, device, compare):
     """Attention and nothing else: the generator's causal length, the tokenizer's decoder with its buffer tokens."""
     tokenizer, generator = TOKENIZERS["256"], GENERATORS["l"]
     causal = mask == "causal"
-    length = 1 + generator.num_tokens if causal else tokenizer.tokens + tokenizer.decoder_start_tokens
+    length = 1 + generator.num_tokens if causal else tokenizer.num_tokens + tokenizer.num_start_tokens
     prefix_len, batch = 0 if causal else length, mode.pick(check=1, quick=2, full=8)
     qkv, _ = make(batch, length, generator.num_heads, generator.head_dim, dtype, device)
     qkv.requires_grad_(backward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from gpu.items import Context, Number, Skipped, within
 from gpu.plan import STEPS
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_parts_are_the_steps():
@@ -22,6 +24,7 @@ def test_parts_are_the_steps():
     for step in STEPS:
         assert bool(step.module) != bool(step.tests)
         assert step.item_limit <= step.limit
+        assert all((ROOT / path).exists() for path in step.tests), "moved?"
 
 
 def test_nan_is_within_no_bound():

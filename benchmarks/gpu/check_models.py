@@ -225,7 +225,7 @@ def fast(gen: Generator, context: Context, weights: torch.dtype) -> Any:
 
 
 def reduced(context: Context) -> list[tuple[str, Callable[[Generator], tuple[Any, torch.dtype | None]], float]]:
-    """Precisions of weights and cache, and the bounds on guided logits of tests/test_decoding.py."""
+    """Precisions of weights and cache, and the bounds on guided logits of tests/inference/test_packed_generator.py."""
     e4m3 = torch.float8_e4m3fn
     if context.device.type == "cpu":
         names = {"bfloat16": (torch.bfloat16, 2.5e-2), "int8": (torch.int8, 5e-2)}

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 PARTS = ("build", "ops", "models", "sampling", "operators", "attention", "training", "sanitizer", "ncu")
-CUDA_TESTS = ("tests/ops", "tests/models/test_quantize.py", "tests/test_image_decoder.py", "tests/test_pipeline.py",
-              "tests/test_streams.py", "tests/test_inference_mode.py", "tests/training")  # fmt: skip
+CUDA_TESTS = ("tests/ops", "tests/models", "tests/inference", "tests/pipelines/test_pipeline.py", "tests/training")  # fmt: skip
 MEET_A_GPU = "cuda or test_graphs_decode or test_two_threads"  # in a test's name, its file's or its parameters
 
 
@@ -66,7 +65,7 @@ def pytest_arguments(step: Step, cuda: bool, junit: str) -> list[str]:
     """On a GPU the tests that meet it, with their names; in a rehearsal a quick file of them."""
     arguments = ["-q", "--maxfail=20", "-p", "no:cacheprovider", f"--junitxml={junit}"]
     if not cuda:
-        return [*arguments, "tests/models/test_quantize.py"]
+        return [*arguments, "tests/inference/test_quantized_generator.py"]
     if importlib.util.find_spec("xdist") is not None:
         arguments += ["-n", "6"]
     if importlib.util.find_spec("pytest_timeout") is not None:

@@ -37,7 +37,7 @@ def least(context: Context, ours: Ours, weights: torch.dtype) -> float | None:
     """Seconds for a step, the mean over an image, by what it reads and multiplies."""
     if context.ceilings is None:
         return None
-    config, batch = ours.gen.config, ours.loop.batch
+    config, batch = ours.gen.config, ours.loop.batch_size
     whole = tokens_floor(config, batch, ours.weight_bytes, ours.kv_bytes, machine(context, weights))
     return whole / config.num_tokens
 

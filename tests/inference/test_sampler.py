@@ -55,7 +55,9 @@ def test_guided_logits_of_the_loop_match_a_full_pass(tiny_generator, monkeypatch
     seen = []
     step = Generator.step
     monkeypatch.setattr(Generator, "step", lambda *given: seen.append(step(*given)) or seen[-1])
-    with use_reference():  # else a generator on the CPU is packed; tests/test_decoding.py compares those logits
+    with (
+        use_reference()
+    ):  # else a generator on the CPU is packed; tests/inference/test_packed_generator.py compares those logits
         tokens = sample(gen, [3, 4], guidance_scale=8.0, guidance_power=1.0)
     assert len(seen) == gen.config.num_tokens
     schedule = guidance_schedule(gen.config.num_tokens, 8.0, 1.0)
