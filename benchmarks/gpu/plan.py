@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 PARTS = ("build", "ops", "models", "sampling", "operators", "attention", "training", "sanitizer", "ncu")
-CUDA_TESTS = ("tests/ops", "tests/models", "tests/inference", "tests/pipelines/test_pipeline.py", "tests/training")  # fmt: skip
+CUDA_TESTS = ("tests/ops", "tests/models", "tests/inference", "tests/pipelines/test_pipeline.py", "tests/training")
 MEET_A_GPU = "cuda or test_graphs_decode or test_two_threads"  # in a test's name, its file's or its parameters
 
 
