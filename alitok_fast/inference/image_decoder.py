@@ -92,12 +92,21 @@ class ImageDecoder:
         """tokens (B, N) int64 -> images (B, 3, H, W) float32 in [0, 1]. Raises as `Tokenizer.decode`."""
         check_tensor("tokens", tokens, torch.int64, ("B", self.config.num_tokens), self.device)
         check_range("tokens", tokens, 0, self.config.codebook_size)
-        tokenizer: Any = self._origin.module
-        if self._origin.changed():
-            self._take(tokenizer)
-            self._begin()
+        self._refresh()
         parts = [self._images(part) for part in tokens.split(TOGETHER)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _refresh(self) -> None:
+        """Copy the decoder anew where the tokenizer's weights have changed since."""
+        tokenizer: Any = self._origin.module
+        if not self._origin.changed():
+            return
+        with self._turn:
+            if self._origin.changed():  # no other thread was first
+                self._turn.wait()  # another stream may not be done with what goes
+                self._graphs.clear()
+                self._pool, self._read_by_graphs = None, []
+                self._take(tokenizer)
 
     def _images(self, tokens: Tensor) -> Tensor:
         if self.device.type != "cuda" or not len(tokens):
