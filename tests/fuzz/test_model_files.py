@@ -197,7 +197,8 @@ def weights_tensors(draw: Callable, folder: Path, tmp: Path) -> None:
         elif kind == "dtype":
             state[name] = tensor.to(draw(st.sampled_from([torch.int8, torch.bool, torch.float64, torch.float16])))
         elif kind == "values":
-            state[name] = torch.full_like(tensor, draw(st.sampled_from([float("nan"), float("inf"), 1e30])))
+            value = draw(st.sampled_from([float("nan"), float("inf"), 1e30]))
+            state[name] = torch.full_like(tensor, value if tensor.is_floating_point() else 1)
         if not state:
             return
     case = write_in(tmp, "model.safetensors", save(state), folder / "model", ("config.json",))
