@@ -18,10 +18,12 @@ TORCH ?= torch==2.13.0
 OUT ?= out
 BENCH ?=
 GPU ?=
+WORKERS ?= 0
 WHEEL ?=
 PHOTO ?= $(OUT)/photo.png
 
 BIN := $(VENV)/bin
+PARALLEL = -n $(WORKERS) --dist loadfile
 WITH_BIN := PATH="$(abspath $(BIN)):$$PATH"
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(wildcard csrc/*)
 
@@ -55,11 +57,11 @@ $(OUT)/photo.png: | $(VENV)/installed-demo
 # Benchmarks without --benchmark run once each, as correctness checks.
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest benchmarks -q -m "not slow"
-	$(BIN)/python -m pytest tests -q -m "not slow"
+	$(BIN)/python -m pytest tests -q -m "not slow" $(PARALLEL)
 
 test-all: $(VENV)/installed-test
 	$(BIN)/python -m pytest benchmarks -q
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q $(PARALLEL)
 
 test-lowest: $(VENV)/installed-test
 	$(BIN)/python tests/lowest.py

@@ -176,7 +176,8 @@ def test_cuda_kernels_compile_where_they_are_asked_for(tmp_path: Path, monkeypat
     code = (
         "import importlib.util, json, sys, torch\n"
         "spec = importlib.util.spec_from_file_location('_C', sys.argv[1])\n"
-        "print(importlib.util.module_from_spec(spec).build_info()['cuda_archs'])"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "print(module.build_info()['cuda_archs'])"
     )
     done = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "90-virtual", done.stderr
