@@ -16,8 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKERS = "# Title\n\n<!-- speed: filled by `python benchmarks/report --readme` -->\n<!-- end of speed -->\n\nrest\n"
 
 
+def environment() -> dict[str, str]:
+    """This process's, without what tells pytest-benchmark that it is in a worker of xdist, where it measures nothing."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
 def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
 
 
 def result(seconds: float, times: float, **facts) -> dict:
@@ -220,7 +227,7 @@ def test_a_run_that_is_stopped_reports_what_it_has(tmp_path):
     run = ("-p", "stopper", "benchmarks/bench_sample_tokens.py", "-k", "all-1 or all-8", "--benchmark", "--quick")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *run, "--report-dir", tmp_path / "stopped"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        cwd=ROOT, env={**environment(), "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout  # interrupted
     data = json.loads((tmp_path / "stopped" / "report.json").read_text())

@@ -43,7 +43,7 @@ def reconstruct(
 
     results = reconstruct_files(load.load_tokenizer(model), photos, tile, batch_size, on_error)
     for path, result in results.items():
-        typer.echo(f"{shown(path)}: PSNR {result.psnr:.2f} dB, {result.tokens.numel()} tokens")
+        typer.echo(f"{shown(path, 1000)}: PSNR {result.psnr:.2f} dB, {result.tokens.numel()} tokens")
     write_image(out, side_by_side(results))
     write_metadata(out, {**describe(results, tile), "model": model, "dtype": load.dtype})
 
