@@ -17,7 +17,7 @@ MARKERS = "# Title\n\n<!-- speed: filled by `python benchmarks/report --readme` 
 
 
 def environment() -> dict[str, str]:
-    """This process's, without what tells pytest-benchmark that it is in a worker of xdist, where it measures nothing."""
+    """This process's, without what tells pytest-benchmark that it is in a worker of xdist: there it does not measure."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
 
