@@ -17,7 +17,7 @@ MARKERS = "# Title\n\n<!-- speed: filled by `python benchmarks/report --readme` 
 
 
 def environment() -> dict[str, str]:
-    """This process's, without what tells pytest-benchmark that it is in a worker of xdist: there it does not measure."""
+    """This process's, without what tells pytest-benchmark not to measure: that it is in a worker of xdist."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
 
