@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ class SamplingLoop:
     and nothing is read back. A loop can be run again with other labels, seeds and schedules.
 
     Runs from several threads take turns, whatever streams they use. `turn` is given by an owner of several loops: it
-    makes them inside a turn, and calls `run_in_turn` inside one.
+    makes them inside a turn, and calls `run` inside one, with `in_turn`.
     """
 
     def __init__(
@@ -75,35 +76,27 @@ class SamplingLoop:
         image_ids: Tensor,
         prompt_tokens: Tensor | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
+        in_turn: bool = False,
     ) -> Tensor:
-        """tokens (B, N); arguments as in `sampler.sample`, checked there. Rows without a distribution hold -1."""
-        with self.turn:
-            return self.run_in_turn(labels, schedule, seed, image_ids, prompt_tokens, on_step)
+        """tokens (B, N); arguments as in `sampler.sample`, checked there. Rows without a distribution hold -1.
 
-    def run_in_turn(
-        self,
-        labels: Tensor,
-        schedule: Tensor | None,
-        seed: int,
-        image_ids: Tensor,
-        prompt_tokens: Tensor | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """As `run`, for a caller that has the turn already."""
-        if self.model.device.type == "cuda" and self._graph is None:
+        `in_turn`: the caller has the turn already.
+        """
+        with contextlib.nullcontext() if in_turn else self.turn:
+            if self.model.device.type == "cuda" and self._graph is None:
+                self.start(labels, schedule, seed, image_ids, prompt_tokens)
+                self._graph = capture(self.model.device, self.step)
+                self._read_by_graph = self.model.tensors()
             self.start(labels, schedule, seed, image_ids, prompt_tokens)
-            self._graph = capture(self.model.device, self.step)
-            self._read_by_graph = self.model.tensors()
-        self.start(labels, schedule, seed, image_ids, prompt_tokens)
-        tokens = self.state.tokens
-        length = tokens.shape[1]
-        stride = 1 if on_step is not None else STEPS_PER_CALL
-        for begin in range(0, length, stride):
-            end = min(begin + stride, length)
-            self.advance(end - begin)
-            if on_step is not None:
-                on_step(begin, tokens[:, :end].clone())
-        return tokens.clone()
+            tokens = self.state.tokens
+            length = tokens.shape[1]
+            stride = 1 if on_step is not None else STEPS_PER_CALL
+            for begin in range(0, length, stride):
+                end = min(begin + stride, length)
+                self.advance(end - begin)
+                if on_step is not None:
+                    on_step(begin, tokens[:, :end].clone())
+            return tokens.clone()
 
     def start(
         self,

@@ -104,8 +104,8 @@ class Sampler:
                 part = slice(begin, begin + size)
                 prompt = None if prompt_tokens is None else prompt_tokens[part]
                 loop = self._loop(len(labels[part]), *rule)
-                run = loop.run_in_turn(labels[part], schedule, chosen.seed, image_ids[part], prompt, on_step)
-                parts.append(run)
+                given = labels[part], schedule, chosen.seed, image_ids[part], prompt, on_step
+                parts.append(loop.run(*given, in_turn=True))
             if device.type == "cpu" and sum(loop.nbytes for loop in self._loops.values()) > KEPT_BYTES:
                 self._loops.clear()
         tokens = torch.cat(parts)
