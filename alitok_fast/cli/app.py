@@ -10,6 +10,7 @@ import typer
 
 from alitok_fast import __version__
 from alitok_fast.cli import photographs, sampling, train
+from alitok_fast.storage.text import shown
 
 INTERRUPTED = 130  # exit status after Ctrl-C; typer returns it
 
@@ -63,7 +64,6 @@ def info(
     """
     if classes:
         from alitok_fast.pipelines.class_names import class_names_of
-        from alitok_fast.storage.files import shown
 
         for number, name in enumerate(class_names_of(model)):
             typer.echo(f"{number:4} {shown(name)}")
@@ -94,7 +94,5 @@ def main() -> None:
 
 
 def _complain(message: str, status: int) -> int:
-    text = " ".join(message.split())
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    typer.echo(f"alitok-fast: {safe}", err=True)
+    typer.echo(f"alitok-fast: {shown(' '.join(message.split()), limit=100_000)}", err=True)
     return status

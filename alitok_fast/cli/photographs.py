@@ -16,6 +16,7 @@ from alitok_fast.cli.options import (
     with_options,
     write_metadata,
 )
+from alitok_fast.storage.text import shown
 
 
 @with_options(load=DeviceOptions)
@@ -38,7 +39,6 @@ def reconstruct(
     """
     check_picture(out, force, photos)
     from alitok_fast.pipelines.reconstruction import describe, reconstruct_files, side_by_side
-    from alitok_fast.storage.files import shown
     from alitok_fast.storage.images import write_image
 
     results = reconstruct_files(load.load_tokenizer(model), photos, tile, batch_size, on_error)

@@ -14,7 +14,7 @@ import numpy as np
 
 from alitok_fast.data.checks import require_choice, require_count
 from alitok_fast.data.pictures import PixelGate, UnreadableImageError, check_image, picture_suffixes, read_image
-from alitok_fast.storage.files import shown
+from alitok_fast.storage.text import shown
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from alitok_fast.storage.files import first_line, read_json, shown
+from alitok_fast.storage.files import read_json
+from alitok_fast.storage.text import first_line, shown
 
 FORMAT = 2
 META_NAME, PROGRESS_NAME = "meta.json", "progress.json"

@@ -18,8 +18,8 @@ from alitok_fast.models.generator import Generator
 from alitok_fast.models.tokenizer import Tokenizer, encoder_fingerprint
 from alitok_fast.storage import checkpoint
 from alitok_fast.storage.checkpoint import Checkpoint, read_checkpoint
-from alitok_fast.storage.files import shown
 from alitok_fast.storage.state_dict import plain_names
+from alitok_fast.storage.text import shown
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMED = {  # by argument

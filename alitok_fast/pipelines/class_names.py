@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from alitok_fast.models.loading import open_checkpoint
-from alitok_fast.storage.files import shown
+from alitok_fast.storage.text import shown
 
 Label = int | str
 CANDIDATES = 8  # that an error lists

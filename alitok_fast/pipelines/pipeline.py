@@ -23,8 +23,8 @@ from alitok_fast.models.loading import build, open_checkpoint
 from alitok_fast.models.tokenizer import encoder_fingerprint
 from alitok_fast.pipelines.class_names import ClassNames, Label, trained_classes
 from alitok_fast.storage.checkpoint import Checkpoint
-from alitok_fast.storage.files import shown
 from alitok_fast.storage.images import to_uint8
+from alitok_fast.storage.text import shown
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
-from alitok_fast.storage.files import first_line, read_json, shown, write_atomically
+from alitok_fast.storage.files import read_json, write_atomically
 from alitok_fast.storage.recognise import Config, check_sizes, recognise
 from alitok_fast.storage.state_dict import AVERAGE, State, check_weights, plain_names, unwrap
 from alitok_fast.storage.tensor_files import SUFFIXES, check_loaded, read_metadata, read_tensors, separate
+from alitok_fast.storage.text import first_line, shown
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

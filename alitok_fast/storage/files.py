@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import reprlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from alitok_fast.storage.text import first_line, shown
 
 try:
     import fcntl
@@ -178,24 +179,3 @@ def locked(path: Path, output: Path | None = None) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """`value` as text for a message or a terminal: one line of at most `limit` characters, nothing in it a command.
-
-    What comes from a file may hold escape sequences, line breaks, characters that turn the direction of writing, or
-    megabytes. Whatever does not print is written as in Python ("\\x1b"), and the end is cut off ("...").
-    """
-    text = str(value) if isinstance(value, str | os.PathLike) else reprlib.repr(value)
-    escaped = []
-    for character in text[: limit + 1]:
-        if not character.isprintable():
-            character = character.encode("unicode_escape").decode()
-        escaped.append(character)
-    whole = "".join(escaped)
-    return whole if len(whole) <= limit else whole[: max(limit - 3, 0)] + "..."
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, its type's name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,8 @@ from numpy.lib import format as npy
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from alitok_fast.storage.files import shown, write_atomically
+from alitok_fast.storage.files import write_atomically
+from alitok_fast.storage.text import shown
 
 MARGIN, CAPTION = 4, 18  # pixels
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"

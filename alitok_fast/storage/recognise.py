@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, TokenizerConfig
-from alitok_fast.storage.files import shown
+from alitok_fast.storage.text import shown
 
 Config = TokenizerConfig | GeneratorConfig
 Shapes = Mapping[str, Any]

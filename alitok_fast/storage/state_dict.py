@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from alitok_fast.storage.files import shown
+from alitok_fast.storage.text import shown
 
 WEIGHTS = ("ema", "raw")
 AVERAGE = "moving average"

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alitok_fast.storage.files import first_line, shown
+from alitok_fast.storage.text import first_line, shown
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library

@@ -17,7 +17,7 @@ from alitok_fast.models.generator import Generator
 from alitok_fast.models.loading import save_model
 from alitok_fast.models.tokenizer import Tokenizer
 from alitok_fast.progress import Bar
-from alitok_fast.storage.files import first_line
+from alitok_fast.storage.text import first_line
 from alitok_fast.training.config import TrainConfig
 from alitok_fast.training.interrupts import Interrupts
 from alitok_fast.training.meter import CodebookWatch, Meter

@@ -19,15 +19,8 @@ from typing import Any
 import torch
 
 from alitok_fast.storage.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from alitok_fast.storage.files import (
-    differences,
-    first_line,
-    leftovers,
-    locked,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from alitok_fast.storage.files import differences, leftovers, locked, read_json, write_atomically, write_json
+from alitok_fast.storage.text import first_line
 from alitok_fast.training.config import TrainConfig
 
 LOCK_NAME = ".train.lock"

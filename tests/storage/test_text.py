@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from alitok_fast.storage.files import shown
+from alitok_fast.storage.text import shown
 
 
 @pytest.mark.parametrize(
