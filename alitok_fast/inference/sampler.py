@@ -82,9 +82,11 @@ class Sampler:
     ) -> Tensor:
         """Sample one token sequence per label; arguments, result and errors are those of `sample`."""
         config, device = self.model.config, self.model.device
-        labels = _as_ids("labels", labels, device)
+        labels = as_ids("labels", labels).to(device)
         count = len(labels)
-        image_ids = torch.arange(count, device=device) if image_ids is None else _as_ids("image_ids", image_ids, device)
+        image_ids = (
+            torch.arange(count, device=device) if image_ids is None else as_ids("image_ids", image_ids).to(device)
+        )
         if image_ids.shape != labels.shape:
             raise ValueError(f"image_ids: expected shape {tuple(labels.shape)}, got {tuple(image_ids.shape)}")
         if self.model.training or self._origin.training:
@@ -199,7 +201,8 @@ def sample(
     return sampler(labels, params, image_ids=image_ids, prompt_tokens=prompt_tokens, on_step=on_step, **overrides)
 
 
-def _as_ids(name: str, value: Tensor | Sequence[int], device: torch.device) -> Tensor:
+def as_ids(name: str, value: Tensor | Sequence[int]) -> Tensor:
+    """(B,) int64, B >= 1, out of integers; TypeError or ValueError names the argument `name`."""
     try:
         ids = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -208,7 +211,7 @@ def _as_ids(name: str, value: Tensor | Sequence[int], device: torch.device) -> T
         raise ValueError(f"{name}: expected shape (B,) with B >= 1, got {tuple(ids.shape)}")
     if ids.dtype == torch.bool or ids.is_floating_point():
         raise TypeError(f"{name}: expected integers, got {str(ids.dtype).removeprefix('torch.')}")
-    return ids.to(device, torch.int64)
+    return ids.to(torch.int64)
 
 
 def _check_prompt(prompt: Tensor, batch_size: int, config: GeneratorConfig, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from alitok_fast import __version__
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.params import SamplingParams, sampling_params
 from alitok_fast.inference.quantized_generator import QuantizedGenerator
-from alitok_fast.inference.sampler import Sampler
+from alitok_fast.inference.sampler import Sampler, as_ids
 from alitok_fast.inference.step_model import prepare
 from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.models.loading import build, open_checkpoint
@@ -164,7 +164,9 @@ class Pipeline:
         ids = self.classes.ids(labels)
         if not ids:
             raise ValueError("labels: expected at least one label, got none")
-        keys = self._image_ids(image_ids, len(ids))
+        keys = list(range(len(ids))) if image_ids is None else as_ids("image_ids", image_ids).tolist()
+        if len(keys) != len(ids):
+            raise ValueError(f"image_ids: expected {len(ids)}, one per label, got {len(keys)}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected None or at least 1, got {batch_size}")
         chosen = sampling_params(params, overrides).resolved(self.generator.config)
@@ -181,16 +183,6 @@ class Pipeline:
                 on_batch(len(tokens[-1]))
         metadata = {**self.metadata(chosen), "labels": ids, "image_ids": keys}
         return Samples(np.concatenate(pixels), torch.cat(tokens), metadata)
-
-    def _image_ids(self, image_ids: Sequence[int] | None, count: int) -> list[int]:
-        if image_ids is None:
-            return list(range(count))
-        keys = torch.as_tensor(image_ids)
-        if keys.is_floating_point() or keys.dtype == torch.bool:
-            raise TypeError(f"image_ids: expected integers, got {str(keys.dtype).removeprefix('torch.')}")
-        if keys.shape != (count,):
-            raise ValueError(f"image_ids: expected {count}, one per label, got shape {tuple(keys.shape)}")
-        return keys.tolist()
 
     def metadata(self, params: SamplingParams) -> dict[str, Any]:
         """What determines a picture besides its label and its id, as JSON values."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -22,6 +24,8 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
+
+_log = logging.getLogger(__name__)
 
 SUFFIX = ".alitok-tmp"
 """A file x is written as ".x.alitok-tmp" and renamed: what a killed writer left is overwritten by the next one."""
@@ -65,7 +69,8 @@ def _exclusive(path: Path, wait: bool = True) -> Iterator[int]:
     """Create `path` and lock it, for the length of the block; its mode, as the umask has it.
 
     Where somebody else holds it, wait, or raise BlockingIOError unless `wait`. What a killed holder left is replaced:
-    the lock dies with its process. On systems without `fcntl` there is none.
+    the lock dies with its process. On systems without `fcntl` there is none; a file system without locks (some network
+    file systems) is warned of.
     """
     while True:
         try:
@@ -76,8 +81,7 @@ def _exclusive(path: Path, wait: bool = True) -> Iterator[int]:
             except FileNotFoundError:
                 continue
         try:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, path, wait)
             try:
                 current = os.path.samestat(os.stat(path), os.fstat(handle))
             except FileNotFoundError:
@@ -89,6 +93,16 @@ def _exclusive(path: Path, wait: bool = True) -> Iterator[int]:
                 path.unlink()
         finally:
             os.close(handle)
+
+
+def _lock(handle: int, path: Path, wait: bool) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        _log.warning("%s has no locks: do not let two commands write there at the same time", path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -51,7 +51,7 @@ def test_labels_and_ids_of_numpy(pipe):
     assert torch.equal(out.tokens, pipe([1, 2], image_ids=[7, 8]).tokens)
     assert json.loads(json.dumps(out.metadata))["image_ids"] == [7, 8]
     for batch_size in (None, 1):
-        with pytest.raises(ValueError, match="image_ids: expected 2, one per label, got shape"):
+        with pytest.raises(ValueError, match="image_ids: expected 2, one per label, got 3"):
             pipe([1, 2], image_ids=[7, 8, 9], batch_size=batch_size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from alitok_fast.storage import files
 from alitok_fast.storage.files import SUFFIX, differences, leftovers, locked, read_json, write_atomically, write_json
 
 HOLD = """
 import sys
 from pathlib import Path
+from alitok_fast.storage import files
 from alitok_fast.storage.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
@@ -75,6 +78,20 @@ def test_a_lock_is_held_by_one_and_dies_with_its_process(tmp_path):
         with locked(path), pytest.raises(ValueError, match="another process is writing"), locked(path):
             pass
     assert not path.exists()
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    """Some network file systems have none; whatever is written there must still be written."""
+
+    def flock(handle, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert read_json(tmp_path / "x.json") == {"a": 1} and "has no locks" in caplog.text
+    with locked(tmp_path / "writing.lock"):
+        pass
+    assert os.listdir(tmp_path) == ["x.json"]
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "null", "{", "\x00", "[" * 100_000, '"a"'])
