@@ -27,17 +27,18 @@ Force = Annotated[bool, typer.Option("--force", help="Write over a file that no 
 Progress = Annotated[bool, typer.Option(help="Show a progress bar, or lines where there is no terminal.")]
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *names: str) -> Any:
+    """A field that is an option of a command, called as the field is unless `names` are given."""
+    return field(default=default, metadata={"help": help, "names": names})
 
 
 @dataclass(frozen=True)
 class DeviceOptions:
     """Where a model runs, and in which precision."""
 
-    device: str = _option("cpu", "Device: cpu, cuda or cuda:N.")
-    dtype: str = _option("float32", "Precision of the models: float32, bfloat16 or float16.")
-    weights: str = _option("ema", "Of a checkpoint with averaged (EMA) weights, take 'ema' or 'raw'.")
+    device: str = option("cpu", "Device: cpu, cuda or cuda:N.")
+    dtype: str = option("float32", "Precision of the models: float32, bfloat16 or float16.")
+    weights: str = option("ema", "Of a checkpoint with averaged (EMA) weights, take 'ema' or 'raw'.")
 
     def load_tokenizer(self, name: str) -> Tokenizer:
         """The tokenizer called `name`; raises as `alitok_fast.load_tokenizer`."""
@@ -53,13 +54,13 @@ class DeviceOptions:
 class LoadOptions(DeviceOptions):
     """What a pipeline is loaded from, and what its weights are rounded to."""
 
-    model: str = _option("demo", "'demo', a folder, a hub repository, or a generator's checkpoint.")
-    tokenizer: str | None = _option(None, "The tokenizer, where --model is a generator alone.")
-    weight_dtype: str | None = _option(
+    model: str = option("demo", "'demo', a folder, a hub repository, or a generator's checkpoint.")
+    tokenizer: str | None = option(None, "The tokenizer, where --model is a generator alone.")
+    weight_dtype: str | None = option(
         None,
         "Precision of the generator's matrices: float32, bfloat16 or int8 on a CPU; int8 or float8_e4m3fn on a GPU.",
     )
-    decode_dtype: str | None = _option(
+    decode_dtype: str | None = option(
         None,
         "Precision of the step from tokens to pixels: float32, bfloat16 or float16, on a CPU also int8. "
         "If not given, bfloat16 where that is faster.",
@@ -121,7 +122,9 @@ def _parameters(group: type) -> list[inspect.Parameter]:
             f.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=f.default,
-            annotation=Annotated[_optional(hints[f.name]), typer.Option(help=f.metadata["help"])],
+            annotation=Annotated[
+                _optional(hints[f.name]), typer.Option(*f.metadata.get("names", ()), help=f.metadata["help"])
+            ],
         )
         for f in dataclasses.fields(group)
     ]

@@ -6,12 +6,14 @@ torch loads inside the commands, so that help is quick.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from alitok_fast.cli.options import MaybeInt, MaybePath, MaybeText, MaybeTexts, Progress
+from alitok_fast.cli.options import MaybeInt, MaybePath, Progress, option, with_options
 from alitok_fast.config import GeneratorConfig, TokenizerConfig, generator_preset, tokenizer_preset
 from alitok_fast.training.config import (
     GENERATOR_PRESETS,
@@ -49,18 +51,7 @@ OnError = Annotated[str, typer.Option(help="Unreadable pictures: 'stop' at them,
 Orientation = Annotated[bool, typer.Option(help="Turn pictures as their EXIF data say, as viewers do.")]
 Profile = Annotated[bool, typer.Option(help="Convert the colours of pictures with a colour profile to sRGB.")]
 Workers = Annotated[MaybeInt, typer.Option(help="Threads that read pictures; one per core, at most 8, if not given.")]
-Preset = Annotated[
-    MaybeText, typer.Option(help="Model sizes and training settings to start from; 'demo' if not given.")
-]
-Settings = Annotated[
-    MaybeTexts,
-    typer.Option("--set", help="Change a training setting, such as --set steps=1000 --set lr=1e-3; repeatable."),
-]
-Resume = Annotated[
-    bool, typer.Option(help="Go on from the run folder's checkpoint, with its settings; --set steps=N extends the run.")
-]
 Force = Annotated[bool, typer.Option(help="Write over what --out holds already.")]
-TensorBoard = Annotated[bool, typer.Option(help="Also write TensorBoard files.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=_device)]
 
 
@@ -101,41 +92,64 @@ def _training_preset(presets: dict[str, Settable], name: str) -> Settable:
     return presets[name]
 
 
-def _of_run(out: Path, kind: str, train: Any, model: Any) -> tuple[str, Any, Any] | None:
-    """The kind, the training settings and the model's sizes of the run in the folder `out`; None without one."""
-    from alitok_fast.training.run_folder import read_settings
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run begins or goes on, and what it shows: options of both kinds of training."""
 
-    saved = read_settings(out)
-    if saved is None:
-        return None
-    if not saved["kind"].startswith(kind):
-        raise ValueError(f"out: expected the run of a {kind}, got {saved['kind']!r} in {out}")
-    try:
-        return saved["kind"], train.from_dict(saved["train"]), model.from_dict(saved["model"])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{out / 'config.json'}: {error}") from None
+    preset: str | None = option(None, "Model sizes and training settings to start from; 'demo' if not given.")
+    set_: list[str] | None = option(
+        None, "Change a training setting, such as --set steps=1000 --set lr=1e-3; repeatable.", "--set"
+    )
+    resume: bool = option(
+        False, "Go on from the run folder's checkpoint, with its settings; --set steps=N extends the run."
+    )
+    force: bool = option(False, "Write over what --out holds already.")
+    tensorboard: bool = option(False, "Also write TensorBoard files.")
+    device: str = option("cpu", "cpu, cuda or cuda:N.")
+    progress: bool = option(True, "Show a progress bar, or lines where there is no terminal.")
+
+    def saved(self, out: Path, kind: str, train: Any, model: Any) -> tuple[str, Any, Any] | None:
+        """The kind, the training settings and the model's sizes of the run in `out` to go on with; None without one."""
+        from alitok_fast.training.run_folder import read_settings
+
+        _device(self.device)
+        saved = read_settings(out) if self.resume else None
+        if saved is None:
+            return None
+        if not saved["kind"].startswith(kind):
+            raise ValueError(f"out: expected the run of a {kind}, got {saved['kind']!r} in {out}")
+        try:
+            return saved["kind"], train.from_dict(saved["train"]), model.from_dict(saved["model"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{out / 'config.json'}: {error}") from None
+
+    def settings(
+        self, saved: tuple[str, Any, Any] | None, training: dict[str, Settable], sizes: Callable[[str], Any]
+    ) -> tuple[Settable, Any]:
+        """The training settings and the model's sizes: of the run that is `saved`, else of the preset, with --set."""
+        name = self.preset or "demo"
+        model = sizes(name)
+        config = _training_preset(training, name)
+        if saved is not None:
+            config, model = saved[1], saved[2] if self.preset is None else model
+        return with_settings(config, self.set_), model
 
 
 @app.command("tokenizer")
+@with_options(options=RunOptions)
 def tokenizer_command(
     data: Data,
     out: Out,
+    options: Any,
     stage: Annotated[
         MaybeInt, typer.Option(help="1: everything, causal decoder. 2: a new bidirectional decoder.")
     ] = None,
     stage1: Annotated[MaybePath, typer.Option(help="Stage 2: the stage-1 model to start from.")] = None,
-    preset: Preset = None,
-    set_: Settings = None,
     split: Split = "train",
     on_error: OnError = "stop",
     orientation: Orientation = True,
     profile: Profile = True,
     workers: Workers = None,
-    resume: Resume = False,
-    force: Force = False,
-    tensorboard: TensorBoard = False,
-    device: Device = "cpu",
-    progress: Progress = True,
 ) -> None:
     """Train the tokenizer.
 
@@ -150,34 +164,37 @@ def tokenizer_command(
 
     if workers is not None:
         require_count("workers", workers)
-    run = _of_run(out, "tokenizer", TokenizerTrainConfig, TokenizerConfig) if resume else None
+    run = options.saved(out, "tokenizer", TokenizerTrainConfig, TokenizerConfig)
     if run is not None and stage is None:
         stage = int(run[0][-1])
     if stage is None:
         raise ValueError("stage: expected --stage 1 or --stage 2, got none")
-    model_config: TokenizerConfig = tokenizer_preset(preset or "demo")
-    config = _training_preset(TOKENIZER_PRESETS.get(stage, TOKENIZER_PRESETS[1]), preset or "demo")
-    if run is not None:
-        config, model_config = run[1], run[2] if preset is None else model_config
-    config = with_settings(config, set_)
+    presets = TOKENIZER_PRESETS.get(stage, TOKENIZER_PRESETS[1])
+    config, model_config = options.settings(run, presets, tokenizer_preset)
     source = open_source(data, split, model_config.image_size, on_error, orientation, profile, typer.echo)
     model = train_tokenizer(
-        source, out, stage, model_config, config, stage1, device, resume, tensorboard, progress, workers, force
+        source,
+        out,
+        stage,
+        model_config,
+        config,
+        stage1,
+        options.device,
+        options.resume,
+        options.tensorboard,
+        options.progress,
+        workers,
+        options.force,
     )
     typer.echo(model)
 
 
 @app.command("generator")
+@with_options(options=RunOptions)
 def generator_command(
     cache: Annotated[Path, typer.Option(help="Token cache written by `alitok-fast tokenize`.")],
     out: Out,
-    preset: Preset = None,
-    set_: Settings = None,
-    resume: Resume = False,
-    force: Force = False,
-    tensorboard: TensorBoard = False,
-    device: Device = "cpu",
-    progress: Progress = True,
+    options: Any,
 ) -> None:
     """Train the generator on a token cache.
 
@@ -189,15 +206,22 @@ def generator_command(
     from alitok_fast.data import validate_token_cache
     from alitok_fast.training.generator import train_generator
 
-    run = _of_run(out, "generator", GeneratorTrainConfig, GeneratorConfig) if resume else None
-    model_config: GeneratorConfig = generator_preset(preset or "demo")
-    config = _training_preset(GENERATOR_PRESETS, preset or "demo")
-    if run is not None:
-        config, model_config = run[1], run[2] if preset is None else model_config
-    config = with_settings(config, set_)
+    run = options.saved(out, "generator", GeneratorTrainConfig, GeneratorConfig)
+    config, model_config = options.settings(run, GENERATOR_PRESETS, generator_preset)
     tokens = validate_token_cache(cache)
     typer.echo(tokens.summary)
-    typer.echo(train_generator(tokens, out, model_config, config, device, resume, tensorboard, progress, force))
+    model = train_generator(
+        tokens,
+        out,
+        model_config,
+        config,
+        options.device,
+        options.resume,
+        options.tensorboard,
+        options.progress,
+        options.force,
+    )
+    typer.echo(model)
 
 
 def tokenize_command(
