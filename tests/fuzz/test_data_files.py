@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from noise import META, Source, encode
 
 from alitok_fast.data import IdxImages, open_source, validate_token_cache, write_token_cache
-from alitok_fast.data.token_cache import TokenCacheMeta
 from alitok_fast.training.config import GeneratorTrainConfig
 from alitok_fast.training.run_folder import RunFolder, read_settings
 
@@ -110,25 +110,6 @@ def test_much_damaged_idx(idx: Path, steps) -> None:
 
 
 # ---- token caches ----
-
-
-class Source:
-    """Five pictures of noise."""
-
-    name, class_names, labels = "noise", ["a", "b"], np.array([0, 1, 0, 1, 1])
-
-    def __len__(self) -> int:
-        return 5
-
-    def image(self, index: int) -> np.ndarray:
-        return np.random.default_rng(index).integers(0, 256, (4, 4, 3), np.uint8)
-
-
-META = TokenCacheMeta(5, 2, 3, 50, 4, ["a", "b"], "noise", "abc", "def")
-
-
-def encode(images: torch.Tensor) -> torch.Tensor:
-    return ((images * 255).round().long().sum((1, 2, 3))[:, None] + torch.arange(3)) % 49 + 1
 
 
 @pytest.fixture(scope="module")
