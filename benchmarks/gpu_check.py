@@ -21,8 +21,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, comma-separated, out of {', '.join(PARTS)}")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
                         help="auto (default): the GPU; where there is none, a rehearsal")  # fmt: skip
+    parser.add_argument("--reference-repo", type=Path, help="a checkout of the reference implementation, to be timed")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds; always so on the CPU")
     parser.add_argument("--again", action="store_true", help="also what has passed before on the same sources")
     given = parser.parse_args(arguments)
@@ -113,21 +115,32 @@ class Check:
         self.out: Path = given.out or (ROOT / "build" / STEM if given.device == "cpu" else reports)
         deadline = self.began + 60 * given.minutes - WRITING_SECONDS
         self.out.mkdir(parents=True, exist_ok=True)
-        self.runner = Runner(given.device, given.quick, scratch, deadline, _environment(given.device))
+        self.runner = Runner(given.device, given.quick, scratch, deadline, _environment(given))
         self.steps = self._with_ceilings(given.steps)
         self.results: dict[str, Result] = {}
+        self._one_at_a_time = threading.Lock()
         self.earlier = self._earlier()
 
     def run(self) -> int:
-        with ThreadPoolExecutor(1) as pool:
-            building = [pool.submit(self._take, step) for step in self.steps if step.name == "build"]
-            for step in self.steps:
-                if step.part != "build" or self.device.type == "cpu":  # compilers leave a GPU alone, but not a CPU
-                    wait(building)
-                if step.name != "build":
+        """Compilers leave a GPU alone, but not a CPU; what is not timed shares a GPU, but not a CPU."""
+        build = [step for step in self.steps if step.name == "build"]
+        without_it = [step for step in self.steps if step.part == "build" and step.name != "build"]
+        together = [step for step in self.steps if step.part != "build" and not step.alone]
+        with ThreadPoolExecutor(1 if self.device.type == "cpu" else 8) as pool:
+            try:
+                building = [pool.submit(self._take, step) for step in build]
+                if self.device.type == "cpu":
+                    _results(building)
+                for step in without_it:
                     self._take(step)
-        for built in building:
-            built.result()
+                _results(building)
+                _results([pool.submit(self._take, step) for step in together])
+                for step in self.steps:
+                    if step.name not in self.results:
+                        self._take(step)
+            except BaseException:
+                self.runner.ended.set()
+                raise
         self._write()
         print(pages.screen(self._title(), self._ordered(), self._verdict()))
         return 0 if self._proven() else 1
@@ -144,10 +157,11 @@ class Check:
                 result = self.runner.run(step)
             result.gpu = watched.summary
             print(pages.row(result), flush=True)  # whoever ends this early has seen so much
-        self.results[step.name] = result
-        if step.name == CEILINGS_STEP:
-            self._keep_ceilings(result)
-        self._write()
+        with self._one_at_a_time:
+            self.results[step.name] = result
+            if step.name == CEILINGS_STEP:
+                self._keep_ceilings(result)
+            self._write()
 
     # ---- earlier runs ----
 
@@ -235,12 +249,19 @@ class Check:
         return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
-def _environment(device: str) -> dict[str, str]:
+def _results(futures: list[Future[None]]) -> None:
+    """Wait for all; raises what the first of them raised."""
+    for future in futures:
+        future.result()
+
+
+def _environment(given: argparse.Namespace) -> dict[str, str]:
     """What the steps find in their environment, where it does not say otherwise: the golden outputs that were carried
-    here, and for a rehearsal one thread, because it is of the steps and not of their speed, and other processes may be
-    busy beside it."""
+    here, the reference's checkout, and for a rehearsal one thread, because it is of the steps and not of their speed,
+    and other processes may be busy beside it."""
     wanted = {"ALITOK_GOLDEN": str(CARRIED / "golden")} if (CARRIED / "golden").is_dir() else {}
-    wanted |= {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+    wanted |= {"ALITOK_REFERENCE_REPO": str(given.reference_repo.resolve())} if given.reference_repo else {}
+    wanted |= {"OMP_NUM_THREADS": "1"} if given.device == "cpu" else {}
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

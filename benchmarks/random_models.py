@@ -15,15 +15,15 @@ def random_generator(preset: str, device: torch.device, **changes: Any) -> Gener
     """In float32 and evaluation mode; `changes` replace fields of the preset's configuration."""
     torch.manual_seed(0)
     config = dataclasses.replace(generator_preset(preset), **changes)
-    gen = Generator(config).eval().requires_grad_(False)
+    gen = Generator(config, device).eval().requires_grad_(False)
     for parameter in gen.parameters():  # the output layer starts at zero
         if parameter.ndim == 2:
             parameter.uniform_(-1, 1).mul_((3 / parameter.shape[1]) ** 0.5)
-    return gen.to(device)
+    return gen
 
 
 def random_tokenizer(device: torch.device, **changes: Any) -> Tokenizer:
     """Stage 2 at 256 x 256, in float32 and evaluation mode; `changes` as for `random_generator`."""
     torch.manual_seed(0)
     config = dataclasses.replace(TOKENIZERS["256"], **changes)
-    return Tokenizer(config).eval().requires_grad_(False).to(device)
+    return Tokenizer(config, device).eval().requires_grad_(False)

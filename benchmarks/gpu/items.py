@@ -71,10 +71,12 @@ class Context:
     def pick(self, *, quick: Any, full: Any) -> Any:
         return quick if self.quick else full
 
-    def seconds(self, run: Callable[[], object], rounds: int | None = None) -> list[float]:
-        """Of `rounds` runs, one after the other; by events on the device, where host time would be the launch's."""
+    def seconds(self, run: Callable[[], object], rounds: int | None = None, warm: bool = True) -> list[float]:
+        """Of `rounds` runs, one after the other; by events on the device, where host time would be the launch's.
+        `warm` runs it once before."""
         rounds = self.pick(quick=3, full=20) if rounds is None else rounds
-        run()
+        if warm:
+            run()
         synchronize(self.device)
         if self.device.type != "cuda":
             return [_host_seconds(run) for _ in range(rounds)]

@@ -6,9 +6,11 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-PARTS = ("build", "ops", "models", "sampling", "operators", "attention", "training", "sanitizer", "ncu")
+PARTS = ("build", "ops", "models", "sampling", "peers", "operators", "attention", "training", "sanitizer", "ncu")
 CUDA_TESTS = ("tests/ops", "tests/models", "tests/inference", "tests/pipelines/test_pipeline.py", "tests/training")
-MEET_A_GPU = "cuda or test_graphs_decode or test_two_threads"  # in a test's name, its file's or its parameters
+# In a test's name, its file's or its parameters; what is left out computes on the CPU what a GPU would round.
+MEET_A_GPU = "(cuda and not precisions_of_cuda) or test_graphs_decode or test_two_threads"
+NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a tensor's neighbours are torch's memory too
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,26 @@ class Step:
     items: tuple[str, ...] = ()
     """Of the module; all where there are none."""
     required: bool = False
+    alone: bool = True
+    """It measures times. What does not shares the GPU with others of its kind."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
 STEPS = (
     Step("build", "build", 180, 170, "gpu.build", required=True),
     Step("torch alone", "build", 90, 60, "gpu.torch_alone"),
-    Step("operators against definitions", "ops", 70, 20, "gpu.check_operators", required=True,
+    Step("operators against definitions", "ops", 90, 40, "gpu.check_operators", required=True, alone=False,
          environment={"CUDA_LAUNCH_BLOCKING": "1"}),
-    Step("whole models", "models", 80, 45, "gpu.check_models", required=True),
+    Step("whole models", "models", 120, 80, "gpu.check_models", required=True, alone=False),
+    Step("tests", "ops", 120, 120, tests=CUDA_TESTS, required=True, alone=False, environment={"OMP_NUM_THREADS": "2"}),
+    Step("memcheck", "sanitizer", 100, 100, "gpu.tools", items=("memcheck",), alone=False, environment=NO_CACHE),
+    Step("racecheck", "sanitizer", 100, 100, "gpu.tools", items=("racecheck",), alone=False, environment=NO_CACHE),
     Step("steps and decode", "sampling", 110, 30, "gpu.time_sampling"),
-    Step("tests", "ops", 110, 110, tests=CUDA_TESTS, required=True, environment={"OMP_NUM_THREADS": "2"}),
+    Step("operators", "operators", 45, 20, "gpu.time_operators"),
     Step("attention", "attention", 45, 20, "gpu.time_attention"),
     Step("a step of training", "training", 60, 40, "gpu.time_training"),
-    Step("operators", "operators", 45, 20, "gpu.time_operators"),
     Step("torch.compile beside ours", "sampling", 120, 70, "gpu.time_baseline"),
-    Step("compute-sanitizer", "sanitizer", 150, 90, "gpu.tools", items=("memcheck", "racecheck"),
-         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),  # else a tensor's neighbours are torch's memory too
+    Step("reference and diffusion", "peers", 120, 45, "gpu.time_peers"),
     Step("Nsight Compute", "ncu", 90, 45, "gpu.tools",
          items=("ncu cached_attention_kernel", "ncu forward_kernel", "ncu grad_kv_kernel")),
 )  # fmt: skip
@@ -69,6 +74,6 @@ def pytest_arguments(step: Step, cuda: bool, junit: str) -> list[str]:
     if importlib.util.find_spec("xdist") is not None:
         arguments += ["-n", "6"]
     if importlib.util.find_spec("pytest_timeout") is not None:
-        arguments += ["--timeout=30", "--timeout-method=thread"]
+        arguments += ["--timeout=60", "--timeout-method=thread"]
     large = "tests/ops/test_large_sizes.py"  # 30 to 40 GiB and minutes, for a GPU without a clock beside it
     return [*arguments, "-k", MEET_A_GPU, f"--ignore={large}", *step.tests]

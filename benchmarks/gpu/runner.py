@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
@@ -63,11 +64,13 @@ class Runner:
     scratch: Path
     deadline: float
     environment: Mapping[str, str] = field(default_factory=dict)
+    ended: threading.Event = field(default_factory=threading.Event)
+    """Set it to end the steps under way, from another thread."""
 
     def run(self, step: Step) -> Result:
         begin = time.monotonic()
         self.log(step).unlink(missing_ok=True)
-        if self._left() <= 0:
+        if self._left() <= 0 or self.ended.is_set():
             return Result(step.name, step.part, step.required, "not run", reason=NO_TIME)
         work = self._tests if step.tests else self._items
         result = work(step, begin + min(step.limit, self._left()))
@@ -90,7 +93,7 @@ class Runner:
     def _items(self, step: Step, until: float) -> Result:
         record = _Record(self.scratch / f"{_slug(step.name)}.jsonl")
         ended = ""
-        while time.monotonic() < until:
+        while time.monotonic() < until and not self.ended.is_set():
             command = [sys.executable, "-m", step.module, "--device", self.device, "--record", str(record.file)]
             command += ["--quick"] if self.quick else []
             command += ["--ceilings", str(self.ceilings)] if self.ceilings.is_file() else []
@@ -172,6 +175,8 @@ class Runner:
                 while process.poll() is None:
                     if overdue():
                         return f"it did not end within {step.item_limit:g} s"
+                    if self.ended.is_set():
+                        return "the check was ended"
                     if time.monotonic() > until:
                         return f"its step did not end within {until - begin:.0f} s"
                     time.sleep(POLL_SECONDS)

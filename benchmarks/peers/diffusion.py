@@ -35,29 +35,30 @@ class Diffusion:
         from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
         dtype = torch.bfloat16
-        self.transformer = DiTTransformer2DModel(
-            num_attention_heads=16,
-            attention_head_dim=72,
-            in_channels=4,
-            out_channels=8,
-            num_layers=size.layers,
-            attention_bias=True,
-            sample_size=size.latent,
-            patch_size=2,
-            activation_fn="gelu-approximate",
-            num_embeds_ada_norm=CLASSES,
-            norm_type="ada_norm_zero",
-            norm_elementwise_affine=False,
-        )
         blocks = len(size.channels)
-        self.autoencoder = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            block_out_channels=size.channels,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=8 * size.latent,
-        )
+        with device:  # weights are drawn there
+            self.transformer = DiTTransformer2DModel(
+                num_attention_heads=16,
+                attention_head_dim=72,
+                in_channels=4,
+                out_channels=8,
+                num_layers=size.layers,
+                attention_bias=True,
+                sample_size=size.latent,
+                patch_size=2,
+                activation_fn="gelu-approximate",
+                num_embeds_ada_norm=CLASSES,
+                norm_type="ada_norm_zero",
+                norm_elementwise_affine=False,
+            )
+            self.autoencoder = AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * blocks,
+                up_block_types=("UpDecoderBlock2D",) * blocks,
+                block_out_channels=size.channels,
+                layers_per_block=2,
+                latent_channels=4,
+                sample_size=8 * size.latent,
+            )
         self.autoencoder.encoder = None  # decoding alone is timed
         for model in (self.transformer, self.autoencoder):
             model.to(device, dtype).eval().requires_grad_(False)
