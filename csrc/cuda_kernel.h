@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -23,6 +24,12 @@
     kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
     ALITOK_CUDA_CHECK(cudaGetLastError());                                                       \
   } while (0)
+
+// As ALITOK_LAUNCH, for a kernel that may begin before the one ahead of it on its stream has ended (programmatic
+// dependent launch, from sm_90 on). Until wait_for_kernel_ahead() it may read only what no kernel writes, such as
+// weights, and write nothing.
+#define ALITOK_LAUNCH_EARLY(kernel, grid, block, shared_bytes, stream, ...) \
+  ::alitok::launch_early(kernel, (grid), (block), (shared_bytes), stream, __VA_ARGS__)
 
 // The dynamic shared memory of a kernel, 128-byte aligned: `ALITOK_DYNAMIC_SHARED(unsigned char, smem);`
 #define ALITOK_DYNAMIC_SHARED(type, name)                                 \
@@ -55,6 +62,25 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, bool 
 
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid = true) {
   cp_async<16>(shared, global, valid);
+}
+
+// Until here a kernel of ALITOK_LAUNCH_EARLY may run beside the one ahead; behind it, all that one wrote is there.
+__device__ __forceinline__ void wait_for_kernel_ahead() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The kernel behind this one may begin as soon as every block has come here or ended.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Fetch the 128 bytes at an address into the second-level cache, if they are not there: a hint.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -160,6 +186,36 @@ inline void cuda_check(cudaError_t status, const char* expression) {
     throw std::runtime_error(std::string(expression) + ": " + cudaGetErrorString(status));
   }
 }
+
+#ifndef ALITOK_SIMT
+// Whether kernels of ALITOK_LAUNCH_EARLY do begin early on the current device; ALITOK_EARLY_LAUNCH=0 turns it off.
+inline bool early_launch() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("ALITOK_EARLY_LAUNCH");
+    return value == nullptr || std::strcmp(value, "0") != 0;
+  }();
+  int device = 0, major = 0;
+  ALITOK_CUDA_CHECK(cudaGetDevice(&device));
+  ALITOK_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return wanted && major >= 9;
+}
+
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                  const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = early_launch() ? 1 : 0;
+  ALITOK_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+#endif
 
 // Above 48 KiB a kernel must ask for its dynamic shared memory. GPUs differ: sm_80 has 163 KiB for a block, sm_90 227,
 // sm_86, sm_89 and sm_120 have 99.

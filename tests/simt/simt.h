@@ -26,6 +26,9 @@
                    ::simt::call(alitok_kernel)(__VA_ARGS__));                                              \
   } while (0)
 
+// Kernels run one after the other here.
+#define ALITOK_LAUNCH_EARLY ALITOK_LAUNCH
+
 namespace simt {
 
 // Arguments are copied when a kernel is launched, as on a device.
@@ -398,6 +401,9 @@ void cp_async(void* shared, const void* global, bool valid = true) {
   simt::copy_async(shared, global, Bytes, valid);
 }
 inline void cp_async16(void* shared, const void* global, bool valid = true) { cp_async<16>(shared, global, valid); }
+inline void wait_for_kernel_ahead() {}
+inline void let_next_kernel_begin() {}
+inline void prefetch(const void*) {}
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int Pending>
 void cp_async_wait() {
