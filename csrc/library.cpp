@@ -19,6 +19,10 @@ STABLE_TORCH_LIBRARY(alitok, m) {
   m.def(
       "cached_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? q_norm_weight, "
       "Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale, Tensor(c!)? arrivals) -> Tensor");
+  m.def(
+      "fused_linear(Tensor x, Tensor? norm_weight, float norm_eps, Tensor weight, Tensor? scale, Tensor? gate, "
+      "Tensor? gate_scale, Tensor? bias) -> Tensor");
+  m.def("fused_linear_add(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor(a!) residual) -> ()");
   m.def("int8_linear(Tensor x, Tensor weight, Tensor? bias, int outputs, ScalarType dtype) -> Tensor");
   m.def("quantized_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");

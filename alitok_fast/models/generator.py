@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from alitok_fast.config import GeneratorConfig
 from alitok_fast.models.checks import check_range, check_tensor
 from alitok_fast.models.kv_cache import KVCache
-from alitok_fast.models.layers import Embedding, GeneratorBlock, Linear, RMSNorm, making
+from alitok_fast.models.layers import NORM_EPS, Embedding, GeneratorBlock, Linear, RMSNorm, making
 from alitok_fast.models.rope import rope_table
+from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.decode import SampleState, sample_next
 
 
@@ -167,7 +168,9 @@ class Generator(nn.Module):
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x, delta = block.step(x, delta, self.rope, keys, values, cache.position, cache.arrivals)
         cache.position += 1
-        return self.output(self.norm(x + delta))
+        # The last norm and the head are float32, and so is what they read.
+        _, normed = add_rms_norm(x, None if delta is None else delta.float(), self.norm.weight, NORM_EPS)
+        return self.output(normed)
 
     def sample_steps(self, state: SampleState, cache: KVCache, steps: int) -> None:
         """`steps` times: feed the current ids, sample the next token of each image and make it current."""

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
+from alitok_fast.ops.fused_linear import LinearWeights, linear_add, norm_linear
 from alitok_fast.ops.prefix_attention import prefix_attention
-from alitok_fast.ops.swiglu import swiglu
 
 NORM_EPS = 1e-5
 
@@ -130,9 +130,6 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
-    def step(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
-
 
 def dropout_seed(x: Tensor, dropout: float) -> Tensor | None:
     """A fresh key per call from torch's generator: reproducible after torch.manual_seed, restored on resume."""
@@ -169,10 +166,13 @@ class GeneratorAttention(nn.Module):
         )
         return self.proj(out.flatten(-2))
 
-    def step(self, x: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor, arrivals: Tensor) -> Tensor:
-        """One new position of each row, (R, width); its layer's part of the cache is appended to."""
-        out = cached_attention(
-            self.project(x),
+    def step(
+        self, packed: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor, arrivals: Tensor
+    ) -> Tensor:
+        """Attention of one new position of each row, given its query, key and value (R, 3 * width), before `proj`; its
+        layer's part of the cache is appended to."""
+        return cached_attention(
+            packed.unflatten(-1, (3, self.num_heads, -1)),
             keys,
             values,
             position,
@@ -181,8 +181,7 @@ class GeneratorAttention(nn.Module):
             norm_eps=NORM_EPS,
             rope=rope,
             arrivals=arrivals,
-        )
-        return self.proj(out.flatten(-2))
+        ).flatten(-2)
 
 
 class GeneratorBlock(nn.Module):
@@ -220,9 +219,23 @@ class GeneratorBlock(nn.Module):
         values: Tensor,
         position: Tensor,
         arrivals: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """As `forward`, for one new position of each row (R, width)."""
-        x, normed = add_rms_norm(x, delta, self.norm1.weight, NORM_EPS)
-        delta = self.attn.step(normed, rope, keys, values, position, arrivals)
-        x, normed = add_rms_norm(x, delta, self.norm2.weight, NORM_EPS)
-        return x, self.mlp.step(normed)
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, for one new position of each row (R, width). May write to `x`."""
+        attn, mlp = self.attn, self.mlp
+        x, packed = norm_linear(x, delta, self.norm1.weight, NORM_EPS, weights_of(attn.qkv))
+        attended = attn.step(packed, rope, keys, values, position, arrivals)
+        x, delta = linear_add(x, attended, weights_of(attn.proj))
+        gate = weights_of(mlp.w1)
+        x, gated = norm_linear(x, delta, self.norm2.weight, NORM_EPS, weights_of(mlp.w3), gate)
+        return linear_add(x, gated, weights_of(mlp.w2))
+
+
+def weights_of(layer: nn.Module) -> LinearWeights:
+    """Of a linear layer, or of one with 8-bit weights. Raises ValueError for one that is more than its weights."""
+    scale = getattr(layer, "scale", None)
+    if (scale is None and type(layer) is not nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
+        raise ValueError(
+            f"gen: expected plain linear layers, whose weights a step reads, got a {type(layer).__name__} or hooks; "
+            "merge or remove adapters"
+        )
+    return LinearWeights(layer.weight, scale, layer.bias)

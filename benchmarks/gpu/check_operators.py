@@ -14,8 +14,14 @@ from torch import Tensor
 from alitok_fast.config import GENERATORS
 from alitok_fast.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from alitok_fast.ops.cached_attention import cached_attention, cached_attention_reference
+from alitok_fast.ops.fused_linear import LinearWeights, fused_linear_reference, linear_add, norm_linear
 from alitok_fast.ops.prefix_attention import prefix_attention, prefix_attention_reference
-from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear, quantized_linear_reference
+from alitok_fast.ops.quantized_linear import (
+    dequantize_weight,
+    quantize_weight,
+    quantized_linear,
+    quantized_linear_reference,
+)
 from alitok_fast.ops.sample_tokens import guided_logits, gumbel_noise, kept_logits, sample_tokens
 from alitok_fast.ops.swiglu import swiglu, swiglu_reference
 from alitok_fast.ops.vq_lookup import vq_lookup, vq_lookup_reference
@@ -190,6 +196,35 @@ def check_quantized_linear(context: Context) -> list[Number]:
                 low = quantized_linear_reference(x, weight, scale, bias)
                 name = f"{str(stored).removeprefix('torch.')}, {str(dtype).removeprefix('torch.')}, {rows} rows"
                 numbers.append(agreement(name, [quantized_linear(x, weight, scale, bias)], [exact], [low]))
+    return numbers
+
+
+@items("fused_linear")
+def check_fused_linear(context: Context) -> list[Number]:
+    """With norm and gate, and with a residual, which is float32: both within three units of bfloat16."""
+    inputs, outputs = context.pick(quick=(192, 70), full=(768, 2048))
+    numbers = []
+    for stored in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        wide = [randn(context, outputs, inputs, seed=seed) / inputs**0.5 for seed in (1, 2)]
+        if stored == torch.bfloat16:
+            layers = [LinearWeights(w.to(stored)) for w in wide]
+            exact = [LinearWeights(layer.weight.double()) for layer in layers]
+        else:
+            layers = [LinearWeights(*(t.to(context.device) for t in quantize_weight(w, stored))) for w in wide]
+            exact = [LinearWeights(dequantize_weight(*layer[:2], torch.float64)) for layer in layers]
+        norm = (1 + 0.1 * randn(context, inputs, seed=3)).bfloat16()
+        for rows in context.pick(quick=(3, 18), full=(1, 2, 8, 16, 32, 128)):
+            x, residual = randn(context, rows, inputs, seed=4), randn(context, rows, outputs, seed=5)
+            _, gated = norm_linear(x, None, norm, 1e-5, *layers)
+            expected = fused_linear_reference(x.double(), norm.double(), 1e-5, *exact)
+            total, delta = linear_add(residual.clone(), x.bfloat16(), layers[0])
+            added = fused_linear_reference(x.bfloat16().double(), None, 1e-5, exact[0], residual=residual.double())
+            errors = (
+                ((got.double() - wanted).abs().max() / wanted.abs().max()).item()
+                for got, wanted in ((gated, expected), (total if delta is None else total + delta.float(), added))
+            )
+            name = f"{str(stored).removeprefix('torch.')}, {rows} rows"
+            numbers.append(within(name, max(errors), 3 * 2**-8, "relative"))
     return numbers
 
 

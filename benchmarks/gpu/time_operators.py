@@ -11,6 +11,7 @@ from torch import Tensor
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
+from alitok_fast.ops.fused_linear import LinearWeights, linear_add, norm_linear
 from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
 from alitok_fast.ops.sample_tokens import sample_tokens
 from alitok_fast.ops.swiglu import swiglu
@@ -75,6 +76,41 @@ def time_quantized_linear(context: Context) -> list[Number]:
             calls = [partial(quantized_linear, x, *pair) for pair in packed]
             work = dict(read=read, flops=2.0 * rows * weight.numel())
             numbers.append(timed(context, f"{str(stored).removeprefix('torch.')}, {rows} rows", calls, **work))
+    return numbers
+
+
+@items("fused_linear")
+def time_fused_linear(context: Context) -> list[Number]:
+    """The four of a block, one after the other as a step runs them: each needs what the one before has written."""
+    numbers, norm = [], torch.ones(CONFIG.width, device=context.device, dtype=torch.bfloat16)
+    shapes = {
+        "qkv": (3 * CONFIG.width, CONFIG.width),
+        "proj": (CONFIG.width, CONFIG.width),
+        "w1": (CONFIG.hidden, CONFIG.width),
+        "w3": (CONFIG.hidden, CONFIG.width),
+        "w2": (CONFIG.width, CONFIG.hidden),
+    }
+    for stored in (torch.bfloat16, torch.int8):
+        blocks = []
+        for _ in range(context.pick(quick=2, full=CONFIG.num_layers)):
+            wide = {name: randn(context, *shape) / 30 for name, shape in shapes.items()}
+            packed = {
+                name: (w,) if stored == torch.bfloat16 else quantize_weight(w, stored) for name, w in wide.items()
+            }
+            blocks.append({name: LinearWeights(*tensors) for name, tensors in packed.items()})
+        read = sum(t.nbytes for layer in blocks[0].values() for t in layer if t is not None)
+        for rows in context.pick(quick=(2,), full=(2, 16, 32) if stored == torch.bfloat16 else (2, 16, 32, 128)):
+            x = randn(context, rows, CONFIG.width, dtype=torch.float32)
+
+            def block(layers: dict[str, LinearWeights], x: Tensor = x) -> None:
+                _, packed = norm_linear(x, None, norm, 1e-5, layers["qkv"])
+                linear_add(x, packed[:, : CONFIG.width].contiguous(), layers["proj"])
+                _, gated = norm_linear(x, None, norm, 1e-5, layers["w3"], layers["w1"])
+                linear_add(x, gated, layers["w2"])
+
+            calls = [partial(block, layers) for layers in blocks]
+            name = f"{str(stored).removeprefix('torch.')}, {rows} rows, a block and a copy"
+            numbers.append(timed(context, name, calls, read=read, key=f"block {rows}" if rows == 2 else ""))
     return numbers
 
 

@@ -1,4 +1,4 @@
-"""Whole images beside the reference, and beside diffusion at the same resolution: DiT-XL/2 with many steps and with one.
+"""Whole images beside the reference, and beside diffusion at the same resolution: DiT-XL/2, of many steps and of one.
 
 The reference is run where its checkout is at hand (`--reference-repo`), else what this suite restates of it. Diffusion
 needs the package diffusers.
@@ -125,7 +125,9 @@ def beside_diffusion(context: Context, batch: int) -> list[Number]:
         (f"DiT-XL/2 with {diffusion.STEPS} steps", diffusion.STEPS * fast, f"DiT, batch {batch}:"),
         ("DiT-XL/2 with one step", middle["one step and VAE decode"] - middle["VAE decode"], ""),
     ):
-        numbers.append(Number(f"batch {batch}: {name} takes", (step + middle["VAE decode"]) / mine, "times ours", key=key))
+        numbers.append(
+            Number(f"batch {batch}: {name} takes", (step + middle["VAE decode"]) / mine, "times ours", key=key)
+        )
     return numbers
 
 

@@ -404,6 +404,7 @@ inline void cp_async16(void* shared, const void* global, bool valid = true) { cp
 inline void wait_for_kernel_ahead() {}
 inline void let_next_kernel_begin() {}
 inline void prefetch(const void*) {}
+inline uint4 stream16(const void* global) { return *static_cast<const uint4*>(global); }
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int Pending>
 void cp_async_wait() {

@@ -1,0 +1,144 @@
+"""Linear layers of a sampling step with what surrounds them: the norm before, the gate, the residual addition after.
+
+On a GPU a step of few rows is a chain of short kernels, each of which waits for the one ahead. Fused, a block of the
+generator is five of them instead of nine, and the weights of each are on their way before the one ahead has ended.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alitok_fast._library import native_enabled, register_autograd, register_fake
+from alitok_fast.ops.add_rms_norm import add_rms_norm
+from alitok_fast.ops.arguments import check_one_device
+from alitok_fast.ops.quantized_linear import quantized_linear
+from alitok_fast.ops.swiglu import swiglu
+
+FUSED_ROWS = {torch.bfloat16: 32, torch.float16: 32, torch.int8: 128, torch.float8_e4m3fn: 128}
+"""Up to so many rows the fused kernel is used, by the dtype of the weights; beyond, torch's matrix product."""
+
+NORMED_INPUTS, INPUTS_MULTIPLE = 1280, 64
+"""Inputs of a row that the kernel can normalise, and what their number must be a multiple of."""
+
+
+class LinearWeights(NamedTuple):
+    """Of a linear layer: weight (outputs, inputs); scale of 8-bit weights (`quantize_weight`); bias (outputs,)."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def norm_linear(
+    x: Tensor,
+    delta: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    layer: LinearWeights,
+    gate: LinearWeights | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of a residual stream, and a linear layer of it, or two with a gate.
+
+    Source: the generator's pre-norm blocks (AliTok, arXiv 2506.05289, section 3).
+
+    Devices: CPU and CUDA; one kernel on CUDA for few rows of bfloat16 or float16 (`FUSED_ROWS`), else several.
+    Gradients: none.
+
+    Args:
+        x: (R, width) float32, the residual stream; `delta` (R, width) or None is what must still be added to it.
+        norm_weight: (width,), in the dtype of activations.
+        eps: added to the mean square.
+        layer: the layer. The result is layer(normed), or silu(gate(normed)) * layer(normed).
+        gate: a layer without bias, or None.
+
+    Returns:
+        The residual stream with `delta` added, (R, width) float32, and the layer's result (R, outputs) in the dtype of
+        `norm_weight`.
+    """
+    if delta is None and _fits(
+        x.shape[0], x.dtype == torch.float32 and x.shape[1] <= NORMED_INPUTS, norm_weight, layer
+    ):
+        gated = (None, None) if gate is None else gate[:2]
+        return x, torch.ops.alitok.fused_linear(x, norm_weight, eps, *layer[:2], *gated, layer.bias)
+    x, normed = add_rms_norm(x, delta, norm_weight, eps)
+    out = linear(normed, layer)
+    return x, out if gate is None else swiglu(linear(normed, gate), out)
+
+
+def linear_add(residual: Tensor, x: Tensor, layer: LinearWeights) -> tuple[Tensor, Tensor | None]:
+    """A linear layer whose result belongs to a residual stream: the stream, and what must still be added to it.
+
+    Devices, gradients: as `norm_linear`. One kernel adds at once, and writes to `residual`; else the result is left to
+    the norm that follows.
+
+    Args:
+        residual: (R, outputs) float32. May be written.
+        x: (R, inputs).
+        layer: the layer.
+
+    Returns:
+        The stream, and None or (R, outputs) in the dtype of `x`.
+    """
+    if _fits(x.shape[0], residual.dtype == torch.float32, x, layer):
+        torch.ops.alitok.fused_linear_add(x, *layer, residual)
+        return residual, None
+    return residual, linear(x, layer)
+
+
+def linear(x: Tensor, layer: LinearWeights) -> Tensor:
+    """The layer by itself."""
+    weight, scale, bias = layer
+    return F.linear(x, weight, bias) if scale is None else quantized_linear(x, weight, scale, bias)
+
+
+def _fits(rows: int, fits: bool, activations: Tensor, layer: LinearWeights) -> bool:
+    weight, dtype = layer.weight, activations.dtype
+    return (
+        fits
+        and weight.is_cuda
+        and native_enabled()
+        and 0 < rows <= FUSED_ROWS.get(weight.dtype, 0)
+        and (dtype == weight.dtype if layer.scale is None else dtype == torch.bfloat16)
+        and weight.shape[1] % INPUTS_MULTIPLE == 0
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled(weight.device.type)
+    )
+
+
+def fused_linear_reference(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    layer: LinearWeights,
+    gate: LinearWeights | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The definition, in the precision of the arguments: the result, or `residual` with it added."""
+    if norm_weight is not None:
+        x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)).to(norm_weight.dtype) * norm_weight
+    out = linear(x, layer)
+    if gate is not None:
+        out = F.silu(linear(x, gate)) * out
+    return out if residual is None else residual + out
+
+
+@register_fake("fused_linear")
+def _(x, norm_weight, norm_eps, weight, scale, gate, gate_scale, bias):
+    check_one_device(x=x, norm_weight=norm_weight, weight=weight, scale=scale, gate=gate, bias=bias)
+    return weight.new_empty(x.shape[0], weight.shape[0], dtype=x.dtype if norm_weight is None else norm_weight.dtype)
+
+
+@register_fake("fused_linear_add")
+def _(x, weight, scale, bias, residual):
+    check_one_device(x=x, weight=weight, scale=scale, bias=bias, residual=residual)
+
+
+def _refuse(ctx, *_):
+    raise RuntimeError("fused_linear: expected inputs without gradients; it is for sampling")
+
+
+register_autograd("fused_linear", _refuse, lambda ctx, inputs, output: None)

@@ -1,0 +1,34 @@
+// fused_linear: a linear layer of a sampling step with what surrounds it, for few rows, on CUDA alone:
+//   out = [rms_norm] x W^T + bias          out = silu([rms_norm] x G^T) * ([rms_norm] x W^T)          residual += x W^T + bias
+// The definition is fused_linear_reference in alitok_fast/ops/fused_linear.py.
+#pragma once
+
+#include <cstdint>
+
+namespace alitok {
+
+enum class FusedLinearDtype : int { float32, bfloat16, float16, int8, e4m3 };
+
+constexpr int64_t kFusedLinearGroup = 64;         // inputs of an output that share a scale
+constexpr int64_t kFusedLinearMostNormed = 1280;  // inputs of a row that a warp normalises in registers
+constexpr int64_t kFusedLinearMostRows = 128;
+
+struct FusedLinearParams {
+  FusedLinearDtype dtype;         // of out, bias, norm_weight, and of x where there is no norm: bfloat16 or float16
+  FusedLinearDtype weight_dtype;  // `dtype`, or int8 or e4m3 with scales
+  int64_t rows, inputs, outputs;  // inputs a multiple of 64
+
+  const void* x;            // (rows, inputs); float32 where there is a norm, and then at most kFusedLinearMostNormed
+  const void* norm_weight;  // null, or (inputs)
+  float norm_eps;
+  const void *weight, *gate;  // (outputs, inputs), 16-byte aligned; gate may be null, and is where there is no norm
+  const void *scale, *gate_scale;  // (outputs, inputs / 64) bfloat16 beside 8-bit weights, else null
+  const void* bias;                // null, or (outputs)
+
+  void* out;        // (rows, outputs), or
+  float* residual;  // (rows, outputs), which the result is added to: one of the two, and no gate with it
+};
+
+void fused_linear_cuda(const FusedLinearParams&, void* stream);
+
+}  // namespace alitok

@@ -1,0 +1,116 @@
+"""norm_linear and linear_add: against their definition in float64, on a GPU the fused kernel among the ways."""
+
+import pytest
+import torch
+
+from alitok_fast._library import use_reference
+from alitok_fast.ops import fused_linear as module
+from alitok_fast.ops.fused_linear import LinearWeights, fused_linear_reference, linear_add, norm_linear
+from alitok_fast.ops.quantized_linear import dequantize_weight, quantize_weight
+
+EPS = 1e-5
+UNIT = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+KINDS = pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.int8),
+     (torch.bfloat16, torch.float8_e4m3fn)],
+    ids=["fp32", "bf16", "fp16", "int8", "e4m3"],
+)  # fmt: skip
+ROWS = pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 33, 128])
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(outputs, inputs, dtype, weight_dtype, device, bias=True, seed=1):
+    """A layer, and the same in float64."""
+    wide = randn(outputs, inputs, seed=seed) / inputs**0.5
+    added = randn(outputs, seed=seed + 10).to(device, dtype) if bias else None
+    exact_bias = None if added is None else added.double()
+    if weight_dtype is None:
+        weight = wide.to(device, dtype)
+        return LinearWeights(weight, None, added), LinearWeights(weight.double(), None, exact_bias)
+    weight, scale = (t.to(device) for t in quantize_weight(wide, weight_dtype))
+    exact = dequantize_weight(weight, scale, torch.float64)
+    return LinearWeights(weight, scale, added), LinearWeights(exact, None, exact_bias)
+
+
+def close(got, expected, dtype, units):
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    assert error <= units * UNIT[dtype], f"error {error:.3g}"
+
+
+@KINDS
+@ROWS
+@pytest.mark.parametrize("gated", [False, True])
+def test_norm_linear(device, dtype, weight_dtype, rows, gated):
+    x, weight = randn(rows, 192).to(device), (1 + 0.2 * randn(192, seed=3)).to(device, dtype)
+    layer, exact = layer_of(100, 192, dtype, weight_dtype, device, bias=not gated)
+    gate, exact_gate = layer_of(100, 192, dtype, weight_dtype, device, bias=False, seed=5) if gated else (None, None)
+    total, out = norm_linear(x, None, weight, EPS, layer, gate)
+    expected = fused_linear_reference(x.double(), weight.double(), EPS, exact, exact_gate)
+    assert total is x and out.dtype == dtype
+    close(out, expected, dtype, 4)
+
+
+@KINDS
+@ROWS
+def test_linear_add(device, dtype, weight_dtype, rows):
+    x, residual = randn(rows, 512).to(device, dtype), randn(rows, 70, seed=2).to(device)
+    layer, exact = layer_of(70, 512, dtype, weight_dtype, device)
+    expected = fused_linear_reference(x.double(), None, EPS, exact, residual=residual.double())
+    total, delta = linear_add(residual, x, layer)
+    close(total if delta is None else total + delta.float(), expected, dtype, 4)
+
+
+@KINDS
+def test_what_must_still_be_added_is_added_before_the_norm(device, dtype, weight_dtype):
+    x, delta, weight = randn(3, 64).to(device), randn(3, 64, seed=2).to(device, dtype), torch.ones(64).to(device, dtype)
+    layer, exact = layer_of(24, 64, dtype, weight_dtype, device)
+    total, out = norm_linear(x, delta, weight, EPS, layer)
+    assert torch.equal(total, x + delta.float())
+    close(out, fused_linear_reference(total.double(), weight.double(), EPS, exact), dtype, 4)
+
+
+def on_a_gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    return torch.device("cuda")
+
+
+def test_cuda_uses_one_kernel_for_few_rows_of_16_bits(monkeypatch):
+    device = on_a_gpu()
+    layer, _ = layer_of(64, 64, torch.bfloat16, None, device)
+    norm = torch.ones(64, dtype=torch.bfloat16, device=device)
+    monkeypatch.setattr(module, "linear", None)  # the other way would fail
+    residual = torch.zeros(32, 64, device=device)
+    _, out = norm_linear(residual, None, norm, EPS, layer)
+    assert linear_add(residual, out, layer) == (residual, None) and residual.any()
+    for rows, dtype in ((33, torch.bfloat16), (2, torch.float32)):
+        with pytest.raises(TypeError):
+            linear_add(residual, torch.zeros(rows, 64, dtype=dtype, device=device), layer)
+    with use_reference(), pytest.raises(TypeError):
+        linear_add(residual, out, layer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(x=torch.zeros(2, 60)), "a multiple of 64 inputs"),
+        (dict(x=torch.zeros(200, 64)), "at most 128 rows"),
+        (dict(weight=torch.zeros(8, 128).bfloat16()), "weight: expected shape"),
+        (dict(bias=torch.zeros(9).bfloat16()), "bias: expected shape"),
+        (dict(norm_weight=torch.zeros(64)), "norm_weight: expected bfloat16 or float16"),
+        (dict(gate=torch.zeros(8, 64).half()), "gate: expected bfloat16"),
+        (dict(scale=torch.ones(8, 1).bfloat16()), "scale: expected given exactly beside 8-bit weights"),
+    ],
+)
+def test_cuda_refuses_what_does_not_fit(changes, message):
+    device = on_a_gpu()
+    given = dict(x=torch.zeros(2, 64), norm_weight=torch.ones(64).bfloat16(), norm_eps=EPS,
+                 weight=torch.zeros(8, 64).bfloat16(), scale=None, gate=None, gate_scale=None, bias=None)  # fmt: skip
+    given |= changes
+    given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    with pytest.raises(ValueError, match=message):
+        torch.ops.alitok.fused_linear(**given)

@@ -1,0 +1,99 @@
+"""The CUDA kernel of fused_linear, emulated, against its definition in float64."""
+
+import pytest
+import torch
+
+from alitok_fast.ops.fused_linear import LinearWeights, fused_linear_reference
+from alitok_fast.ops.quantized_linear import dequantize_weight, quantize_weight
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
+UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+BF16, FP16, INT8, E4M3 = torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
+
+
+def matrix(generator, outputs, inputs, dtype, weight_dtype):
+    """The weights as the kernel reads them, and as numbers."""
+    wide = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+    wide *= 4.0 ** -(torch.arange(inputs) // 64 % 3)  # another group's scale would show
+    if weight_dtype == dtype:
+        return wide.to(dtype), None, wide.to(dtype).double()
+    weight, scale = quantize_weight(wide, weight_dtype)
+    return weight, scale, dequantize_weight(weight, scale, torch.float64)
+
+
+def check(simt, rows, inputs, outputs, dtype=BF16, weight_dtype=None, norm=True, gated=False, bias=True, add=False,
+          sanitizer="address", patches=()):  # fmt: skip
+    generator = torch.Generator().manual_seed(rows + inputs + outputs)
+    weight_dtype = weight_dtype or dtype
+    x = torch.randn(rows, inputs, generator=generator).to(torch.float32 if norm else dtype)
+    norm_weight = (1 + 0.2 * torch.randn(inputs, generator=generator)).to(dtype) if norm else None
+    weight, scale, exact = matrix(generator, outputs, inputs, dtype, weight_dtype)
+    gate, gate_scale, exact_gate = matrix(generator, outputs, inputs, dtype, weight_dtype) if gated else 3 * (None,)
+    added = torch.randn(outputs, generator=generator).to(dtype) if bias else None
+    residual = torch.randn(rows, outputs, generator=generator) if add else None
+    case = dict(x=x, norm_weight=norm_weight, weight=weight, scale=scale, gate=gate, gate_scale=gate_scale, bias=added,
+                residual=residual, rows=rows, inputs=inputs, outputs=outputs, add=add,
+                dtype=DTYPES.index(dtype), weight_dtype=DTYPES.index(weight_dtype))  # fmt: skip
+    name, kind = ("residual", torch.float32) if add else ("out", dtype)
+    program = simt.program("fused_linear", sanitizer, patches)
+    got = program.run(case, {name: ((rows, outputs), kind)}, schedules=2)[name].double()
+    wide = [None if t is None else t.double() for t in (norm_weight, added, residual)]
+    layers = LinearWeights(exact, None, wide[1]), LinearWeights(exact_gate) if gated else None
+    expected = fused_linear_reference(x.double(), wide[0], 1e-5, *layers, wide[2])
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error <= (3 if norm else 1) * UNIT[dtype], f"error {error:.3g}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"), [(BF16, BF16), (FP16, FP16), (BF16, INT8), (BF16, E4M3)], ids=str
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 64, 8), (2, 768, 20), (8, 192, 17), (9, 320, 40), (16, 1280, 9), (35, 128, 24)]
+)
+def test_norm_and_gate(simt, dtype, weight_dtype, rows, inputs, outputs):
+    check(simt, rows, inputs, outputs, dtype, weight_dtype, bias=outputs != 20)
+    check(simt, rows, inputs, outputs, dtype, weight_dtype, gated=True, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"), [(BF16, BF16), (FP16, FP16), (BF16, INT8), (BF16, E4M3)], ids=str
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 64, 3), (2, 2048, 16), (15, 512, 24), (32, 192, 10), (41, 3584, 8)]
+)
+def test_without_norm(simt, dtype, weight_dtype, rows, inputs, outputs):
+    check(simt, rows, inputs, outputs, dtype, weight_dtype, norm=False, add=True, bias=outputs != 24)
+    check(simt, rows, inputs, outputs, dtype, weight_dtype, norm=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gated", [False, True])
+def test_has_no_data_race(simt, gated):
+    check(simt, 9, 320, 18, gated=gated, bias=not gated, sanitizer="thread")
+    check(simt, 3, 640, 9, weight_dtype=INT8, norm=False, add=True, sanitizer="thread")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("chunk < chunks && output < p.outputs", "output < p.outputs"),
+        ("chunk < chunks && output < p.outputs", "chunk < chunks"),
+        ("if (first != warp) fetch(first);", ""),
+        ("if (chunk >= chunks) break;", ""),
+        ("scale[output * chunks + chunk]", "scale[output * chunks]"),
+        ("row >= rows || output >= p.outputs", "row >= rows"),
+        ("row >= rows || output >= p.outputs", "output >= p.outputs"),
+        ("total[m] += partial[(w * kSums", "total[m] += partial[(0 * kSums"),
+        ("part * 8;", "part * 4;"),
+        ("+ 2 * quarter + i;", "+ quarter + i;"),
+        ("kNorm) __syncthreads();  // the", "kNorm)  // the"),
+        ("p.residual[at] += result", "p.residual[at] = result"),
+    ],
+)
+def test_seeded_bugs_are_caught(simt, old, new):
+    patches = [("fused_linear_cuda.cu", old, new)]
+    with pytest.raises(AssertionError, match="error|exit code"):
+        check(simt, 5, 1216, 20, norm=True, patches=patches)
+        check(simt, 5, 1216, 20, norm=True, patches=patches, sanitizer="thread")
+        check(simt, 5, 1216, 20, weight_dtype=INT8, norm=False, add=True, patches=patches)
