@@ -25,25 +25,52 @@ __device__ __forceinline__ uint64_t seed_of(const AddRmsNormParams& p) {
   return p.dropout.threshold == 0 ? 0 : static_cast<uint64_t>(*p.dropout.seed);
 }
 
+// As block_reduce with warp_sum, for a scratch that nothing has used before: one barrier, not two.
+__device__ __forceinline__ float first_block_sum(float x, float* scratch) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  x = warp_sum(x);
+  if (lane == 0) scratch[warp] = x;
+  __syncthreads();
+  return warp_sum(lane < warps ? scratch[lane] : 0.0f);
+}
+
+// With few rows the time is that of waiting for memory. So all loads of a thread's columns come before their first use:
+// the compiler, which cannot know that a store changes none of them, would leave a load behind each store.
 template <class T, class W>
-__global__ void __launch_bounds__(kThreads) add_rms_norm_kernel(const AddRmsNormParams p) {
+__global__ void __launch_bounds__(kThreads, 3) add_rms_norm_kernel(const AddRmsNormParams p) {
   __shared__ float scratch[32];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * p.width, first = first_column(), step = columns_of_block();
   const T* delta = static_cast<const T*>(p.delta);
+  const W* weight = static_cast<const W*>(p.weight);
+  let_next_kernel_begin();
+  // Weights may be read this early even where an optimizer has just written them: only a kernel that calls
+  // let_next_kernel_begin lets this one begin before it has ended, and none of those writes weights.
+  W weights[kKept] = {};
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    if (first + k * kApart < p.width) weights[k] = weight[first + k * kApart];
+  }
+  wait_for_kernel_ahead();
+
   const uint64_t seed = seed_of(p);
   float squares = 0;
   const auto add = [&](int64_t begin, float (&value)[kKept]) {
+    T added[kKept] = {};
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+      const int64_t i = begin + k * kApart;
+      value[k] = i < p.width ? p.x[row + i] : 0;
+      if (delta != nullptr && i < p.width) added[k] = delta[row + i];
+    }
     const unsigned keep = delta == nullptr ? 0 : keep_bits(p, seed, begin);
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
       const int64_t i = begin + k * kApart;
-      value[k] = 0;
       if (i >= p.width) continue;
-      value[k] = p.x[row + i];
       if (delta != nullptr) {
-        float added = to_float(delta[row + i]);
-        if (p.dropout.threshold != 0) added = (keep >> k & 1) != 0 ? added * p.dropout.scale : 0.0f;
-        value[k] += added;
+        float term = to_float(added[k]);
+        if (p.dropout.threshold != 0) term = (keep >> k & 1) != 0 ? term * p.dropout.scale : 0.0f;
+        value[k] += term;
         p.sum[row + i] = value[k];
       }
       squares += value[k] * value[k];
@@ -55,20 +82,19 @@ __global__ void __launch_bounds__(kThreads) add_rms_norm_kernel(const AddRmsNorm
     float rest[kKept];
     add(i, rest);
   }
-  const float inverse = rsqrtf(block_reduce(squares, 0.0f, scratch, warp_sum) / p.width + p.eps);
+  const float inverse = rsqrtf(first_block_sum(squares, scratch) / p.width + p.eps);
 
-  const W* weight = static_cast<const W*>(p.weight);
   T* normed = static_cast<T*>(p.normed) + row;
-  const auto write = [&](int64_t i, float value) {
-    normed[i] = from_float<T>(rounded<W>(value * inverse) * to_float(weight[i]));
+  const auto write = [&](int64_t i, float value, W factor) {
+    normed[i] = from_float<T>(rounded<W>(value * inverse) * to_float(factor));
   };
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
-    if (first + k * kApart < p.width) write(first + k * kApart, kept[k]);
+    if (first + k * kApart < p.width) write(first + k * kApart, kept[k], weights[k]);
   }
   const float* again = (delta != nullptr ? p.sum : p.x) + row;  // each thread reads what it wrote itself
   for (int64_t begin = first + step; begin < p.width; begin += step) {
-    for (int64_t i = begin; i < begin + kKept * kApart && i < p.width; i += kApart) write(i, again[i]);
+    for (int64_t i = begin; i < begin + kKept * kApart && i < p.width; i += kApart) write(i, again[i], weight[i]);
   }
 }
 
@@ -169,7 +195,7 @@ struct Forward {
   void* stream;
   template <class T, class W>
   void run() const {
-    ALITOK_LAUNCH((add_rms_norm_kernel<T, W>), dim3(static_cast<unsigned>(p.rows)), threads_of(p), 0, stream, p);
+    ALITOK_LAUNCH_EARLY((add_rms_norm_kernel<T, W>), dim3(static_cast<unsigned>(p.rows)), threads_of(p), 0, stream, p);
   }
 };
 

@@ -42,4 +42,7 @@ STABLE_TORCH_LIBRARY(alitok, m) {
   m.def(
       "sample_tokens(Tensor logits, Tensor? guidance_scale, float temperature, int? top_k, float? top_p, Tensor seed, "
       "Tensor image_ids, Tensor step) -> Tensor");
+  m.def(
+      "sample_tokens_next(Tensor logits, Tensor(a!) ids, Tensor(b!) tokens, Tensor prompt_length, Tensor? schedule, "
+      "float temperature, int? top_k, float? top_p, Tensor seed, Tensor image_ids, Tensor position) -> ()");
 }

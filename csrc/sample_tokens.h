@@ -1,5 +1,6 @@
 // sample_tokens: one code for each image out of its logits (guidance, temperature, top-k, top-p, counter-based draw).
-// The definition is sample_tokens_reference in alitok_fast/ops/sample_tokens.py.
+// The definition is sample_tokens_reference in alitok_fast/ops/sample_tokens.py. sample_tokens_next, on CUDA only, also
+// writes the code into its sequence and feeds it next: sample_next_reference in alitok_fast/ops/decode.py.
 #pragma once
 
 #include <cstdint>
@@ -24,17 +25,29 @@ struct SampleKey {
   uint32_t step;
 };
 
+// What sample_tokens_next does with the code of each image. The step of the draw is the position of its token in the sequence;
+// one outside of it, which the host does not know, changes nothing.
+struct SampleNextParams {
+  int64_t* tokens;  // (batch, length), -1 for a row that is no distribution; null: this is sample_tokens
+  int64_t length;
+  const int64_t* prompt_length;  // one element: tokens before this position are given, and stay
+};
+
 struct SampleTokensParams {
   LogitsDtype dtype;
   int64_t batch, codes;  // images; 1 <= codes <= 2^30
   // Row b at b * row_stride elements, aligned to one element only; with guidance row b + batch is its unconditional one.
   const void* logits;
   int64_t row_stride;
-  const float* guidance_scale;  // null: no guidance; else image b's at b * guidance_stride
-  int64_t guidance_stride;      // 0 or 1
+  // Null: no guidance; else image b's at b * guidance_stride, or in sample_tokens_next everyone's at the position.
+  const float* guidance_scale;
+  int64_t guidance_stride;  // 0 or 1
   SampleRule rule;
   const int64_t *seed, *image_ids, *step;  // one element, (batch), one element
-  int64_t* ids;                            // (batch); -1 for a row that is no distribution
+  // (batch), -1 for a row that is no distribution. In sample_tokens_next 0 for it, and with guidance (2 batch), the same
+  // twice.
+  int64_t* ids;
+  SampleNextParams next;
 };
 
 // The arguments of the operator as a rule. Throws std::invalid_argument, naming the one that is wrong.

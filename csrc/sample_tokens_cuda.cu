@@ -59,7 +59,8 @@ __device__ Row<T> row_of(const SampleTokensParams& p, int64_t b) {
   const bool with_guidance = p.guidance_scale != nullptr;
   const T* u = with_guidance ? c + p.batch * p.row_stride : nullptr;
   const uintptr_t misaligned = (reinterpret_cast<uintptr_t>(c) | reinterpret_cast<uintptr_t>(u)) % sizeof(Group<T>);
-  return {c, u, with_guidance ? p.guidance_scale[b * p.guidance_stride] : 0.0f, p.codes, misaligned == 0};
+  const int64_t scale_at = p.next.tokens == nullptr ? b * p.guidance_stride : *p.step;
+  return {c, u, with_guidance ? p.guidance_scale[scale_at] : 0.0f, p.codes, misaligned == 0};
 }
 
 // Reduces over the block and gives every thread the result. The scratch has two halves, used in turn, so that one
@@ -179,15 +180,13 @@ __device__ int64_t draw(const Source& source, const SampleTokensParams& p, const
   return best == kWrong || best == none ? -1 : ranked_code(best);
 }
 
+// The code of image b, to every thread of its block; -1 where its row is no distribution.
 template <class T, bool Filter, bool Shared>
-__global__ void __launch_bounds__(kMaxThreads, 1) sample_tokens_kernel(const SampleTokensParams p) {
-  __shared__ int64_t scratch[2 * kMaxWarps];
-  const int64_t b = blockIdx.x;
+__device__ __forceinline__ int64_t sampled_code(const SampleTokensParams& p, int64_t b, int64_t* scratch) {
   const Row<T> row = row_of<T>(p, b);
   BlockReduce<int64_t> reduce{scratch};
-  int64_t code;
   if constexpr (!Filter) {
-    code = draw(row, p, key_of(p, b), -kInfinity, reduce);
+    return draw(row, p, key_of(p, b), -kInfinity, reduce);
   } else {
     ALITOK_DYNAMIC_SHARED(float, held);
     // The largest logit first: top-p weighs against it, and it tells rows that are no distribution.
@@ -201,16 +200,38 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sample_tokens_kernel(const Sam
     });
     largest_rank = reduce(largest_rank, ranked(-kInfinity, -1), Largest());
     const float largest = order_value(static_cast<int32_t>(largest_rank >> 32));
-    if (largest == kInfinity || largest == -kInfinity) {
-      code = -1;
-    } else if constexpr (Shared) {
+    if (largest == kInfinity || largest == -kInfinity) return -1;
+    if constexpr (Shared) {
       const SharedRow source{held};
-      code = draw(source, p, key_of(p, b), keep_threshold(source, p, largest, reduce), reduce);
+      return draw(source, p, key_of(p, b), keep_threshold(source, p, largest, reduce), reduce);
     } else {
-      code = draw(row, p, key_of(p, b), keep_threshold(row, p, largest, reduce), reduce);
+      return draw(row, p, key_of(p, b), keep_threshold(row, p, largest, reduce), reduce);
     }
   }
-  if (threadIdx.x == 0) p.ids[b] = code;
+}
+
+template <class T, bool Filter, bool Shared>
+__global__ void __launch_bounds__(kMaxThreads, 1) sample_tokens_kernel(const SampleTokensParams p) {
+  __shared__ int64_t scratch[2 * kMaxWarps];
+  let_next_kernel_begin();
+  wait_for_kernel_ahead();
+  const int64_t b = blockIdx.x;
+  int64_t* token = nullptr;
+  bool given = false;
+  if (p.next.tokens != nullptr) {
+    const int64_t position = *p.step;
+    if (position < 0 || position >= p.next.length) return;
+    token = p.next.tokens + b * p.next.length + position;
+    given = position < *p.next.prompt_length;
+  }
+  int64_t code = given ? *token : sampled_code<T, Filter, Shared>(p, b, scratch);
+  if (threadIdx.x > 0) return;
+  if (token != nullptr) {
+    if (!given) *token = code;
+    code = code > 0 ? code : 0;
+    if (p.guidance_scale != nullptr) p.ids[p.batch + b] = code;
+  }
+  p.ids[b] = code;
 }
 
 template <class T>
@@ -222,12 +243,12 @@ void launch(const SampleTokensParams& p, void* stream) {
   const bool filter = p.rule.temperature > 0 && (p.rule.top_k < p.codes || p.rule.top_p < 1);
   const int64_t bytes = groups * kGroup * sizeof(float);
   if (!filter) {
-    ALITOK_LAUNCH((sample_tokens_kernel<T, false, false>), blocks, threads, 0, stream, p);
+    ALITOK_LAUNCH_EARLY((sample_tokens_kernel<T, false, false>), blocks, threads, 0, stream, p);
   } else if (bytes <= kMaxSharedBytes) {
     allow_shared_bytes(sample_tokens_kernel<T, true, true>, bytes);
-    ALITOK_LAUNCH((sample_tokens_kernel<T, true, true>), blocks, threads, bytes, stream, p);
+    ALITOK_LAUNCH_EARLY((sample_tokens_kernel<T, true, true>), blocks, threads, bytes, stream, p);
   } else {
-    ALITOK_LAUNCH((sample_tokens_kernel<T, true, false>), blocks, threads, 0, stream, p);
+    ALITOK_LAUNCH_EARLY((sample_tokens_kernel<T, true, false>), blocks, threads, 0, stream, p);
   }
 }
 

@@ -103,7 +103,22 @@ class SampleState:
 
 
 def sample_next(state: SampleState, logits: Tensor, position: Tensor) -> None:
-    """Sample token `position` of each image from the logits (R, K), and feed it next; the host reads nothing."""
+    """Sample token `position` of each image from the logits (R, K), and feed it next; the host reads nothing.
+
+    On CUDA one kernel, to which a position outside the sequences is nothing to do.
+    """
+    if not (native_enabled() and logits.is_cuda):
+        return sample_next_reference(state, logits, position)
+    top_k = None if state.top_k is None else integer("top_k", state.top_k)
+    top_p = None if state.top_p is None else real("top_p", state.top_p)
+    torch.ops.alitok.sample_tokens_next(
+        logits, state.ids, state.tokens, state.prompt_length, state.schedule, real("temperature", state.temperature),
+        top_k, top_p, state.seed, state.image_ids, position,
+    )  # fmt: skip
+
+
+def sample_next_reference(state: SampleState, logits: Tensor, position: Tensor) -> None:
+    """The definition of `sample_next`."""
     column = position.reshape(1)
     sampled = sample_tokens(
         logits,
@@ -160,6 +175,15 @@ def decode_tokens_reference(
     for _ in range(steps):
         sample_next(state, decode_reference(weights, state.ids, keys, values, position), position)
         position += 1
+
+
+@register_fake("sample_tokens_next")
+def _(logits, ids, tokens, prompt_length, schedule, temperature, top_k, top_p, seed, image_ids, position):
+    check_one_device(
+        logits=logits, ids=ids, tokens=tokens, prompt_length=prompt_length, schedule=schedule, seed=seed,
+        image_ids=image_ids, position=position,
+    )  # fmt: skip
+    return None
 
 
 @register_fake("decode")

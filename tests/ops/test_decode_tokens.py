@@ -1,4 +1,4 @@
-"""decode_tokens: many steps with their draws against one step and one draw at a time."""
+"""decode_tokens: many steps with their draws against one step and one draw at a time; sample_next on a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from alitok_fast._library import use_reference
-from alitok_fast.ops.decode import SampleState, decode, decode_tokens, decode_tokens_reference, sample_next
+from alitok_fast.ops.decode import (
+    SampleState,
+    decode,
+    decode_tokens,
+    decode_tokens_reference,
+    sample_next,
+    sample_next_reference,
+)
 from alitok_fast.ops.decode_weights import LayerWeights, PackedWeights, pack_weights
 
 LAYERS, HEADS, HEAD_DIM, HIDDEN, CODES, CAPACITY = 2, 2, 10, 37, 70, 19
@@ -200,3 +207,108 @@ def test_bad_range(position, steps, message):
     keys, values, _ = state(drawing)
     with pytest.raises(ValueError, match=message):
         decode_tokens(make_weights(), drawing, keys, values, torch.tensor(position), steps)
+
+
+# ---- sample_next on a GPU: one kernel ----
+
+
+def copied_to(device, drawing: SampleState) -> SampleState:
+    copies = {name: x.to(device, copy=True) for name, x in vars(drawing).items() if isinstance(x, Tensor)}
+    return dataclasses.replace(drawing, **copies)
+
+
+def next_logits(drawing: SampleState, dtype=torch.float32) -> Tensor:
+    return (2 * torch.randn(len(drawing.ids), CODES, generator=torch.Generator().manual_seed(2))).to(dtype)
+
+
+def assert_same_state(got: SampleState, expected: SampleState) -> None:
+    assert torch.equal(got.tokens.cpu(), expected.tokens.cpu()) and torch.equal(got.ids.cpu(), expected.ids.cpu())
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("rule", [{}, {"temperature": 0.0}, {"temperature": 0.5, "top_k": 3}, {"top_p": 0.6}], ids=str)
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sample_next_equals_reference(cuda, dtype, guided, rule):
+    for batch, prompt, position in ((3, 0, 0), (1, 5, 4), (1, 5, 5), (17, 0, CAPACITY - 1)):
+        drawing = make_drawing(batch, guided, prompt, **rule)
+        logits, at = next_logits(drawing, dtype), torch.tensor(position)
+        if batch > 1:
+            logits[1] = torch.nan
+        got, operators, expected = copied_to(cuda, drawing), copied_to(cuda, drawing), copied_to("cpu", drawing)
+        sample_next(got, logits.to(cuda), at.to(cuda))
+        sample_next_reference(operators, logits.to(cuda), at.to(cuda))
+        sample_next_reference(expected, logits, at)
+        assert_same_state(got, operators)
+        assert_same_state(got, expected)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("position", [-1, CAPACITY, 2**32, -(2**63)])
+def test_sample_next_leaves_all_as_it_is_for_a_position_outside(cuda, position, guided):
+    drawing = make_drawing(guided=guided)
+    got = copied_to(cuda, drawing)
+    sample_next(got, next_logits(drawing).to(cuda), torch.tensor(position, device=cuda))
+    assert_same_state(got, drawing)
+
+
+@pytest.mark.device
+def test_sample_next_in_a_graph(cuda):
+    """The state, the position and the logits are read anew by each replay."""
+    drawing = make_drawing(prompt=4)
+    got, expected = copied_to(cuda, drawing), copied_to(cuda, drawing)
+    logits, position = next_logits(drawing).to(cuda), torch.tensor(0, device=cuda)
+    sample_next(copied_to(cuda, drawing), logits, position)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sample_next(got, logits, position)
+        position += 1
+    for step in range(CAPACITY):
+        logits.copy_(logits.roll(1, dims=1))
+        graph.replay()
+        sample_next_reference(expected, logits, torch.tensor(step, device=cuda))
+        assert_same_state(got, expected)
+
+
+@pytest.mark.device
+def test_sample_next_of_no_images(cuda):
+    drawing = copied_to(cuda, make_drawing(batch=0))
+    sample_next(drawing, torch.empty(0, CODES, device=cuda), torch.tensor(0, device=cuda))
+
+
+@pytest.mark.device
+def test_sample_next_opcheck(cuda):
+    drawing = copied_to(cuda, make_drawing())
+    torch.library.opcheck(
+        torch.ops.alitok.sample_tokens_next.default,
+        (next_logits(drawing).to(cuda), drawing.ids, drawing.tokens, drawing.prompt_length, drawing.schedule, 0.7, 5,
+         0.9, drawing.seed, drawing.image_ids, torch.tensor(2, device=cuda)),
+    )  # fmt: skip
+
+
+@pytest.mark.device
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": torch.zeros(3, dtype=torch.int64)}, "ids: expected size 6 along dimension 0"),
+        ({"ids": torch.zeros(6)}, "ids: expected int64, got float32"),
+        ({"tokens": torch.zeros(4, CAPACITY, dtype=torch.int64)}, "tokens: expected size 3 along dimension 0"),
+        ({"tokens": torch.zeros(CAPACITY, dtype=torch.int64)}, "tokens: expected 2 dimensions"),
+        ({"tokens": torch.zeros(CAPACITY, 3, dtype=torch.int64).T}, "tokens: expected a contiguous tensor"),
+        ({"schedule": torch.ones(6)}, f"schedule: expected size {CAPACITY} along dimension 0"),
+        ({"schedule": torch.ones(CAPACITY).double()}, "schedule: expected float32, got float64"),
+        ({"schedule": None}, "tokens: expected size 6 along dimension 0"),
+        ({"seed": torch.tensor(1.0)}, "seed: expected int64, got float32"),
+        ({"image_ids": torch.arange(2)}, "image_ids: expected size 3 along dimension 0"),
+        ({"prompt_length": torch.tensor([0, 1])}, "prompt_length: expected one element"),
+        ({"temperature": -1.0}, r"temperature: expected 0 \(greedy\) or a number in 1e-30..1e30, got -1"),
+    ],
+)
+def test_sample_next_bad_arguments(cuda, changes, message):
+    drawing = make_drawing()
+    changed = copied_to(cuda, dataclasses.replace(drawing, **changes))
+    if "tokens" in changes:  # a copy is contiguous
+        changed = dataclasses.replace(changed, tokens=changes["tokens"].to(cuda))
+    with pytest.raises(ValueError, match=message):
+        sample_next(changed, next_logits(drawing).to(cuda), torch.tensor(0, device=cuda))

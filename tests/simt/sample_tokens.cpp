@@ -16,6 +16,13 @@ void run_case(simt::Case& test) {
   p.seed = test.input<int64_t>("seed");
   p.image_ids = test.input<int64_t>("image_ids");
   p.step = test.input<int64_t>("step");
-  p.ids = test.output<int64_t>("ids", p.batch);
+  if (test.has("length")) {
+    p.next.tokens = test.inout<int64_t>("tokens");
+    p.next.length = test.integer("length");
+    p.next.prompt_length = test.input<int64_t>("prompt_length");
+    p.ids = test.inout<int64_t>("ids");
+  } else {
+    p.ids = test.output<int64_t>("ids", p.batch);
+  }
   alitok::sample_tokens_cuda(p, nullptr);
 }

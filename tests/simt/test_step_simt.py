@@ -97,7 +97,7 @@ def test_add_rms_norm_has_no_data_race(simt):
     ("old", "new", "sanitizer", "message"),
     [
         ("sums[warp][lane] = sum;\n  __syncthreads();", "sums[warp][lane] = sum;", "thread", "data race"),
-        ("value[k] += added;", "value[k] = added;", "address", "sum"),
+        ("value[k] += term;", "value[k] = term;", "address", "sum"),
         (
             "keep = b.grad_delta == nullptr ? 0 : keep_bits(p, seed, begin)",
             "keep = 0xffu",
