@@ -1,7 +1,15 @@
-// A block for each row and head, or, where those are few, several that share its keys: the last of them appends the new
-// key and value; each scores its keys (four lanes a key), takes the softmax, and sums the values (a thread for eight
-// channels of every G-th key). Two passes with the scores in shared memory: the sequences are short (274 or 1058), so
-// nothing is gained by an online softmax.
+// A block for each row and head, or, where the cache is long and those are few, several that share its keys.
+//
+// The kernel is as fast as memory if enough of it is on its way at any time. So a block begins with all its copies: each
+// of its warps has a share of the keys, a tile of which (most often all) it copies to shared memory behind its back,
+// first the keys, then the values. Meanwhile query and new key are normalised and rotated. Then a warp goes on alone,
+// without barriers of the block, through its tiles: scores (two lanes a key, which lie in registers), softmax with a
+// running maximum, sum of the values (a lane for eight channels of every G-th key). The place of keys that have been
+// read is filled with the next tile's while the values are summed, and the other way round. In the end the warps' sums
+// are added up in their order.
+//
+// The new key and value are the first in the tile of the last block's first warp: stored there as the cache rounds them,
+// and to the cache, they are never read back. Behind the first lie old ones, in the order of the cache.
 //
 // The position is known on the device alone, so the host chooses the number of blocks by rows, heads and capacity, and
 // each block finds its keys of [0, position]; those that have none leave at once. The block that finishes last, by a
@@ -21,9 +29,15 @@
 namespace alitok {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVector = 8;  // channels a thread moves at once
-constexpr int kLanes = 4;   // of a key: neighbours read neighbouring memory
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kVector = 8;          // channels a thread moves at once
+constexpr int kLanes = 2;           // of a key
+constexpr int kKeys = 5;            // of a tile to a lane, their scores in registers: 80 to a warp, 320 to a block
+constexpr int kPass = 32 / kLanes;  // keys that a warp takes at once
+
+// Of keys and values in a block's shared memory. Where there are many blocks they should be small enough that about six
+// share a multiprocessor of sm_90 (three of sm_86), one computing while others wait; few blocks should begin all at once.
+constexpr int64_t kBytesOfMany = 32 * 1024, kBytesOfFew = 88 * 1024, kFewBlocks = 256;
 
 // Keys of each block but the last, when `splits` blocks share `keys`.
 ALITOK_HOST_DEVICE int share_of(int keys, int splits) {
@@ -67,10 +81,11 @@ __device__ __forceinline__ void merge_shares(const CachedAttentionParams& p, T* 
   }
 }
 
-// One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. `x` and `y` (head_dim).
-template <class T>
-__device__ void normalise_and_rotate(const T* x, float* y, const float* weight, float eps, const float* rope,
-                                     int head_dim) {
+// One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. store(d, float) of each
+// channel.
+template <class T, class Store>
+__device__ __forceinline__ void normalise_and_rotate(const T* x, const float* weight, float eps, const float* rope,
+                                                     int head_dim, Store store) {
   const int lane = threadIdx.x % 32;
   float squares = 0;
   for (int d = lane; d < head_dim; d += 32) squares += to_float(x[d]) * to_float(x[d]);
@@ -86,18 +101,80 @@ __device__ void normalise_and_rotate(const T* x, float* y, const float* weight, 
       even = rounded<T>(x0 * c - x1 * s);
       odd = rounded<T>(x0 * s + x1 * c);
     }
-    y[2 * pair] = even;
-    y[2 * pair + 1] = odd;
+    store(2 * pair, even);
+    store(2 * pair + 1, odd);
   }
 }
 
+// One warp: begins to copy a run of elements, a multiple of eight, that begins as cached_attention_aligned() demands.
+template <class Cache>
+__device__ __forceinline__ void copy_run(Cache* shared, const Cache* global, int elements) {
+  constexpr int kWide = 16 / sizeof(Cache);
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(Cache) == 1) {  // the only one where eight elements are less than 16 bytes
+    if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | elements) % 16 != 0) {
+      for (int i = lane * kVector; i < elements; i += 32 * kVector) cp_async<8>(shared + i, global + i);
+      return;
+    }
+  }
+#pragma unroll 4
+  for (int i = lane * kWide; i < elements; i += 32 * kWide) cp_async16(shared + i, global + i);
+}
+
+// One warp: scores of `count` keys in shared memory; that of key kPass * k + lane / kLanes in score[k], where there is one.
+template <class Cache>
+__device__ __forceinline__ void score_keys(const Cache* keys, int count, int chunks, const float* query, float scale,
+                                           float (&score)[kKeys]) {
+  const int lane = threadIdx.x % 32, key = lane / kLanes;
+  // Where keys lie a multiple of all banks apart, neighbouring lanes begin with different channels. kPass keys on it is
+  // the same channel again.
+  const int turn = chunks % 8 == 0 ? kLanes * key % chunks : 0;
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) score[k] = 0;
+#pragma unroll 1
+  for (int c = lane % kLanes; c < chunks; c += kLanes) {
+    const int channel = (c + turn < chunks ? c + turn : c + turn - chunks) * kVector;
+    const Eight<float> q = *reinterpret_cast<const Eight<float>*>(query + channel);
+    Eight<Cache> rows[kKeys];  // all loads before the first use
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      const int j = kPass * k + key;
+      if (j < count) rows[k] = *reinterpret_cast<const Eight<Cache>*>(keys + j * chunks * kVector + channel);
+    }
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      if (kPass * k + key >= count) break;
+      float x[kVector];
+      widen(rows[k], x);
+#pragma unroll
+      for (int d = 0; d < kVector; ++d) score[k] += q.x[d] * x[d];
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      score[k] += __shfl_xor_sync(0xffffffffu, score[k], offset);
+    }
+    score[k] *= scale;
+  }
+}
+
+// `tile` is the number of keys for which each warp has memory.
 template <class T, class Cache>
-__global__ void __launch_bounds__(kThreads) cached_attention_kernel(const CachedAttentionParams p) {
+__global__ void __launch_bounds__(kThreads) cached_attention_kernel(const CachedAttentionParams p, int tile) {
   ALITOK_DYNAMIC_SHARED(float, shared);
   const int dim = static_cast<int>(p.head_dim), chunks = dim / kVector;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int64_t row = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
   const int split = blockIdx.y, splits = gridDim.y;
+  let_next_kernel_begin();
+  if (p.q_norm_weight != nullptr && tid * 32 < dim) {
+    prefetch(p.q_norm_weight + tid * 32);
+    prefetch(p.k_norm_weight + tid * 32);
+  }
+  wait_for_kernel_ahead();
+
   T* out = static_cast<T*>(p.out) + (row * p.heads + head) * dim;
   const int64_t position = *p.position;
   if (position < 0 || position >= p.capacity) {
@@ -108,83 +185,117 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
   const int share = share_of(keys_seen, splits), blocks = (keys_seen + share - 1) / share;
   if (split >= blocks) return;
   const int begin = split * share, count = min(share, keys_seen - begin);
+  const int fresh = split == blocks - 1;  // whether, and how many times, the new key is in this share: as its first
+  const int warp_share = (count + kWarps - 1) / kWarps, warp_begin = warp * warp_share;
+  const int warp_count = min(warp_share, count - warp_begin);  // may be negative
 
-  float* query = shared;          // (dim)
-  float* key = query + dim;       // (dim) the new one
-  float* scratch = key + dim;     // (32)
-  float* partial = scratch + 32;  // (groups, dim)
-  const int groups = kThreads / chunks;
-  float* scores = partial + groups * dim;  // (share)
+  float* query = shared;                                                             // (dim)
+  float* partial = query + dim;                                                      // (kThreads, kVector)
+  float* warp_largest = partial + kThreads * kVector;                                // (kWarps)
+  float* warp_sums = warp_largest + kWarps;                                          // (kWarps)
+  float* weights = warp_sums + kWarps + warp * tile;                                 // (kWarps, tile)
+  Cache* first_tile = reinterpret_cast<Cache*>(warp_sums + kWarps + kWarps * tile);  // (kWarps, 2, tile, dim)
+  Cache* tile_keys = first_tile + warp * 2 * tile * dim;
+  Cache* tile_values = tile_keys + tile * dim;
 
-  const T* qkv = static_cast<const T*>(p.qkv) + (row * 3 * p.heads + head) * dim;
   Cache* keys = static_cast<Cache*>(p.keys) + row * p.row_stride + head * p.head_stride;
   Cache* values = static_cast<Cache*>(p.values) + row * p.row_stride + head * p.head_stride;
+  // Begins to copy what belongs into a tile: old keys or values from number `first` of this warp's share on.
+  const auto begin_copy = [&](Cache* target, const Cache* source, int first) {
+    const int skip = first == 0 && warp == 0 ? fresh : 0, wanted = min(tile, warp_count - first) - skip;
+    const int64_t from = begin + warp_begin + first + skip - fresh;
+    if (wanted > 0) copy_run(target + skip * dim, source + from * dim, wanted * dim);
+    cp_async_commit();
+  };
+  begin_copy(tile_keys, keys, 0);
+  begin_copy(tile_values, values, 0);
+
+  const T* qkv = static_cast<const T*>(p.qkv) + (row * 3 * p.heads + head) * dim;
   const float* rope = p.rope == nullptr ? nullptr : p.rope + position * dim;
-  if (warp == 0) normalise_and_rotate(qkv, query, p.q_norm_weight, p.norm_eps, rope, dim);
-  if (split == blocks - 1) {  // the position is in its share: nobody else reads what it appends
-    if (warp == 1) {
-      normalise_and_rotate(qkv + p.heads * dim, key, p.k_norm_weight, p.norm_eps, rope, dim);
-      __syncwarp();
-      for (int d = lane; d < dim; d += 32) keys[position * dim + d] = from_float<Cache>(key[d]);
-    }
-    if (warp == 2) {
-      const T* value = qkv + 2 * p.heads * dim;
-      for (int d = lane; d < dim; d += 32) values[position * dim + d] = from_float<Cache>(to_float(value[d]));
+  if (warp == 0) {
+    normalise_and_rotate(qkv, p.q_norm_weight, p.norm_eps, rope, dim, [&](int d, float x) { query[d] = x; });
+  }
+  if (fresh && warp == 1) {
+    normalise_and_rotate(qkv + p.heads * dim, p.k_norm_weight, p.norm_eps, rope, dim,
+                         [&](int d, float x) { first_tile[d] = keys[position * dim + d] = from_float<Cache>(x); });
+  }
+  if (fresh && warp == 2) {
+    const T* value = qkv + 2 * p.heads * dim;
+    for (int d = lane; d < dim; d += 32) {
+      first_tile[tile * dim + d] = values[position * dim + d] = from_float<Cache>(to_float(value[d]));
     }
   }
-  __syncthreads();  // also makes what was appended visible to the block
-  keys += static_cast<int64_t>(begin) * dim;
-  values += static_cast<int64_t>(begin) * dim;
+  __syncthreads();  // query, new key and new value are there
 
+  const int groups = 32 / chunks, group = lane / chunks, channel = lane % chunks * kVector;
   float largest = -FLT_MAX;  // finite: scores of -inf weigh nothing, and nothing else in their share is lost
-  for (int first = 0; first < count; first += kThreads / kLanes) {
-    const int j = first + tid / kLanes;
-    float dot = 0;
-    if (j < count) {
-      const Cache* row_j = keys + static_cast<int64_t>(j) * dim;
-#pragma unroll 2
-      for (int c = tid % kLanes; c < chunks; c += kLanes) {
-        const Eight<Cache> k = *reinterpret_cast<const Eight<Cache>*>(row_j + c * kVector);
+  float sum = 0, accumulator[kVector] = {};
+  for (int first = 0; first < warp_count; first += tile) {
+    const int here = min(tile, warp_count - first);
+    cp_async_wait<1>();  // for keys; values may still be on their way
+    __syncwarp();
+    float score[kKeys];
+    score_keys(tile_keys, here, chunks, query, p.scale, score);
+    __syncwarp();  // the keys have been read
+    begin_copy(tile_keys, keys, first + tile);
+
+    float largest_here = largest;
 #pragma unroll
-        for (int d = 0; d < kVector; ++d) dot += query[c * kVector + d] * to_float(k.x[d]);
+    for (int k = 0; k < kKeys; ++k) {
+      if (kPass * k + lane / kLanes < here) largest_here = fmaxf(largest_here, score[k]);
+    }
+    largest_here = warp_max(largest_here);
+    const float rescale = __expf(largest - largest_here);
+    largest = largest_here;
+    sum *= rescale;
+#pragma unroll
+    for (int d = 0; d < kVector; ++d) accumulator[d] *= rescale;
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      const int j = kPass * k + lane / kLanes;
+      if (j < here && lane % kLanes == 0) {
+        const float weight = __expf(score[k] - largest);
+        weights[j] = weight;
+        sum += weight;
       }
     }
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-    if (j < count) {
-      const float score = dot * p.scale;
-      if (tid % kLanes == 0) scores[j] = score;
-      largest = fmaxf(largest, score);
-    }
-  }
-  largest = block_reduce(largest, -FLT_MAX, scratch, warp_max);  // its barriers also publish the scores
-  float sum = 0;
-  for (int j = tid; j < count; j += kThreads) {
-    scores[j] = __expf(scores[j] - largest);
-    sum += scores[j];
-  }
-  sum = block_reduce(sum, 0.0f, scratch, warp_sum);  // and the weights
 
-  const int group = tid / chunks, channel = tid % chunks * kVector;
-  if (group < groups) {
-    float accumulator[kVector] = {};
-    for (int j = group; j < count; j += groups) {
-      const Eight<Cache> v = *reinterpret_cast<const Eight<Cache>*>(values + static_cast<int64_t>(j) * dim + channel);
+    cp_async_wait<1>();  // for values; the next keys may still be on their way
+    __syncwarp();        // also for the weights
+    if (group < groups) {
+#pragma unroll 4
+      for (int j = group; j < here; j += groups) {
+        float x[kVector];
+        widen(*reinterpret_cast<const Eight<Cache>*>(tile_values + j * dim + channel), x);
 #pragma unroll
-      for (int d = 0; d < kVector; ++d) accumulator[d] += scores[j] * to_float(v.x[d]);
+        for (int d = 0; d < kVector; ++d) accumulator[d] += weights[j] * x[d];
+      }
     }
-#pragma unroll
-    for (int d = 0; d < kVector; ++d) partial[group * dim + channel + d] = accumulator[d];
+    __syncwarp();  // the values have been read
+    begin_copy(tile_values, values, first + tile);
   }
+  cp_async_wait<0>();  // there is nothing left
+  sum = warp_sum(sum);
+  if (lane == 0) warp_largest[warp] = largest, warp_sums[warp] = sum;
+#pragma unroll
+  for (int d = 0; d < kVector; ++d) partial[tid * kVector + d] = accumulator[d];
   __syncthreads();
+
+  largest = -FLT_MAX, sum = 0;
+  for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, warp_largest[w]);
+  for (int w = 0; w < kWarps; ++w) sum += __expf(warp_largest[w] - largest) * warp_sums[w];
   float* mine = blocks == 1 ? nullptr : share_result(p, split);
-  for (int d = tid; d < dim; d += kThreads) {
+  if (tid < dim) {
     float total = 0;
-    for (int g = 0; g < groups; ++g) total += partial[g * dim + d];
+    for (int w = 0; w < kWarps; ++w) {
+      float of_warp = 0;  // a group of lanes has dim channels
+      for (int g = 0; g < groups; ++g) of_warp += partial[w * 32 * kVector + g * dim + tid];
+      total += __expf(warp_largest[w] - largest) * of_warp;
+    }
     if (blocks == 1)
-      out[d] = from_float<T>(total / sum);
+      out[tid] = from_float<T>(total / sum);
     else
-      mine[2 + d] = total;
+      mine[2 + tid] = total;
   }
   if (blocks == 1) return;
   if (tid == 0) mine[0] = largest, mine[1] = sum;
@@ -194,11 +305,16 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
 template <class T, class Cache>
 void launch(const CachedAttentionParams& p, void* stream) {
   const int64_t share = share_of(static_cast<int>(p.capacity), static_cast<int>(p.splits));
-  const size_t floats = 2 * p.head_dim + 32 + kThreads / (p.head_dim / kVector) * p.head_dim + share;
+  const int64_t bytes = p.rows * p.heads * p.splits <= kFewBlocks ? kBytesOfFew : kBytesOfMany;
+  const int64_t key_bytes = kWarps * 2 * p.head_dim * sizeof(Cache);
+  int64_t tile = std::min<int64_t>((std::min(share, p.capacity) + kWarps - 1) / kWarps, kKeys * kPass);
+  tile = (std::min(tile, bytes / key_bytes) + 1) / 2 * 2;  // even, so that every tile is aligned to 16 bytes
+  const size_t floats = p.head_dim + kThreads * kVector + 2 * kWarps + kWarps * tile;
+  const size_t shared_bytes = floats * sizeof(float) + tile * key_bytes;
   const auto kernel = cached_attention_kernel<T, Cache>;
-  allow_shared_bytes(kernel, floats * sizeof(float));
+  allow_shared_bytes(kernel, shared_bytes);
   const dim3 grid(static_cast<unsigned>(p.rows * p.heads), static_cast<unsigned>(p.splits));
-  ALITOK_LAUNCH(kernel, grid, kThreads, floats * sizeof(float), stream, p);
+  ALITOK_LAUNCH_EARLY(kernel, grid, kThreads, shared_bytes, stream, p, static_cast<int>(tile));
 }
 
 template <class T>

@@ -43,6 +43,31 @@ struct alignas(8 * sizeof(T) < 16 ? 8 * sizeof(T) : 16) Eight {
   T x[8];
 };
 
+template <class T>
+__device__ __forceinline__ void widen(const Eight<T>& from, float (&to)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] = to_float(from.x[i]);
+}
+// Every e4m3 is a float16 as well; from sm_89 on the device converts two at once.
+template <>
+__device__ __forceinline__ void widen(const Eight<e4m3>& from, float (&to)[8]) {
+#if !defined(ALITOK_SIMT) && __CUDA_ARCH__ >= 890
+  uint16_t pairs[4];
+  memcpy(pairs, &from, 8);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pairs[i]));
+    const float2 pair = unpack2<__half>(halves);
+    to[2 * i] = pair.x;
+    to[2 * i + 1] = pair.y;
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < 8; ++i) to[i] = to_float(from.x[i]);
+#endif
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
