@@ -31,16 +31,19 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kVector = 8;          // channels a thread moves at once
+constexpr int kPairs = 2;           // of channels to a lane, where a warp has a head: up to 128 channels
 constexpr int kLanes = 2;           // of a key
 constexpr int kKeys = 5;            // of a tile to a lane, their scores in registers: 80 to a warp, 320 to a block
+constexpr int kRows = 4;            // of values that a lane loads before it uses the first
 constexpr int kPass = 32 / kLanes;  // keys that a warp takes at once
 
-// Of keys and values in a block's shared memory. Where there are many blocks they should be small enough that about six
-// share a multiprocessor of sm_90 (three of sm_86), one computing while others wait; few blocks should begin all at once.
-constexpr int64_t kBytesOfMany = 32 * 1024, kBytesOfFew = 88 * 1024, kFewBlocks = 256;
+// Shared memory of a block for keys and values. Where there are many blocks it should be so small that five share a
+// multiprocessor of sm_90, one computing while others wait. Few blocks should begin with all of their copies at once.
+constexpr int64_t kBytesOfMany = 36 * 1024, kBytesOfFew = 88 * 1024, kFewBlocks = 256;
 
 // Keys of each block but the last, when `splits` blocks share `keys`.
 ALITOK_HOST_DEVICE int share_of(int keys, int splits) {
+  if (splits == 1) return keys;
   const int equal = (keys + splits - 1) / splits, least = static_cast<int>(kCachedAttentionLeastShare);
   return equal > least ? equal : least;
 }
@@ -81,44 +84,78 @@ __device__ __forceinline__ void merge_shares(const CachedAttentionParams& p, T* 
   }
 }
 
-// One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. store(d, float) of each
-// channel.
-template <class T, class Store>
-__device__ __forceinline__ void normalise_and_rotate(const T* x, const float* weight, float eps, const float* rope,
-                                                     int head_dim, Store store) {
-  const int lane = threadIdx.x % 32;
-  float squares = 0;
-  for (int d = lane; d < head_dim; d += 32) squares += to_float(x[d]) * to_float(x[d]);
-  const float inverse = weight == nullptr ? 1.0f : rsqrtf(warp_sum(squares) / head_dim + eps);
-  for (int pair = lane; pair < head_dim / 2; pair += 32) {
-    float even = to_float(x[2 * pair]), odd = to_float(x[2 * pair + 1]);
-    if (weight != nullptr) {
-      even = rounded<T>(rounded<T>(even * inverse) * rounded<T>(weight[2 * pair]));
-      odd = rounded<T>(rounded<T>(odd * inverse) * rounded<T>(weight[2 * pair + 1]));
+// Of a head, the pairs of channels that a lane of a warp takes: number lane, lane + 32, ...
+struct Pairs {
+  float even[kPairs], odd[kPairs];
+};
+
+template <class T>
+__device__ __forceinline__ Pairs load_pairs(const T* x, int head_dim) {
+  Pairs pairs;
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int even = 2 * (threadIdx.x % 32 + 32 * i), from = even < head_dim ? even : 0;  // no branch around a load
+    pairs.even[i] = to_float(x[from]);
+    pairs.odd[i] = to_float(x[from + 1]);
+    if (even >= head_dim) pairs.even[i] = pairs.odd[i] = 0;
+  }
+  return pairs;
+}
+
+// One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. Weight and rope may be null.
+template <class T>
+__device__ __forceinline__ void normalise_and_rotate(Pairs& x, const float* weight, float eps, const float* rope,
+                                                     int head_dim) {
+  Pairs weights, turns;  // both on their way before the first use
+  if (weight != nullptr) weights = load_pairs(weight, head_dim);
+  if (rope != nullptr) turns = load_pairs(rope, head_dim);
+  if (weight != nullptr) {
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) squares += x.even[i] * x.even[i] + x.odd[i] * x.odd[i];
+    const float inverse = rsqrtf(warp_sum(squares) / head_dim + eps);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      x.even[i] = rounded<T>(rounded<T>(x.even[i] * inverse) * rounded<T>(weights.even[i]));
+      x.odd[i] = rounded<T>(rounded<T>(x.odd[i] * inverse) * rounded<T>(weights.odd[i]));
     }
-    if (rope != nullptr) {
-      const float c = rope[2 * pair], s = rope[2 * pair + 1], x0 = even, x1 = odd;
-      even = rounded<T>(x0 * c - x1 * s);
-      odd = rounded<T>(x0 * s + x1 * c);
+  }
+  if (rope != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float x0 = x.even[i], x1 = x.odd[i], cosine = turns.even[i], sine = turns.odd[i];
+      x.even[i] = rounded<T>(x0 * cosine - x1 * sine);
+      x.odd[i] = rounded<T>(x0 * sine + x1 * cosine);
     }
-    store(2 * pair, even);
-    store(2 * pair + 1, odd);
   }
 }
 
-// One warp: begins to copy a run of elements, a multiple of eight, that begins as cached_attention_aligned() demands.
-template <class Cache>
-__device__ __forceinline__ void copy_run(Cache* shared, const Cache* global, int elements) {
-  constexpr int kWide = 16 / sizeof(Cache);
-  const int lane = threadIdx.x % 32;
-  if constexpr (sizeof(Cache) == 1) {  // the only one where eight elements are less than 16 bytes
-    if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | elements) % 16 != 0) {
-      for (int i = lane * kVector; i < elements; i += 32 * kVector) cp_async<8>(shared + i, global + i);
-      return;
+// One warp: begins to copy memory that lies at, and is, a multiple of Bytes.
+template <int Bytes>
+__device__ __forceinline__ void copy_bytes(char* shared, const char* global, int bytes) {
+  constexpr int kWarpBytes = 32 * Bytes, kUnrolled = 4;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32 * Bytes; i < bytes; i += kUnrolled * kWarpBytes) {
+#pragma unroll
+    for (int u = 0; u < kUnrolled; ++u) {
+      const int from = i + u * kWarpBytes;
+      if (from < bytes) cp_async<Bytes>(shared + from, global + from);
     }
   }
-#pragma unroll 4
-  for (int i = lane * kWide; i < elements; i += 32 * kWide) cp_async16(shared + i, global + i);
+}
+
+// The same for a run of elements of a cache, as cached_attention_aligned() demands.
+template <class Cache>
+__device__ __forceinline__ void copy_run(Cache* shared, const Cache* global, int elements) {
+  const int bytes = elements * static_cast<int>(sizeof(Cache));
+  char* to = reinterpret_cast<char*>(shared);
+  const char* from = reinterpret_cast<const char*>(global);
+  if constexpr (sizeof(Cache) == 1) {  // the only one of which eight elements are less than 16 bytes
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0) {
+      return copy_bytes<8>(to, from, bytes);
+    }
+  }
+  copy_bytes<16>(to, from, bytes);
 }
 
 // One warp: scores of `count` keys in shared memory; that of key kPass * k + lane / kLanes in score[k], where there is one.
@@ -128,26 +165,28 @@ __device__ __forceinline__ void score_keys(const Cache* keys, int count, int chu
   const int lane = threadIdx.x % 32, key = lane / kLanes;
   // Where keys lie a multiple of all banks apart, neighbouring lanes begin with different channels. kPass keys on it is
   // the same channel again.
-  const int turn = chunks % 8 == 0 ? kLanes * key % chunks : 0;
+  const int turn = chunks % 8 == 0 ? kLanes * key & (chunks - 1) : 0;
+  const Cache* mine = keys + key * chunks * kVector;
+  const int pass_stride = kPass * chunks * kVector;
 #pragma unroll
   for (int k = 0; k < kKeys; ++k) score[k] = 0;
 #pragma unroll 1
   for (int c = lane % kLanes; c < chunks; c += kLanes) {
     const int channel = (c + turn < chunks ? c + turn : c + turn - chunks) * kVector;
-    const Eight<float> q = *reinterpret_cast<const Eight<float>*>(query + channel);
-    Eight<Cache> rows[kKeys];  // all loads before the first use
+    float q[kVector];
+    widen(load_eight(query + channel), q);
+    PackedEight<Cache> rows[kKeys];  // all loads before the first use
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
-      const int j = kPass * k + key;
-      if (j < count) rows[k] = *reinterpret_cast<const Eight<Cache>*>(keys + j * chunks * kVector + channel);
+      if (kPass * k + key < count) rows[k] = load_eight(mine + k * pass_stride + channel);
     }
 #pragma unroll
     for (int k = 0; k < kKeys; ++k) {
-      if (kPass * k + key >= count) break;
+      if (kPass * k >= count) break;
       float x[kVector];
       widen(rows[k], x);
 #pragma unroll
-      for (int d = 0; d < kVector; ++d) score[k] += q.x[d] * x[d];
+      for (int d = 0; d < kVector; ++d) score[k] += q[d] * x[d];
     }
   }
 #pragma unroll
@@ -162,11 +201,13 @@ __device__ __forceinline__ void score_keys(const Cache* keys, int count, int chu
 
 // `tile` is the number of keys for which each warp has memory.
 template <class T, class Cache>
-__global__ void __launch_bounds__(kThreads) cached_attention_kernel(const CachedAttentionParams p, int tile) {
+__global__ void __launch_bounds__(kThreads, sizeof(Cache) == 4 ? 4 : 5)
+    cached_attention_kernel(const CachedAttentionParams p, int tile) {
   ALITOK_DYNAMIC_SHARED(float, shared);
   const int dim = static_cast<int>(p.head_dim), chunks = dim / kVector;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-  const int64_t row = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
+  const unsigned heads = static_cast<unsigned>(p.heads);
+  const int64_t row = blockIdx.x / heads, head = blockIdx.x % heads;
   const int split = blockIdx.y, splits = gridDim.y;
   let_next_kernel_begin();
   if (p.q_norm_weight != nullptr && tid * 32 < dim) {
@@ -175,14 +216,18 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
   }
   wait_for_kernel_ahead();
 
-  T* out = static_cast<T*>(p.out) + (row * p.heads + head) * dim;
+  T* out = static_cast<T*>(p.out) + static_cast<int64_t>(blockIdx.x) * dim;
   const int64_t position = *p.position;
+  const int part = warp;  // of qkv: the first warp takes the query, the second the new key, the third the new value
+  const T* qkv = static_cast<const T*>(p.qkv) + (row * 3 * p.heads + head) * dim;
+  Pairs x{};
+  if (part < 3) x = load_pairs(qkv + part * p.heads * dim, dim);
   if (position < 0 || position >= p.capacity) {
     if (split == 0 && tid < dim) out[tid] = from_float<T>(NAN);
     return;
   }
   const int keys_seen = static_cast<int>(position) + 1;
-  const int share = share_of(keys_seen, splits), blocks = (keys_seen + share - 1) / share;
+  const int share = share_of(keys_seen, splits), blocks = splits == 1 ? 1 : (keys_seen + share - 1) / share;
   if (split >= blocks) return;
   const int begin = split * share, count = min(share, keys_seen - begin);
   const int fresh = split == blocks - 1;  // whether, and how many times, the new key is in this share: as its first
@@ -201,28 +246,32 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
   Cache* keys = static_cast<Cache*>(p.keys) + row * p.row_stride + head * p.head_stride;
   Cache* values = static_cast<Cache*>(p.values) + row * p.row_stride + head * p.head_stride;
   // Begins to copy what belongs into a tile: old keys or values from number `first` of this warp's share on.
+  const int64_t old = static_cast<int64_t>(begin + warp_begin - fresh) * dim;
   const auto begin_copy = [&](Cache* target, const Cache* source, int first) {
     const int skip = first == 0 && warp == 0 ? fresh : 0, wanted = min(tile, warp_count - first) - skip;
-    const int64_t from = begin + warp_begin + first + skip - fresh;
-    if (wanted > 0) copy_run(target + skip * dim, source + from * dim, wanted * dim);
+    if (wanted > 0) copy_run(target + skip * dim, source + old + (first + skip) * dim, wanted * dim);
     cp_async_commit();
   };
   begin_copy(tile_keys, keys, 0);
   begin_copy(tile_values, values, 0);
 
-  const T* qkv = static_cast<const T*>(p.qkv) + (row * 3 * p.heads + head) * dim;
-  const float* rope = p.rope == nullptr ? nullptr : p.rope + position * dim;
-  if (warp == 0) {
-    normalise_and_rotate(qkv, p.q_norm_weight, p.norm_eps, rope, dim, [&](int d, float x) { query[d] = x; });
-  }
-  if (fresh && warp == 1) {
-    normalise_and_rotate(qkv + p.heads * dim, p.k_norm_weight, p.norm_eps, rope, dim,
-                         [&](int d, float x) { first_tile[d] = keys[position * dim + d] = from_float<Cache>(x); });
-  }
-  if (fresh && warp == 2) {
-    const T* value = qkv + 2 * p.heads * dim;
-    for (int d = lane; d < dim; d += 32) {
-      first_tile[tile * dim + d] = values[position * dim + d] = from_float<Cache>(to_float(value[d]));
+  if (part == 0 || (part < 3 && fresh)) {
+    const float* weight = part == 0 ? p.q_norm_weight : part == 1 ? p.k_norm_weight : nullptr;
+    const float* rope = part == 2 || p.rope == nullptr ? nullptr : p.rope + position * dim;
+    normalise_and_rotate<T>(x, weight, p.norm_eps, rope, dim);
+    Cache* in_tile = part == 1 ? first_tile : first_tile + tile * dim;
+    Cache* in_cache = (part == 1 ? keys : values) + position * dim;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int even = 2 * (lane + 32 * i);
+      if (even >= dim) break;
+      if (part == 0) {
+        query[even] = x.even[i];
+        query[even + 1] = x.odd[i];
+      } else {
+        in_tile[even] = in_cache[even] = from_float<Cache>(x.even[i]);
+        in_tile[even + 1] = in_cache[even + 1] = from_float<Cache>(x.odd[i]);
+      }
     }
   }
   __syncthreads();  // query, new key and new value are there
@@ -263,12 +312,23 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
     cp_async_wait<1>();  // for values; the next keys may still be on their way
     __syncwarp();        // also for the weights
     if (group < groups) {
-#pragma unroll 4
-      for (int j = group; j < here; j += groups) {
-        float x[kVector];
-        widen(*reinterpret_cast<const Eight<Cache>*>(tile_values + j * dim + channel), x);
+#pragma unroll 1
+      for (int next = group; next < here; next += kRows * groups) {
+        PackedEight<Cache> rows[kRows];
+        float weight[kRows];
 #pragma unroll
-        for (int d = 0; d < kVector; ++d) accumulator[d] += weights[j] * x[d];
+        for (int i = 0; i < kRows; ++i) {
+          const int j = next + i * groups;
+          if (j < here) rows[i] = load_eight(tile_values + j * dim + channel), weight[i] = weights[j];
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (next + i * groups >= here) break;
+          float x[kVector];
+          widen(rows[i], x);
+#pragma unroll
+          for (int d = 0; d < kVector; ++d) accumulator[d] += weight[i] * x[d];
+        }
       }
     }
     __syncwarp();  // the values have been read
@@ -278,7 +338,10 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
   sum = warp_sum(sum);
   if (lane == 0) warp_largest[warp] = largest, warp_sums[warp] = sum;
 #pragma unroll
-  for (int d = 0; d < kVector; ++d) partial[tid * kVector + d] = accumulator[d];
+  for (int d = 0; d < kVector; d += 4) {
+    *reinterpret_cast<float4*>(partial + tid * kVector + d) =
+        make_float4(accumulator[d], accumulator[d + 1], accumulator[d + 2], accumulator[d + 3]);
+  }
   __syncthreads();
 
   largest = -FLT_MAX, sum = 0;
@@ -286,12 +349,14 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
   for (int w = 0; w < kWarps; ++w) sum += __expf(warp_largest[w] - largest) * warp_sums[w];
   float* mine = blocks == 1 ? nullptr : share_result(p, split);
   if (tid < dim) {
-    float total = 0;
-    for (int w = 0; w < kWarps; ++w) {
-      float of_warp = 0;  // a group of lanes has dim channels
-      for (int g = 0; g < groups; ++g) of_warp += partial[w * 32 * kVector + g * dim + tid];
-      total += __expf(warp_largest[w] - largest) * of_warp;
+    float total = 0, of_warp[kWarps] = {};
+#pragma unroll 2
+    for (int g = 0; g < groups; ++g) {  // each has dim channels
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) of_warp[w] += partial[w * 32 * kVector + g * dim + tid];
     }
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += __expf(warp_largest[w] - largest) * of_warp[w];
     if (blocks == 1)
       out[tid] = from_float<T>(total / sum);
     else
