@@ -54,16 +54,17 @@ inline bool cached_attention_aligned(const void* data, int64_t row_stride, int64
          head_stride * element % access == 0;
 }
 
-// The longest cache: CUDA keeps its scores in shared memory, and with them a block stays below the 99 KiB that every
-// architecture from sm_80 on has.
+// The longest cache that the kernels are meant and tested for.
 constexpr int64_t kCachedAttentionMostPositions = 16384;
 
-// Enough blocks that the rows and heads of a small batch occupy a GPU of 100 to 150 multiprocessors, which more of them do
-// by themselves; no block has fewer keys than kCachedAttentionLeastShare while another has some, and the one that merges
-// has at most kMost results to read.
-constexpr int64_t kCachedAttentionLeastShare = 32;
+// Where a cache is long, enough blocks that the rows and heads of a small batch occupy a GPU of 100 to 150
+// multiprocessors, which more of them do by themselves; no block has fewer keys than kCachedAttentionLeastShare while
+// another has some, and the one that merges has at most kMost results to read. To merge takes about as long as to read
+// some hundreds of keys, so caches of up to twice the least share are not shared.
+constexpr int64_t kCachedAttentionLeastShare = 256;
 inline int64_t cached_attention_splits(int64_t rows_and_heads, int64_t capacity) {
   constexpr int64_t kBlocks = 256, kMost = 32;
+  if (capacity <= 2 * kCachedAttentionLeastShare) return 1;
   const int64_t wanted = (kBlocks + rows_and_heads - 1) / rows_and_heads;
   const int64_t useful = (capacity + kCachedAttentionLeastShare - 1) / kCachedAttentionLeastShare;
   return std::max<int64_t>(1, std::min({wanted, useful, kMost}));

@@ -1,7 +1,15 @@
-// A block for each row and head, or, where those are few, several that share its keys: the last of them appends the new
-// key and value; each scores its keys (four lanes a key), takes the softmax, and sums the values (a thread for eight
-// channels of every G-th key). Two passes with the scores in shared memory: the sequences are short (274 or 1058), so
-// nothing is gained by an online softmax.
+// A block for each row and head, or, where the cache is long and those are few, several that share its keys.
+//
+// The kernel is as fast as memory if enough of it is on its way at any time. So a block begins with all its copies: each
+// of its warps has a share of the keys, a tile of which (most often all) it copies to shared memory behind its back,
+// first the keys, then the values. Meanwhile query and new key are normalised and rotated. Then a warp goes on alone,
+// without barriers of the block, through its tiles: scores (two lanes a key, which lie in registers), softmax with a
+// running maximum, sum of the values (a lane for eight channels of every G-th key). The place of keys that have been
+// read is filled with the next tile's while the values are summed, and the other way round. In the end the warps' sums
+// are added up in their order.
+//
+// The new key and value are the first in the tile of the last block's first warp: stored there as the cache rounds them,
+// and to the cache, they are never read back. Behind the first lie old ones, in the order of the cache.
 //
 // The position is known on the device alone, so the host chooses the number of blocks by rows, heads and capacity, and
 // each block finds its keys of [0, position]; those that have none leave at once. The block that finishes last, by a
@@ -21,12 +29,21 @@
 namespace alitok {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVector = 8;  // channels a thread moves at once
-constexpr int kLanes = 4;   // of a key: neighbours read neighbouring memory
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kVector = 8;          // channels a thread moves at once
+constexpr int kPairs = 2;           // of channels to a lane, where a warp has a head: up to 128 channels
+constexpr int kLanes = 2;           // of a key
+constexpr int kKeys = 5;            // of a tile to a lane, their scores in registers: 80 to a warp, 320 to a block
+constexpr int kRows = 4;            // of values that a lane loads before it uses the first
+constexpr int kPass = 32 / kLanes;  // keys that a warp takes at once
+
+// Shared memory of a block for keys and values. Where there are many blocks it should be so small that five share a
+// multiprocessor of sm_90, one computing while others wait. Few blocks should begin with all of their copies at once.
+constexpr int64_t kBytesOfMany = 36 * 1024, kBytesOfFew = 88 * 1024, kFewBlocks = 256;
 
 // Keys of each block but the last, when `splits` blocks share `keys`.
 ALITOK_HOST_DEVICE int share_of(int keys, int splits) {
+  if (splits == 1) return keys;
   const int equal = (keys + splits - 1) / splits, least = static_cast<int>(kCachedAttentionLeastShare);
   return equal > least ? equal : least;
 }
@@ -67,124 +84,283 @@ __device__ __forceinline__ void merge_shares(const CachedAttentionParams& p, T* 
   }
 }
 
-// One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. `x` and `y` (head_dim).
+// Of a head, the pairs of channels that a lane of a warp takes: number lane, lane + 32, ...
+struct Pairs {
+  float even[kPairs], odd[kPairs];
+};
+
 template <class T>
-__device__ void normalise_and_rotate(const T* x, float* y, const float* weight, float eps, const float* rope,
-                                     int head_dim) {
-  const int lane = threadIdx.x % 32;
-  float squares = 0;
-  for (int d = lane; d < head_dim; d += 32) squares += to_float(x[d]) * to_float(x[d]);
-  const float inverse = weight == nullptr ? 1.0f : rsqrtf(warp_sum(squares) / head_dim + eps);
-  for (int pair = lane; pair < head_dim / 2; pair += 32) {
-    float even = to_float(x[2 * pair]), odd = to_float(x[2 * pair + 1]);
-    if (weight != nullptr) {
-      even = rounded<T>(rounded<T>(even * inverse) * rounded<T>(weight[2 * pair]));
-      odd = rounded<T>(rounded<T>(odd * inverse) * rounded<T>(weight[2 * pair + 1]));
+__device__ __forceinline__ Pairs load_pairs(const T* x, int head_dim) {
+  Pairs pairs;
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int even = 2 * (threadIdx.x % 32 + 32 * i), from = even < head_dim ? even : 0;  // no branch around a load
+    pairs.even[i] = to_float(x[from]);
+    pairs.odd[i] = to_float(x[from + 1]);
+    if (even >= head_dim) pairs.even[i] = pairs.odd[i] = 0;
+  }
+  return pairs;
+}
+
+// One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. Weight and rope may be null.
+template <class T>
+__device__ __forceinline__ void normalise_and_rotate(Pairs& x, const float* weight, float eps, const float* rope,
+                                                     int head_dim) {
+  Pairs weights, turns;  // both on their way before the first use
+  if (weight != nullptr) weights = load_pairs(weight, head_dim);
+  if (rope != nullptr) turns = load_pairs(rope, head_dim);
+  if (weight != nullptr) {
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) squares += x.even[i] * x.even[i] + x.odd[i] * x.odd[i];
+    const float inverse = rsqrtf(warp_sum(squares) / head_dim + eps);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      x.even[i] = rounded<T>(rounded<T>(x.even[i] * inverse) * rounded<T>(weights.even[i]));
+      x.odd[i] = rounded<T>(rounded<T>(x.odd[i] * inverse) * rounded<T>(weights.odd[i]));
     }
-    if (rope != nullptr) {
-      const float c = rope[2 * pair], s = rope[2 * pair + 1], x0 = even, x1 = odd;
-      even = rounded<T>(x0 * c - x1 * s);
-      odd = rounded<T>(x0 * s + x1 * c);
+  }
+  if (rope != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const float x0 = x.even[i], x1 = x.odd[i], cosine = turns.even[i], sine = turns.odd[i];
+      x.even[i] = rounded<T>(x0 * cosine - x1 * sine);
+      x.odd[i] = rounded<T>(x0 * sine + x1 * cosine);
     }
-    y[2 * pair] = even;
-    y[2 * pair + 1] = odd;
   }
 }
 
+// One warp: begins to copy memory that lies at, and is, a multiple of Bytes.
+template <int Bytes>
+__device__ __forceinline__ void copy_bytes(char* shared, const char* global, int bytes) {
+  constexpr int kWarpBytes = 32 * Bytes, kUnrolled = 4;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32 * Bytes; i < bytes; i += kUnrolled * kWarpBytes) {
+#pragma unroll
+    for (int u = 0; u < kUnrolled; ++u) {
+      const int from = i + u * kWarpBytes;
+      if (from < bytes) cp_async<Bytes>(shared + from, global + from);
+    }
+  }
+}
+
+// The same for a run of elements of a cache, as cached_attention_aligned() demands.
+template <class Cache>
+__device__ __forceinline__ void copy_run(Cache* shared, const Cache* global, int elements) {
+  const int bytes = elements * static_cast<int>(sizeof(Cache));
+  char* to = reinterpret_cast<char*>(shared);
+  const char* from = reinterpret_cast<const char*>(global);
+  if constexpr (sizeof(Cache) == 1) {  // the only one of which eight elements are less than 16 bytes
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0) {
+      return copy_bytes<8>(to, from, bytes);
+    }
+  }
+  copy_bytes<16>(to, from, bytes);
+}
+
+// One warp: scores of `count` keys in shared memory; that of key kPass * k + lane / kLanes in score[k], where there is one.
+template <class Cache>
+__device__ __forceinline__ void score_keys(const Cache* keys, int count, int chunks, const float* query, float scale,
+                                           float (&score)[kKeys]) {
+  const int lane = threadIdx.x % 32, key = lane / kLanes;
+  // Where keys lie a multiple of all banks apart, neighbouring lanes begin with different channels. kPass keys on it is
+  // the same channel again.
+  const int turn = chunks % 8 == 0 ? kLanes * key & (chunks - 1) : 0;
+  const Cache* mine = keys + key * chunks * kVector;
+  const int pass_stride = kPass * chunks * kVector;
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) score[k] = 0;
+#pragma unroll 1
+  for (int c = lane % kLanes; c < chunks; c += kLanes) {
+    const int channel = (c + turn < chunks ? c + turn : c + turn - chunks) * kVector;
+    float q[kVector];
+    widen(load_eight(query + channel), q);
+    PackedEight<Cache> rows[kKeys];  // all loads before the first use
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      if (kPass * k + key < count) rows[k] = load_eight(mine + k * pass_stride + channel);
+    }
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      if (kPass * k >= count) break;
+      float x[kVector];
+      widen(rows[k], x);
+#pragma unroll
+      for (int d = 0; d < kVector; ++d) score[k] += q[d] * x[d];
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kKeys; ++k) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      score[k] += __shfl_xor_sync(0xffffffffu, score[k], offset);
+    }
+    score[k] *= scale;
+  }
+}
+
+// `tile` is the number of keys for which each warp has memory.
 template <class T, class Cache>
-__global__ void __launch_bounds__(kThreads) cached_attention_kernel(const CachedAttentionParams p) {
+__global__ void __launch_bounds__(kThreads, sizeof(Cache) == 4 ? 4 : 5)
+    cached_attention_kernel(const CachedAttentionParams p, int tile) {
   ALITOK_DYNAMIC_SHARED(float, shared);
   const int dim = static_cast<int>(p.head_dim), chunks = dim / kVector;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-  const int64_t row = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
+  const unsigned heads = static_cast<unsigned>(p.heads);
+  const int64_t row = blockIdx.x / heads, head = blockIdx.x % heads;
   const int split = blockIdx.y, splits = gridDim.y;
-  T* out = static_cast<T*>(p.out) + (row * p.heads + head) * dim;
+  let_next_kernel_begin();
+  if (p.q_norm_weight != nullptr && tid * 32 < dim) {
+    prefetch(p.q_norm_weight + tid * 32);
+    prefetch(p.k_norm_weight + tid * 32);
+  }
+  wait_for_kernel_ahead();
+
+  T* out = static_cast<T*>(p.out) + static_cast<int64_t>(blockIdx.x) * dim;
   const int64_t position = *p.position;
+  const int part = warp;  // of qkv: the first warp takes the query, the second the new key, the third the new value
+  const T* qkv = static_cast<const T*>(p.qkv) + (row * 3 * p.heads + head) * dim;
+  Pairs x{};
+  if (part < 3) x = load_pairs(qkv + part * p.heads * dim, dim);
   if (position < 0 || position >= p.capacity) {
     if (split == 0 && tid < dim) out[tid] = from_float<T>(NAN);
     return;
   }
   const int keys_seen = static_cast<int>(position) + 1;
-  const int share = share_of(keys_seen, splits), blocks = (keys_seen + share - 1) / share;
+  const int share = share_of(keys_seen, splits), blocks = splits == 1 ? 1 : (keys_seen + share - 1) / share;
   if (split >= blocks) return;
   const int begin = split * share, count = min(share, keys_seen - begin);
+  const int fresh = split == blocks - 1;  // whether, and how many times, the new key is in this share: as its first
+  const int warp_share = (count + kWarps - 1) / kWarps, warp_begin = warp * warp_share;
+  const int warp_count = min(warp_share, count - warp_begin);  // may be negative
 
-  float* query = shared;          // (dim)
-  float* key = query + dim;       // (dim) the new one
-  float* scratch = key + dim;     // (32)
-  float* partial = scratch + 32;  // (groups, dim)
-  const int groups = kThreads / chunks;
-  float* scores = partial + groups * dim;  // (share)
+  float* query = shared;                                                             // (dim)
+  float* partial = query + dim;                                                      // (kThreads, kVector)
+  float* warp_largest = partial + kThreads * kVector;                                // (kWarps)
+  float* warp_sums = warp_largest + kWarps;                                          // (kWarps)
+  float* weights = warp_sums + kWarps + warp * tile;                                 // (kWarps, tile)
+  Cache* first_tile = reinterpret_cast<Cache*>(warp_sums + kWarps + kWarps * tile);  // (kWarps, 2, tile, dim)
+  Cache* tile_keys = first_tile + warp * 2 * tile * dim;
+  Cache* tile_values = tile_keys + tile * dim;
 
-  const T* qkv = static_cast<const T*>(p.qkv) + (row * 3 * p.heads + head) * dim;
   Cache* keys = static_cast<Cache*>(p.keys) + row * p.row_stride + head * p.head_stride;
   Cache* values = static_cast<Cache*>(p.values) + row * p.row_stride + head * p.head_stride;
-  const float* rope = p.rope == nullptr ? nullptr : p.rope + position * dim;
-  if (warp == 0) normalise_and_rotate(qkv, query, p.q_norm_weight, p.norm_eps, rope, dim);
-  if (split == blocks - 1) {  // the position is in its share: nobody else reads what it appends
-    if (warp == 1) {
-      normalise_and_rotate(qkv + p.heads * dim, key, p.k_norm_weight, p.norm_eps, rope, dim);
-      __syncwarp();
-      for (int d = lane; d < dim; d += 32) keys[position * dim + d] = from_float<Cache>(key[d]);
-    }
-    if (warp == 2) {
-      const T* value = qkv + 2 * p.heads * dim;
-      for (int d = lane; d < dim; d += 32) values[position * dim + d] = from_float<Cache>(to_float(value[d]));
-    }
-  }
-  __syncthreads();  // also makes what was appended visible to the block
-  keys += static_cast<int64_t>(begin) * dim;
-  values += static_cast<int64_t>(begin) * dim;
+  // Begins to copy what belongs into a tile: old keys or values from number `first` of this warp's share on.
+  const int64_t old = static_cast<int64_t>(begin + warp_begin - fresh) * dim;
+  const auto begin_copy = [&](Cache* target, const Cache* source, int first) {
+    const int skip = first == 0 && warp == 0 ? fresh : 0, wanted = min(tile, warp_count - first) - skip;
+    if (wanted > 0) copy_run(target + skip * dim, source + old + (first + skip) * dim, wanted * dim);
+    cp_async_commit();
+  };
+  begin_copy(tile_keys, keys, 0);
+  begin_copy(tile_values, values, 0);
 
-  float largest = -FLT_MAX;  // finite: scores of -inf weigh nothing, and nothing else in their share is lost
-  for (int first = 0; first < count; first += kThreads / kLanes) {
-    const int j = first + tid / kLanes;
-    float dot = 0;
-    if (j < count) {
-      const Cache* row_j = keys + static_cast<int64_t>(j) * dim;
-#pragma unroll 2
-      for (int c = tid % kLanes; c < chunks; c += kLanes) {
-        const Eight<Cache> k = *reinterpret_cast<const Eight<Cache>*>(row_j + c * kVector);
+  if (part == 0 || (part < 3 && fresh)) {
+    const float* weight = part == 0 ? p.q_norm_weight : part == 1 ? p.k_norm_weight : nullptr;
+    const float* rope = part == 2 || p.rope == nullptr ? nullptr : p.rope + position * dim;
+    normalise_and_rotate<T>(x, weight, p.norm_eps, rope, dim);
+    Cache* in_tile = part == 1 ? first_tile : first_tile + tile * dim;
+    Cache* in_cache = (part == 1 ? keys : values) + position * dim;
 #pragma unroll
-        for (int d = 0; d < kVector; ++d) dot += query[c * kVector + d] * to_float(k.x[d]);
+    for (int i = 0; i < kPairs; ++i) {
+      const int even = 2 * (lane + 32 * i);
+      if (even >= dim) break;
+      if (part == 0) {
+        query[even] = x.even[i];
+        query[even + 1] = x.odd[i];
+      } else {
+        in_tile[even] = in_cache[even] = from_float<Cache>(x.even[i]);
+        in_tile[even + 1] = in_cache[even + 1] = from_float<Cache>(x.odd[i]);
       }
     }
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
-    if (j < count) {
-      const float score = dot * p.scale;
-      if (tid % kLanes == 0) scores[j] = score;
-      largest = fmaxf(largest, score);
-    }
   }
-  largest = block_reduce(largest, -FLT_MAX, scratch, warp_max);  // its barriers also publish the scores
-  float sum = 0;
-  for (int j = tid; j < count; j += kThreads) {
-    scores[j] = __expf(scores[j] - largest);
-    sum += scores[j];
-  }
-  sum = block_reduce(sum, 0.0f, scratch, warp_sum);  // and the weights
+  __syncthreads();  // query, new key and new value are there
 
-  const int group = tid / chunks, channel = tid % chunks * kVector;
-  if (group < groups) {
-    float accumulator[kVector] = {};
-    for (int j = group; j < count; j += groups) {
-      const Eight<Cache> v = *reinterpret_cast<const Eight<Cache>*>(values + static_cast<int64_t>(j) * dim + channel);
+  const int groups = 32 / chunks, group = lane / chunks, channel = lane % chunks * kVector;
+  float largest = -FLT_MAX;  // finite: scores of -inf weigh nothing, and nothing else in their share is lost
+  float sum = 0, accumulator[kVector] = {};
+  for (int first = 0; first < warp_count; first += tile) {
+    const int here = min(tile, warp_count - first);
+    cp_async_wait<1>();  // for keys; values may still be on their way
+    __syncwarp();
+    float score[kKeys];
+    score_keys(tile_keys, here, chunks, query, p.scale, score);
+    __syncwarp();  // the keys have been read
+    begin_copy(tile_keys, keys, first + tile);
+
+    float largest_here = largest;
 #pragma unroll
-      for (int d = 0; d < kVector; ++d) accumulator[d] += scores[j] * to_float(v.x[d]);
+    for (int k = 0; k < kKeys; ++k) {
+      if (kPass * k + lane / kLanes < here) largest_here = fmaxf(largest_here, score[k]);
     }
+    largest_here = warp_max(largest_here);
+    const float rescale = __expf(largest - largest_here);
+    largest = largest_here;
+    sum *= rescale;
 #pragma unroll
-    for (int d = 0; d < kVector; ++d) partial[group * dim + channel + d] = accumulator[d];
+    for (int d = 0; d < kVector; ++d) accumulator[d] *= rescale;
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      const int j = kPass * k + lane / kLanes;
+      if (j < here && lane % kLanes == 0) {
+        const float weight = __expf(score[k] - largest);
+        weights[j] = weight;
+        sum += weight;
+      }
+    }
+
+    cp_async_wait<1>();  // for values; the next keys may still be on their way
+    __syncwarp();        // also for the weights
+    if (group < groups) {
+#pragma unroll 1
+      for (int next = group; next < here; next += kRows * groups) {
+        PackedEight<Cache> rows[kRows];
+        float weight[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const int j = next + i * groups;
+          if (j < here) rows[i] = load_eight(tile_values + j * dim + channel), weight[i] = weights[j];
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (next + i * groups >= here) break;
+          float x[kVector];
+          widen(rows[i], x);
+#pragma unroll
+          for (int d = 0; d < kVector; ++d) accumulator[d] += weight[i] * x[d];
+        }
+      }
+    }
+    __syncwarp();  // the values have been read
+    begin_copy(tile_values, values, first + tile);
+  }
+  cp_async_wait<0>();  // there is nothing left
+  sum = warp_sum(sum);
+  if (lane == 0) warp_largest[warp] = largest, warp_sums[warp] = sum;
+#pragma unroll
+  for (int d = 0; d < kVector; d += 4) {
+    *reinterpret_cast<float4*>(partial + tid * kVector + d) =
+        make_float4(accumulator[d], accumulator[d + 1], accumulator[d + 2], accumulator[d + 3]);
   }
   __syncthreads();
+
+  largest = -FLT_MAX, sum = 0;
+  for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, warp_largest[w]);
+  for (int w = 0; w < kWarps; ++w) sum += __expf(warp_largest[w] - largest) * warp_sums[w];
   float* mine = blocks == 1 ? nullptr : share_result(p, split);
-  for (int d = tid; d < dim; d += kThreads) {
-    float total = 0;
-    for (int g = 0; g < groups; ++g) total += partial[g * dim + d];
+  if (tid < dim) {
+    float total = 0, of_warp[kWarps] = {};
+#pragma unroll 2
+    for (int g = 0; g < groups; ++g) {  // each has dim channels
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) of_warp[w] += partial[w * 32 * kVector + g * dim + tid];
+    }
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += __expf(warp_largest[w] - largest) * of_warp[w];
     if (blocks == 1)
-      out[d] = from_float<T>(total / sum);
+      out[tid] = from_float<T>(total / sum);
     else
-      mine[2 + d] = total;
+      mine[2 + tid] = total;
   }
   if (blocks == 1) return;
   if (tid == 0) mine[0] = largest, mine[1] = sum;
@@ -194,11 +370,16 @@ __global__ void __launch_bounds__(kThreads) cached_attention_kernel(const Cached
 template <class T, class Cache>
 void launch(const CachedAttentionParams& p, void* stream) {
   const int64_t share = share_of(static_cast<int>(p.capacity), static_cast<int>(p.splits));
-  const size_t floats = 2 * p.head_dim + 32 + kThreads / (p.head_dim / kVector) * p.head_dim + share;
+  const int64_t bytes = p.rows * p.heads * p.splits <= kFewBlocks ? kBytesOfFew : kBytesOfMany;
+  const int64_t key_bytes = kWarps * 2 * p.head_dim * sizeof(Cache);
+  int64_t tile = std::min<int64_t>((std::min(share, p.capacity) + kWarps - 1) / kWarps, kKeys * kPass);
+  tile = (std::min(tile, bytes / key_bytes) + 1) / 2 * 2;  // even, so that every tile is aligned to 16 bytes
+  const size_t floats = p.head_dim + kThreads * kVector + 2 * kWarps + kWarps * tile;
+  const size_t shared_bytes = floats * sizeof(float) + tile * key_bytes;
   const auto kernel = cached_attention_kernel<T, Cache>;
-  allow_shared_bytes(kernel, floats * sizeof(float));
+  allow_shared_bytes(kernel, shared_bytes);
   const dim3 grid(static_cast<unsigned>(p.rows * p.heads), static_cast<unsigned>(p.splits));
-  ALITOK_LAUNCH(kernel, grid, kThreads, floats * sizeof(float), stream, p);
+  ALITOK_LAUNCH_EARLY(kernel, grid, kThreads, shared_bytes, stream, p, static_cast<int>(tile));
 }
 
 template <class T>

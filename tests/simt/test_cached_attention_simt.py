@@ -75,7 +75,15 @@ def check(simt, arguments, split=False, patches=()):
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize(
     ("rows", "heads", "dim", "capacity", "position", "norm_and_rope"),
-    [(1, 1, 8, 1, 0, True), (2, 1, 48, 21, 20, True), (1, 2, 80, 300, 290, True), (1, 1, 128, 9, 4, False)],
+    [
+        (1, 1, 8, 1, 0, True),
+        (1, 2, 24, 30, 29, True),
+        (2, 1, 48, 21, 0, True),
+        (1, 1, 64, 100, 64, False),
+        (1, 2, 80, 300, 290, True),
+        (1, 1, 128, 9, 4, False),
+        (1, 1, 128, 90, 89, True),
+    ],
 )
 def test_matches_reference(simt, dtype, quantised, rows, heads, dim, capacity, position, norm_and_rope):
     cache_dtype = torch.float8_e4m3fn if quantised else dtype
@@ -84,39 +92,54 @@ def test_matches_reference(simt, dtype, quantised, rows, heads, dim, capacity, p
 
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(
     ("rows", "heads", "dim", "capacity", "position"),
-    [(1, 2, 48, 274, 170), (2, 1, 80, 130, 129), (1, 1, 64, 100, 64)],
+    [(1, 2, 24, 700, 650), (1, 1, 48, 1058, 1057), (2, 1, 80, 520, 513)],
 )
-def test_shared_keys_match_reference(simt, dtype, quantised, rows, heads, dim, capacity, position):
+def test_long_caches_match_reference(simt, dtype, quantised, split, rows, heads, dim, capacity, position):
+    """Alone a block needs several tiles for them; with counters several blocks share them."""
     cache_dtype = torch.float8_e4m3fn if quantised else dtype
-    check(simt, inputs(rows, heads, dim, capacity, position, dtype, cache_dtype, True), split=True)
+    check(simt, inputs(rows, heads, dim, capacity, position, dtype, cache_dtype, True), split=split)
 
 
-# Capacity 200 is up to 7 blocks of at least 32 keys; 1100 is 32, and beyond 1024 keys their shares grow.
+# Up to 320 keys are one tile for each of the four warps of a block, which take a quarter each.
+@pytest.mark.parametrize("position", [0, 1, 2, 3, 4, 62, 63, 64, 65, 318, 319, 320, 321, 639, 640, 644, 799])
+def test_positions_at_the_edges_of_tiles(simt, position):
+    check(simt, inputs(1, 1, 8, 800, position, torch.float32, torch.float32, False))
+
+
+# Capacity 700 is up to 3 blocks of at least 256 keys; 9000 is 32, and beyond 8192 keys their shares grow.
 @pytest.mark.parametrize(
     ("capacity", "position"),
-    [(200, position) for position in (0, 1, 30, 31, 32, 33, 62, 63, 64, 191, 192, 199)]
-    + [(1100, position) for position in (1022, 1023, 1024, 1054, 1055, 1056, 1099)],
+    [(700, position) for position in (0, 1, 254, 255, 256, 257, 510, 511, 512, 513, 699)]
+    + [(9000, position) for position in (8190, 8191, 8192, 8999)],
 )
 def test_positions_at_the_edges_of_shares(simt, capacity, position):
     check(simt, inputs(1, 1, 8, capacity, position, torch.float32, torch.float32, False), split=True)
 
 
-def test_many_rows_and_heads_are_not_split(simt):
+def test_short_caches_are_not_split(simt):
     """The same bits with counters and without; and a share that is all -inf is not NaN where it is one of several."""
-    arguments = inputs(16, 16, 8, 40, 39, torch.float32, torch.float32, False)
+    arguments = inputs(2, 2, 8, 512, 511, torch.float32, torch.float32, False)
     alone, counted = run(simt, arguments), run(simt, arguments, split=True)
     assert torch.equal(alone["out"], counted["out"])
-    few = inputs(1, 1, 8, 70, 69, torch.float32, torch.float32, False)
-    few["qkv"][:, 0] = 1
-    few["keys"][:, :, :40] = -torch.inf
-    check(simt, few, split=True)
+    for split in (False, True):
+        few = inputs(1, 1, 8, 700, 699, torch.float32, torch.float32, False)
+        few["qkv"][:, 0] = 1
+        few["keys"][:, :, :400] = -torch.inf
+        check(simt, few, split=split)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_blocks_of_many_rows_have_less_memory(simt, quantised):
+    cache_dtype = torch.float8_e4m3fn if quantised else torch.float32
+    check(simt, inputs(17, 16, 128, 60, 58, torch.float32, cache_dtype, False))
 
 
 def test_the_outcome_does_not_depend_on_which_block_is_last(simt):
     """`run` compares the bits under three orders of the blocks: first to last, last to first, shuffled."""
-    run(simt, inputs(2, 2, 48, 200, 190, torch.bfloat16, torch.bfloat16, True), split=True)
+    run(simt, inputs(2, 2, 48, 1000, 950, torch.bfloat16, torch.bfloat16, True), split=True)
 
 
 @pytest.mark.slow
@@ -133,16 +156,43 @@ def test_the_outcome_does_not_depend_on_which_block_is_last(simt):
         ("if (tid == 0) mine[0] =", "if (split == 0) mine[0] =", "out: error"),
     ],
 )
-def test_seeded_bugs_are_caught(simt, old, new, message):
-    arguments = inputs(1, 2, 16, 200, 100, torch.float32, torch.float32, False)
+def test_seeded_bugs_of_shares_are_caught(simt, old, new, message):
+    arguments = inputs(1, 2, 16, 1000, 600, torch.float32, torch.float32, False)
     with pytest.raises(AssertionError, match=message):
         check(simt, arguments, split=True, patches=[("cached_attention_cuda.cu", old, new)])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("    cp_async_wait<1>();  // for keys", "    // for keys", "out: error"),
+        ("    cp_async_wait<1>();  // for values", "    // for values", "out: error"),
+        ("    cp_async_wait<1>();  // for values", "    cp_async_wait<2>();  // for values", "out: error"),
+        ("in_tile[even] = in_cache[even] =", "in_cache[even] =", "out: error"),
+        ("first == 0 && warp == 0 ? fresh : 0", "0", "exit code|out: error"),
+        ("first == 0 && warp == 0 ? fresh : 0", "warp == 0 ? fresh : 0", "exit code|out: error"),
+        ("begin + warp_begin - fresh", "begin + warp_begin", "out: error"),
+        ("min(warp_share, count - warp_begin)", "warp_share", "exit code|out: error"),
+        ("    sum *= rescale;\n", "", "out: error"),
+        ("accumulator[d] *= rescale", "accumulator[d] *= 1", "out: error"),
+        ("__expf(warp_largest[w] - largest) * of_warp[w]", "of_warp[w]", "out: error"),
+        ("< chunks ? c + turn : c + turn - chunks", "< chunks ? c + turn : c", "out: error"),
+        ("if (kPass * k >= count) break;", "if (kPass * (k + 1) > count) break;", "out: error"),
+        ("even < head_dim ? even : 0;", "even;", "exit code|out: error"),
+    ],
+)
+def test_seeded_bugs_of_tiles_are_caught(simt, old, new, message):
+    """All of them wrong with 64 channels and three tiles."""
+    arguments = inputs(1, 1, 64, 800, 700, torch.float32, torch.float32, True)
+    with pytest.raises(AssertionError, match=message):
+        check(simt, arguments, patches=[("cached_attention_cuda.cu", old, new)])
+
+
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("position", [-1, 100, 2**31 + 5])
+@pytest.mark.parametrize("position", [-1, 600, 2**31 + 5])
 def test_position_outside_is_nan_and_writes_nothing(simt, split, position):
-    arguments = inputs(1, 1, 8, 100, 0, torch.float32, torch.float32, False)
+    arguments = inputs(1, 1, 8, 600, 0, torch.float32, torch.float32, False)
     for cache in (arguments["keys"], arguments["values"]):
         cache[:] = 7
     arguments["position"] = torch.tensor(position)
@@ -154,7 +204,7 @@ def test_position_outside_is_nan_and_writes_nothing(simt, split, position):
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [False, True])
 def test_no_data_race(simt, split):
-    arguments = inputs(1, 1, 48, 81, 70, torch.float32, torch.float32, True)
+    arguments = inputs(1, 1, 16, 800, 700, torch.float32, torch.float32, True)
     run(simt, arguments, sanitizer="thread", split=split)
 
 
@@ -163,18 +213,24 @@ def test_no_data_race(simt, split):
     ("old", "new"),
     [
         ("  __syncthreads();\n  return last;", "  return last;"),
-        ("  __syncthreads();  // also makes what was appended", "  // also makes what was appended"),
+        ("  __syncthreads();  // query,", "  // query,"),
+        ("    __syncwarp();\n    float score", "    float score"),
+        ("    __syncwarp();  // the keys have been read", "    // the keys have been read"),
+        ("    __syncwarp();        // also for the weights", "    // also for the weights"),
+        ("    __syncwarp();  // the values have been read", "    // the values have been read"),
+        ("  __syncthreads();\n\n  largest = -FLT_MAX, sum = 0;", "  largest = -FLT_MAX, sum = 0;"),
     ],
 )
 def test_missing_barriers_are_races(simt, old, new):
-    arguments = inputs(1, 1, 48, 81, 70, torch.float32, torch.float32, True)
+    arguments = inputs(1, 1, 16, 800, 700, torch.float32, torch.float32, True)
+    split = "last" in old
     with pytest.raises(simt.Failure, match="data race"):
-        run(simt, arguments, sanitizer="thread", split=True, patches=[("cached_attention_cuda.cu", old, new)])
+        run(simt, arguments, sanitizer="thread", split=split, patches=[("cached_attention_cuda.cu", old, new)])
 
 
 @pytest.mark.parametrize("split", [False, True])
 def test_rows_beyond_two_to_the_31_elements(simt, split):
-    arguments = inputs(2, 2, 16, 70, 66, torch.float32, torch.float32, True)
+    arguments = inputs(2, 2, 16, 600, 566, torch.float32, torch.float32, True)
     near, far = run(simt, arguments, split=split), run(simt, arguments, split=split, row_stride=2**31 + 64)
     assert torch.equal(near["out"], far["out"])
 
