@@ -88,9 +88,7 @@ __device__ __forceinline__ uint4 stream16(const void* global) {
 }
 
 // Fetch the 128 bytes at an address into the second-level cache, if they are not there: a hint.
-__device__ __forceinline__ void prefetch(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -1,5 +1,5 @@
 // For the 2 to 32 rows of a step with a small batch (up to 128 with 8-bit weights), where time goes into latencies and
-// into reading the weights. A block owns 8 or 16 outputs, and its warps split their inputs. Each lane asks for its
+// into reading the weights. A block owns 8 to 24 outputs, and its warps split their inputs. Each lane asks for its
 // weights before anything else, 16 bytes at a time and past the caches, so that they are on their way while the kernel
 // ahead still runs; then the block normalises the rows it needs, each block for itself, and multiplies with matrix
 // instructions whose m are the rows and whose n are the outputs. Sums of the warps are added in the order of the warps.
@@ -16,7 +16,6 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kTileRows = 16, kTileOutputs = 8;  // of a matrix instruction
-constexpr int kTile = kTileRows * kTileOutputs;
 constexpr int kPadding = 32;  // between rows in shared memory, in elements: 64 bytes, for eight rows without conflicts
 constexpr int kKept = kFusedLinearMostNormed / (32 * 4);  // groups of four inputs that a lane normalises
 
@@ -28,9 +27,9 @@ constexpr int kChunk = 4 * kLaneInputs<W>;
 template <class W>
 constexpr int kSteps = kLaneInputs<W> / 4;
 
-// Loads of a lane that are under way at a time, and before the kernel ahead has ended.
+// Loads of a lane that are under way at a time, and before the kernel ahead has ended: all of them at the sizes of B.
 template <class W, bool kNorm>
-constexpr int kDepth = (kNorm ? 128 : 256) / kChunk<W>;
+constexpr int kDepth = sizeof(W) == 2 ? (kNorm ? 3 : 8) : (kNorm ? 2 : 4);
 
 __device__ __forceinline__ uint32_t word(const uint4& bits, int i) {
   return i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w;
@@ -94,9 +93,10 @@ __device__ __forceinline__ void normalise(const FusedLinearParams& p, const floa
   }
 }
 
-template <class T, class W, bool kNorm, bool kGated, int kColumns, int kTiles>
-__global__ void __launch_bounds__(kThreads, kGated && kColumns * kTiles > 2 ? 1 : 2)
+template <class T, class W, bool kNorm, bool kGated, int kColumns, int kRows>
+__global__ void __launch_bounds__(kThreads, kGated&& kRows > kTileRows ? 1 : 2)
     fused_linear_kernel(const FusedLinearParams p) {
+  constexpr int kTiles = (kRows + kTileRows - 1) / kTileRows, kHalves = kRows > kTileRows / 2 ? 2 : 1;
   constexpr int kMatrices = kGated ? 2 : 1;
   constexpr int kDeep = kDepth<W, kNorm>;
   constexpr bool kScaled = sizeof(W) == 1;
@@ -104,13 +104,14 @@ __global__ void __launch_bounds__(kThreads, kGated && kColumns * kTiles > 2 ? 1 
   let_next_kernel_begin();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4, quarter = lane % 4;  // the row and output of operands, and which of their inputs
-  const int64_t first_row = int64_t{blockIdx.y} * (kTiles * kTileRows);
+  const int64_t first_row = int64_t{blockIdx.y} * kRows;
   const int64_t first_output = int64_t{blockIdx.x} * (kColumns * kTileOutputs);
-  const int rows = static_cast<int>(min(p.rows - first_row, int64_t{kTiles * kTileRows}));
+  const int rows = static_cast<int>(min(p.rows - first_row, int64_t{kRows}));
   const int chunks = static_cast<int>(p.inputs / kChunk<W>);
 
   uint4 weights[kDeep][kColumns][kMatrices];
-  const auto fetch = [&](int first) {  // of chunks first, first + kWarps, ...
+  __nv_bfloat16 scales[kScaled ? kDeep : 1][kColumns][kMatrices][2];  // of the outputs whose sums this lane holds
+  const auto fetch = [&](int first) {                                 // of chunks first, first + kWarps, ...
 #pragma unroll
     for (int d = 0; d < kDeep; ++d) {
       const int chunk = first + d * kWarps;
@@ -123,16 +124,43 @@ __global__ void __launch_bounds__(kThreads, kGated && kColumns * kTiles > 2 ? 1 
         for (int m = 0; m < kMatrices; ++m) {
           const W* matrix = static_cast<const W*>(m == 0 ? p.weight : p.gate);
           weights[d][c][m] = exists ? stream16(matrix + at) : make_uint4(0, 0, 0, 0);
+          if constexpr (kScaled) {
+            const __nv_bfloat16* scale = static_cast<const __nv_bfloat16*>(m == 0 ? p.scale : p.gate_scale);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int64_t summed = first_output + c * kTileOutputs + 2 * quarter + i;
+              const bool there = chunk < chunks && summed < p.outputs;
+              scales[d][c][m][i] = there ? scale[summed * chunks + chunk] : from_float<__nv_bfloat16>(0);
+            }
+          }
         }
       }
     }
   };
   fetch(warp);
-  wait_for_kernel_ahead();
 
-  constexpr int kSums = kTiles * kColumns * kMatrices;
+  // The results of this thread, each of a row and an output of the block, and what is added to them.
+  constexpr int kTile = kHalves * 8 * kTileOutputs, kSums = kTiles * kColumns * kMatrices;
+  constexpr int kResults = kTiles * kColumns * kTile, kOwn = (kResults + kThreads - 1) / kThreads;
+  const auto row_of = [](int i) { return i / (kColumns * kTile) * kTileRows + i % kTile / kTileOutputs; };
+  const auto output_of = [&](int i) { return first_output + i / kTile % kColumns * kTileOutputs + i % kTileOutputs; };
+  float added[kOwn] = {};
+#pragma unroll
+  for (int own = 0; own < kOwn; ++own) {
+    const int64_t output = output_of(own * kThreads + threadIdx.x);
+    if (p.bias != nullptr && output < p.outputs) added[own] = to_float(static_cast<const T*>(p.bias)[output]);
+  }
+  wait_for_kernel_ahead();
+#pragma unroll
+  for (int own = 0; own < kOwn; ++own) {
+    const int i = own * kThreads + threadIdx.x, row = row_of(i);
+    const int64_t output = output_of(i);
+    if (p.residual == nullptr || i >= kResults || row >= rows || output >= p.outputs) continue;
+    added[own] += __ldcg(p.residual + (first_row + row) * p.outputs + output);
+  }
+
   float* partial = reinterpret_cast<float*>(shared);  // (kWarps, kSums, kTile)
-  T* normed = reinterpret_cast<T*>(shared);           // (kTiles * kTileRows, stride)
+  T* normed = reinterpret_cast<T*>(shared);           // (kRows, stride)
   const int64_t stride = kNorm ? p.inputs + kPadding : p.inputs;
   if constexpr (kNorm) {
     for (int row = warp; row < rows; row += kWarps) {
@@ -157,11 +185,11 @@ __global__ void __launch_bounds__(kThreads, kGated && kColumns * kTiles > 2 ? 1 
     for (int d = 0; d < kDeep; ++d) {
       const int chunk = first + d * kWarps;
       if (chunk >= chunks) break;
-      uint32_t inputs[kTiles][2][kLaneInputs<W> / 2];
+      uint32_t inputs[kTiles][2][kLaneInputs<W> / 2] = {};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
           for (int part = 0; part < kLaneInputs<W> / 8; ++part) {
             const int64_t k = chunk * kChunk<W> + quarter * kLaneInputs<W> + part * 8;
@@ -177,15 +205,6 @@ __global__ void __launch_bounds__(kThreads, kGated && kColumns * kTiles > 2 ? 1 
         for (int m = 0; m < kMatrices; ++m) {
           uint32_t pairs[kLaneInputs<W> / 2];
           widen<T, W>(weights[d][c][m], pairs);
-          float scales[2] = {1, 1};
-          if constexpr (kScaled) {
-            const __nv_bfloat16* scale = static_cast<const __nv_bfloat16*>(m == 0 ? p.scale : p.gate_scale);
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const int64_t output = first_output + c * kTileOutputs + 2 * quarter + i;
-              if (output < p.outputs) scales[i] = to_float(scale[output * chunks + chunk]);
-            }
-          }
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
             float fresh[4] = {};
@@ -199,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, kGated && kColumns * kTiles > 2 ? 1 
             }
             if constexpr (kScaled) {
 #pragma unroll
-              for (int i = 0; i < 4; ++i) sum[i] += fresh[i] * scales[i % 2];
+              for (int i = 0; i < 4; ++i) sum[i] += fresh[i] * to_float(scales[d][c][m][i % 2]);
             }
           }
         }
@@ -216,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, kGated && kColumns * kTiles > 2 ? 1 
       for (int m = 0; m < kMatrices; ++m) {
         float* mine = partial + (warp * kSums + (tile * kColumns + c) * kMatrices + m) * kTile;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < kHalves; ++half) {
           *reinterpret_cast<float2*>(mine + (half * 8 + group) * kTileOutputs + 2 * quarter) =
               make_float2(sums[tile][c][m][2 * half], sums[tile][c][m][2 * half + 1]);
         }
@@ -224,17 +243,18 @@ __global__ void __launch_bounds__(kThreads, kGated && kColumns * kTiles > 2 ? 1 
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kTiles * kColumns * kTile; i += kThreads) {
-    const int block = i / kTile, row = block / kColumns * kTileRows + i % kTile / kTileOutputs;
-    const int64_t output = first_output + block % kColumns * kTileOutputs + i % kTileOutputs;
-    if (row >= rows || output >= p.outputs) continue;
+#pragma unroll
+  for (int own = 0; own < kOwn; ++own) {
+    const int i = own * kThreads + threadIdx.x, row = row_of(i);
+    const int64_t output = output_of(i);
+    if (i >= kResults || row >= rows || output >= p.outputs) continue;
     float total[kMatrices] = {};
 #pragma unroll
     for (int m = 0; m < kMatrices; ++m) {
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total[m] += partial[(w * kSums + block * kMatrices + m) * kTile + i % kTile];
+      for (int w = 0; w < kWarps; ++w) total[m] += partial[(w * kSums + i / kTile * kMatrices + m) * kTile + i % kTile];
     }
-    float result = total[0] + (p.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(p.bias)[output]));
+    float result = total[0] + added[own];
     if constexpr (kGated) {
       // Rounded where the separate layers round.
       const float gate = rounded<T>(total[1]);
@@ -242,47 +262,50 @@ __global__ void __launch_bounds__(kThreads, kGated && kColumns * kTiles > 2 ? 1 
     }
     const int64_t at = (first_row + row) * p.outputs + output;
     if (p.residual != nullptr) {
-      p.residual[at] += result;
+      p.residual[at] = result;
     } else {
       static_cast<T*>(p.out)[at] = from_float<T>(result);
     }
   }
 }
 
-template <class T, class W, bool kNorm, bool kGated, int kColumns, int kTiles>
+template <class T, class W, bool kNorm, bool kGated, int kColumns, int kRows>
 void launch(const FusedLinearParams& p, void* stream) {
-  const auto kernel = fused_linear_kernel<T, W, kNorm, kGated, kColumns, kTiles>;
-  const size_t normed = kNorm ? kTiles * kTileRows * (p.inputs + kPadding) * sizeof(T) : 0;
-  const size_t sums = kWarps * kTiles * kColumns * (kGated ? 2 : 1) * kTile * sizeof(float);
+  const auto kernel = fused_linear_kernel<T, W, kNorm, kGated, kColumns, kRows>;
+  const size_t normed = kNorm ? kRows * (p.inputs + kPadding) * sizeof(T) : 0;
+  const size_t sums = kWarps * kRows * kColumns * kTileOutputs * (kGated ? 2 : 1) * sizeof(float);
   const size_t bytes = normed > sums ? normed : sums;
   allow_shared_bytes(kernel, bytes);
-  constexpr int64_t kOwned = kColumns * kTileOutputs, kTogether = kTiles * kTileRows;
+  constexpr int64_t kOwned = kColumns * kTileOutputs;
   const dim3 grid(static_cast<unsigned>((p.outputs + kOwned - 1) / kOwned),
-                  static_cast<unsigned>((p.rows + kTogether - 1) / kTogether));
+                  static_cast<unsigned>((p.rows + kRows - 1) / kRows));
   ALITOK_LAUNCH_EARLY(kernel, grid, dim3(kThreads), bytes, stream, p);
 }
 
-// Where more rows are normalised by each block, blocks own more outputs, so that fewer do the same work.
+// As many outputs to a block as make about 100 blocks at the sizes of B: a block of the kernel behind then fits beside
+// each, and has its weights on their way.
+template <class T, class W, int kRows>
+void launch_for_layer(const FusedLinearParams& p, void* stream) {
+  if (p.norm_weight == nullptr) return launch<T, W, false, false, 1, kRows>(p, stream);
+  if (p.gate == nullptr) return launch<T, W, true, false, 3, kRows>(p, stream);
+  launch<T, W, true, true, 2, kRows>(p, stream);
+}
+
 template <class T, class W>
-void launch_for_shape(const FusedLinearParams& p, void* stream) {
-  const bool norm = p.norm_weight != nullptr, gated = p.gate != nullptr;
-  if (!norm)
-    return p.rows <= 16 ? launch<T, W, false, false, 1, 1>(p, stream) : launch<T, W, false, false, 1, 2>(p, stream);
-  if (p.rows <= 8)
-    return gated ? launch<T, W, true, true, 1, 1>(p, stream) : launch<T, W, true, false, 1, 1>(p, stream);
-  if (p.rows <= 16)
-    return gated ? launch<T, W, true, true, 2, 1>(p, stream) : launch<T, W, true, false, 2, 1>(p, stream);
-  gated ? launch<T, W, true, true, 2, 2>(p, stream) : launch<T, W, true, false, 2, 2>(p, stream);
+void launch_for_rows(const FusedLinearParams& p, void* stream) {
+  if (p.rows <= 8) return launch_for_layer<T, W, 8>(p, stream);
+  if (p.rows <= 16) return launch_for_layer<T, W, 16>(p, stream);
+  launch_for_layer<T, W, 32>(p, stream);
 }
 
 }  // namespace
 
 void fused_linear_cuda(const FusedLinearParams& p, void* stream) {
-  if (p.dtype == FusedLinearDtype::float16) return launch_for_shape<__half, __half>(p, stream);
+  if (p.dtype == FusedLinearDtype::float16) return launch_for_rows<__half, __half>(p, stream);
   switch (p.weight_dtype) {
-    case FusedLinearDtype::int8: return launch_for_shape<__nv_bfloat16, int8_t>(p, stream);
-    case FusedLinearDtype::e4m3: return launch_for_shape<__nv_bfloat16, e4m3>(p, stream);
-    default: return launch_for_shape<__nv_bfloat16, __nv_bfloat16>(p, stream);
+    case FusedLinearDtype::int8: return launch_for_rows<__nv_bfloat16, int8_t>(p, stream);
+    case FusedLinearDtype::e4m3: return launch_for_rows<__nv_bfloat16, e4m3>(p, stream);
+    default: return launch_for_rows<__nv_bfloat16, __nv_bfloat16>(p, stream);
   }
 }
 
