@@ -4,9 +4,9 @@
 // of its warps has a share of the keys, a tile of which (most often all) it copies to shared memory behind its back,
 // first the keys, then the values. Meanwhile query and new key are normalised and rotated. Then a warp goes on alone,
 // without barriers of the block, through its tiles: scores (two lanes a key, which lie in registers), softmax with a
-// running maximum, sum of the values (a lane for eight channels of every G-th key). The place of keys that have been
-// read is filled with the next tile's while the values are summed, and the other way round. In the end the warps' sums
-// are added up in their order.
+// running maximum, sum of the values (a lane for eight channels of every G-th key). Where a tile is not all, the next
+// keys are copied to the place of those that have been read while the values are summed, and the other way round. In the
+// end the warps' sums are added up in their order.
 //
 // The new key and value are the first in the tile of the last block's first warp: stored there as the cache rounds them,
 // and to the cache, they are never read back. Behind the first lie old ones, in the order of the cache.
