@@ -1,15 +1,15 @@
 // A block for each row and head, or, where the cache is long and those are few, several that share its keys.
 //
-// The kernel is as fast as memory if enough of it is on its way at any time. So a block begins with all its copies: each
-// of its warps has a share of the keys, a tile of which (most often all) it copies to shared memory behind its back, the
-// keys first, then the values. Meanwhile query and new key are normalised and rotated. Then each warp goes on alone,
-// without barriers of the block, tile by tile: scores (two lanes a key; they stay in registers), softmax with a running
-// maximum, sum of the values (a lane for eight channels of every G-th key). Where one tile is not all, the next keys are
-// copied to the place of those that have been read while the values are summed, and the other way round. In the end the
-// sums of the warps are added up in their order.
+// The kernel is as fast as memory if enough of it is on its way at any time. So a block begins with all its copies:
+// each of its warps has a share of the keys, a tile of which (most often all) it copies to shared memory behind its
+// back, the keys first, then the values. Meanwhile query and new key are normalised and rotated. Then each warp goes
+// on alone, without barriers of the block, tile by tile: scores (two lanes a key; they stay in registers), softmax
+// with a running maximum, sum of the values (a lane for eight channels of every G-th key). Where one tile is not all,
+// the next keys are copied to the place of those that have been read while the values are summed, and the other way
+// round. In the end the sums of the warps are added up in their order.
 //
-// The new key and value come first in the tile of the last block's first warp, in front of the old ones. They are stored
-// there as the cache rounds them, and in the cache, from where nobody reads them in this launch.
+// The new key and value come first in the tile of the last block's first warp, in front of the old ones. They are
+// stored there as the cache rounds them, and in the cache, from where nobody reads them in this launch.
 //
 // The position is known on the device alone, so the host chooses the number of blocks by rows, heads and capacity, and
 // each block finds its keys of [0, position]; those that have none leave at once. The block that finishes last, by a
