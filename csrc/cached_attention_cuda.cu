@@ -1,15 +1,15 @@
 // A block for each row and head, or, where the cache is long and those are few, several that share its keys.
 //
-// The kernel is as fast as memory if enough of it is on its way at any time. So a block begins with all its copies: each
-// of its warps has a share of the keys, a tile of which (most often all) it copies to shared memory behind its back,
-// first the keys, then the values. Meanwhile query and new key are normalised and rotated. Then a warp goes on alone,
-// without barriers of the block, through its tiles: scores (two lanes a key, which lie in registers), softmax with a
-// running maximum, sum of the values (a lane for eight channels of every G-th key). The place of keys that have been
-// read is filled with the next tile's while the values are summed, and the other way round. In the end the warps' sums
-// are added up in their order.
+// The kernel is as fast as memory if enough of it is on its way at any time. So a block begins with all its copies:
+// each of its warps has a share of the keys, a tile of which (most often all) it copies to shared memory behind its
+// back, the keys first, then the values. Meanwhile query and new key are normalised and rotated. Then each warp goes
+// on alone, without barriers of the block, tile by tile: scores (two lanes a key; they stay in registers), softmax
+// with a running maximum, sum of the values (a lane for eight channels of every G-th key). Where one tile is not all,
+// the next keys are copied to the place of those that have been read while the values are summed, and the other way
+// round. In the end the sums of the warps are added up in their order.
 //
-// The new key and value are the first in the tile of the last block's first warp: stored there as the cache rounds them,
-// and to the cache, they are never read back. Behind the first lie old ones, in the order of the cache.
+// The new key and value come first in the tile of the last block's first warp, in front of the old ones. They are
+// stored there as the cache rounds them, and in the cache, from where nobody reads them in this launch.
 //
 // The position is known on the device alone, so the host chooses the number of blocks by rows, heads and capacity, and
 // each block finds its keys of [0, position]; those that have none leave at once. The block that finishes last, by a
@@ -102,7 +102,8 @@ __device__ __forceinline__ Pairs load_pairs(const T* x, int head_dim) {
   return pairs;
 }
 
-// One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. Weight and rope may be null.
+// One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. Weight and rope may be
+// null.
 template <class T>
 __device__ __forceinline__ void normalise_and_rotate(Pairs& x, const float* weight, float eps, const float* rope,
                                                      int head_dim) {
@@ -158,7 +159,8 @@ __device__ __forceinline__ void copy_run(Cache* shared, const Cache* global, int
   copy_bytes<16>(to, from, bytes);
 }
 
-// One warp: scores of `count` keys in shared memory; that of key kPass * k + lane / kLanes in score[k], where there is one.
+// One warp: scores of `count` keys in shared memory; that of key kPass * k + lane / kLanes, where there is one, in
+// score[k].
 template <class Cache>
 __device__ __forceinline__ void score_keys(const Cache* keys, int count, int chunks, const float* query, float scale,
                                            float (&score)[kKeys]) {

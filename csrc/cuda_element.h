@@ -80,8 +80,8 @@ __device__ __forceinline__ void widen(const PackedEight<T>& from, float (&to)[8]
       }
     }
   } else {
+    static_assert(std::is_same_v<T, e4m3>);
 #if !defined(ALITOK_SIMT) && __CUDA_ARCH__ >= 890
-    static_assert(sizeof(T) != 1 || std::is_same_v<T, e4m3>, "other bytes are not floats");
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // the device converts two at once to float16, which has every value of e4m3
       const uint16_t bytes = static_cast<uint16_t>(from.words[i / 2] >> (16 * (i % 2)));
