@@ -37,28 +37,26 @@ __device__ __forceinline__ uint32_t word(const uint4& bits, int i) {
 
 // The weights of a load as pairs of T, exactly.
 template <class T, class W>
-__device__ __forceinline__ void widen(const uint4& bits, uint32_t (&pairs)[kLaneInputs<W> / 2]) {
+__device__ __forceinline__ void pair_up(const uint4& bits, uint32_t (&pairs)[kLaneInputs<W> / 2]) {
   if constexpr (sizeof(W) == 2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = word(bits, i);
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float value[4];
+    for (int half = 0; half < 2; ++half) {
+      const PackedEight<W> packed = {{word(bits, 2 * half), word(bits, 2 * half + 1)}};
+      float value[8];
+      if constexpr (std::is_same_v<W, int8_t>) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint32_t byte = word(bits, i) >> (8 * k) & 0xffu;
-        if constexpr (std::is_same_v<W, int8_t>) {
+        for (int k = 0; k < 8; ++k) {
+          const uint32_t byte = packed.words[k / 4] >> (8 * (k % 4)) & 0xffu;
           value[k] = __uint_as_float(0x4b000000u | (byte ^ 0x80u)) - 8388736.0f;  // 2^23 + 128 + the number
-        } else {
-          W element;
-          const uint8_t narrow = static_cast<uint8_t>(byte);
-          memcpy(&element, &narrow, 1);
-          value[k] = to_float(element);
         }
+      } else {
+        widen(packed, value);
       }
-      pairs[2 * i] = pack2<T>(value[0], value[1]);
-      pairs[2 * i + 1] = pack2<T>(value[2], value[3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[4 * half + i] = pack2<T>(value[2 * i], value[2 * i + 1]);
     }
   }
 }
@@ -94,7 +92,7 @@ __device__ __forceinline__ void normalise(const FusedLinearParams& p, const floa
 }
 
 template <class T, class W, bool kNorm, bool kGated, int kColumns, int kRows>
-__global__ void __launch_bounds__(kThreads, kGated&& kRows > kTileRows ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, kNorm && kRows > kTileRows ? 1 : 2)
     fused_linear_kernel(const FusedLinearParams p) {
   constexpr int kTiles = (kRows + kTileRows - 1) / kTileRows, kHalves = kRows > kTileRows / 2 ? 2 : 1;
   constexpr int kMatrices = kGated ? 2 : 1;
@@ -204,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kGated&& kRows > kTileRows ? 1 : 2)
 #pragma unroll
         for (int m = 0; m < kMatrices; ++m) {
           uint32_t pairs[kLaneInputs<W> / 2];
-          widen<T, W>(weights[d][c][m], pairs);
+          pair_up<T, W>(weights[d][c][m], pairs);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
             float fresh[4] = {};
