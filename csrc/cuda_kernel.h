@@ -78,12 +78,17 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #endif
 }
 
-// 16 bytes that are read once and that no kernel writes, past the first-level cache. Stays before a wait that follows it.
-__device__ __forceinline__ uint4 stream16(const void* global) {
+// 16 bytes that are read once and that no kernel writes, past the first-level cache, or zeros where not `valid`. Stays
+// before a wait that follows it (loads of read-only memory, ld.global.nc, do not).
+__device__ __forceinline__ uint4 stream16(const void* global, bool valid) {
   uint4 bits;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-               : "l"(global));
+  asm volatile(
+      "{\n.reg .pred valid;\nsetp.ne.b32 valid, %5, 0;\n"
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@valid ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=&r"(bits.x), "=&r"(bits.y), "=&r"(bits.z), "=&r"(bits.w)
+      : "l"(global), "r"(static_cast<int>(valid))
+      : "memory");
   return bits;
 }
 

@@ -6,6 +6,7 @@
 //
 // Which inputs meet in a matrix instruction is free, as long as both operands agree: lane t of four takes the inputs
 // that lie behind one another in its 16 bytes of a weight row, so no operand is moved between lanes.
+#include <algorithm>
 #include <type_traits>
 
 #include "cuda_element.h"
@@ -17,7 +18,6 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kTileRows = 16, kTileOutputs = 8;  // of a matrix instruction
 constexpr int kPadding = 32;  // between rows in shared memory, in elements: 64 bytes, for eight rows without conflicts
-constexpr int kKept = kFusedLinearMostNormed / (32 * 4);  // groups of four inputs that a lane normalises
 
 // Inputs that one load of a lane brings, those of the four lanes that share an output, and matrix instructions for them.
 template <class W>
@@ -27,9 +27,16 @@ constexpr int kChunk = 4 * kLaneInputs<W>;
 template <class W>
 constexpr int kSteps = kLaneInputs<W> / 4;
 
-// Loads of a lane that are under way at a time, and before the kernel ahead has ended: all of them at the sizes of B.
-template <class W, bool kNorm>
-constexpr int kDepth = sizeof(W) == 2 ? (kNorm ? 3 : 8) : (kNorm ? 2 : 4);
+// Loads that bring the longest rows that are normalised.
+template <class W>
+constexpr int kDeepest = (kFusedLinearMostNormed + kWarps * kChunk<W> - 1) / (kWarps * kChunk<W>);
+
+// Tiles of outputs to a block: as many as make about 100 blocks at the sizes of B, so that a block of the kernel behind
+// fits beside each, and has its weights on their way.
+template <bool kNorm, bool kGated>
+constexpr int kOwnedTiles = !kNorm   ? 1
+                            : kGated ? 2
+                                     : 3;
 
 __device__ __forceinline__ uint32_t word(const uint4& bits, int i) {
   return i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w;
@@ -61,81 +68,118 @@ __device__ __forceinline__ void pair_up(const uint4& bits, uint32_t (&pairs)[kLa
   }
 }
 
-// One warp: RMSNorm of a row of x, rounded where add_rms_norm rounds, into shared memory.
-template <class T>
-__device__ __forceinline__ void normalise(const FusedLinearParams& p, const float* x, T* normed) {
-  const int lane = threadIdx.x % 32, inputs = static_cast<int>(p.inputs);
-  float4 value[kKept];
+// kTeam warps: RMSNorm of a row of x of up to kMost inputs, if it exists, rounded where add_rms_norm rounds; weights and
+// result in shared memory. Where kTeam > 1 the whole block comes here, once.
+template <int kTeam, int kMost, class T>
+__device__ __forceinline__ void normalise(const float* x, bool exists, const T* weight, float eps, int inputs,
+                                          T* normed) {
+  constexpr int kVector = kTeam == 1 ? 4 : 2, kStep = 32 * kTeam * kVector;
+  constexpr int kSteps = kMost / kStep;
+  using Values = std::conditional_t<kVector == 4, float4, float2>;
+  using Pairs = std::conditional_t<kVector == 4, uint2, uint32_t>;
+  const int first = threadIdx.x % (32 * kTeam) * kVector;
+  float value[kSteps][kVector];
+  uint32_t weights[kSteps][kVector / 2];
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const Values values = exists && first + i * kStep < inputs
+                              ? __ldcg(reinterpret_cast<const Values*>(x + first + i * kStep))
+                              : Values{};
+    memcpy(value[i], &values, sizeof(values));
+  }
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const Pairs pairs =
+        first + i * kStep < inputs ? *reinterpret_cast<const Pairs*>(weight + first + i * kStep) : Pairs{};
+    memcpy(weights[i], &pairs, sizeof(pairs));
+  }
   float squares = 0;
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    const int k = 4 * (32 * i + lane);
-    value[i] = k < inputs ? __ldcg(reinterpret_cast<const float4*>(x + k)) : make_float4(0, 0, 0, 0);
-  }
+  for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    squares += value[i].x * value[i].x + value[i].y * value[i].y + value[i].z * value[i].z + value[i].w * value[i].w;
+    for (int v = 0; v < kVector; ++v) squares += value[i][v] * value[i][v];
   }
-  const float inverse = rsqrtf(warp_sum(squares) / inputs + p.norm_eps);
-  const T* weight = static_cast<const T*>(p.norm_weight);
+  squares = warp_sum(squares);
+  if constexpr (kTeam > 1) {
+    __shared__ float scratch[kWarps];
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) scratch[warp] = squares;
+    __syncthreads();
+    squares = 0;
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    const int k = 4 * (32 * i + lane);
-    if (k >= inputs) break;
-    const uint2 bits = __ldg(reinterpret_cast<const uint2*>(weight + k));
-    const float2 low = unpack2<T>(bits.x), high = unpack2<T>(bits.y);
-    uint2 result;
-    result.x = pack2<T>(rounded<T>(value[i].x * inverse) * low.x, rounded<T>(value[i].y * inverse) * low.y);
-    result.y = pack2<T>(rounded<T>(value[i].z * inverse) * high.x, rounded<T>(value[i].w * inverse) * high.y);
-    *reinterpret_cast<uint2*>(normed + k) = result;
+    for (int w = 0; w < kTeam; ++w) squares += scratch[warp / kTeam * kTeam + w];
+  }
+  const float inverse = rsqrtf(squares / inputs + eps);
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    if (!exists || first + i * kStep >= inputs) break;
+    uint32_t result[kVector / 2];
+#pragma unroll
+    for (int v = 0; v < kVector; v += 2) {
+      const float2 pair = unpack2<T>(weights[i][v / 2]);
+      result[v / 2] =
+          pack2<T>(rounded<T>(value[i][v] * inverse) * pair.x, rounded<T>(value[i][v + 1] * inverse) * pair.y);
+    }
+    memcpy(normed + first + i * kStep, result, sizeof(result));
   }
 }
 
-template <class T, class W, bool kNorm, bool kGated, int kColumns, int kRows>
-__global__ void __launch_bounds__(kThreads, kNorm && kRows > kTileRows ? 1 : 2)
+// Up to kRows rows to a block; kDeep loads of weights are under way to a lane, for each of its outputs and matrices.
+template <class T, class W, bool kNorm, bool kGated, int kRows, int kDeep>
+__global__ void __launch_bounds__(kThreads,
+                                  kRows > kTileRows || kDeep == kDeepest<W> || (kNorm && sizeof(W) == 1) ? 1 : 2)
     fused_linear_kernel(const FusedLinearParams p) {
+  constexpr int kColumns = kOwnedTiles<kNorm, kGated>, kMatrices = kGated ? 2 : 1;
   constexpr int kTiles = (kRows + kTileRows - 1) / kTileRows, kHalves = kRows > kTileRows / 2 ? 2 : 1;
-  constexpr int kMatrices = kGated ? 2 : 1;
-  constexpr int kDeep = kDepth<W, kNorm>;
+  constexpr int kEach = kLaneInputs<W>, kStride = kWarps * kChunk<W>;  // from one load of a lane to the next
   constexpr bool kScaled = sizeof(W) == 1;
-  ALITOK_DYNAMIC_SHARED(unsigned char, shared);  // the normalised rows, then the sums of the warps
+  ALITOK_DYNAMIC_SHARED(unsigned char,
+                        shared);  // with a norm its weights and the normalised rows; then the warps' sums
   let_next_kernel_begin();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4, quarter = lane % 4;  // the row and output of operands, and which of their inputs
   const int64_t first_row = int64_t{blockIdx.y} * kRows;
   const int64_t first_output = int64_t{blockIdx.x} * (kColumns * kTileOutputs);
   const int rows = static_cast<int>(min(p.rows - first_row, int64_t{kRows}));
-  const int chunks = static_cast<int>(p.inputs / kChunk<W>);
+  const int inputs = static_cast<int>(p.inputs), chunks = inputs / kChunk<W>;
+  const int begin = warp * kChunk<W> + quarter * kEach;  // the first input of this lane
 
   uint4 weights[kDeep][kColumns][kMatrices];
   __nv_bfloat16 scales[kScaled ? kDeep : 1][kColumns][kMatrices][2];  // of the outputs whose sums this lane holds
-  const auto fetch = [&](int first) {                                 // of chunks first, first + kWarps, ...
+  const auto fetch = [&](int first) {                                 // from input `first` of this lane on
 #pragma unroll
-    for (int d = 0; d < kDeep; ++d) {
-      const int chunk = first + d * kWarps;
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t output = first_output + c * kTileOutputs + group, summed = output - group + 2 * quarter;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const int64_t output = first_output + c * kTileOutputs + group;
-        const int64_t at = output * p.inputs + chunk * kChunk<W> + quarter * kLaneInputs<W>;
-        const bool exists = chunk < chunks && output < p.outputs;
+      for (int m = 0; m < kMatrices; ++m) {
+        const W* row = static_cast<const W*>(m == 0 ? p.weight : p.gate) + output * inputs + first;
+        const __nv_bfloat16* scale = static_cast<const __nv_bfloat16*>(m == 0 ? p.scale : p.gate_scale);
 #pragma unroll
-        for (int m = 0; m < kMatrices; ++m) {
-          const W* matrix = static_cast<const W*>(m == 0 ? p.weight : p.gate);
-          weights[d][c][m] = exists ? stream16(matrix + at) : make_uint4(0, 0, 0, 0);
+        for (int d = 0; d < kDeep; ++d) {
+          const bool there = first + d * kStride < inputs;
+          weights[d][c][m] = stream16(row + d * kStride, there && output < p.outputs);
           if constexpr (kScaled) {
-            const __nv_bfloat16* scale = static_cast<const __nv_bfloat16*>(m == 0 ? p.scale : p.gate_scale);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              const int64_t summed = first_output + c * kTileOutputs + 2 * quarter + i;
-              const bool there = chunk < chunks && summed < p.outputs;
-              scales[d][c][m][i] = there ? scale[summed * chunks + chunk] : from_float<__nv_bfloat16>(0);
+              scales[d][c][m][i] = there && summed + i < p.outputs
+                                       ? scale[(summed + i) * chunks + first / kChunk<W> + d * kWarps]
+                                       : from_float<__nv_bfloat16>(0);
             }
           }
         }
       }
     }
   };
-  fetch(warp);
+  fetch(begin);
+  float* partial = reinterpret_cast<float*>(shared);  // (kWarps, kSums, kTile)
+  T* norm_weight = reinterpret_cast<T*>(shared);      // (inputs)
+  T* normed = norm_weight + inputs;                   // (kRows, stride)
+  if constexpr (kNorm) {
+    for (int i = 8 * threadIdx.x; i < inputs; i += 8 * kThreads) {
+      cp_async16(norm_weight + i, static_cast<const T*>(p.norm_weight) + i);
+    }
+    cp_async_commit();
+  }
 
   // The results of this thread, each of a row and an output of the block, and what is added to them.
   constexpr int kTile = kHalves * 8 * kTileOutputs, kSums = kTiles * kColumns * kMatrices;
@@ -148,6 +192,10 @@ __global__ void __launch_bounds__(kThreads, kNorm && kRows > kTileRows ? 1 : 2)
     const int64_t output = output_of(own * kThreads + threadIdx.x);
     if (p.bias != nullptr && output < p.outputs) added[own] = to_float(static_cast<const T*>(p.bias)[output]);
   }
+  if constexpr (kNorm) {
+    cp_async_wait<0>();
+    __syncthreads();
+  }
   wait_for_kernel_ahead();
 #pragma unroll
   for (int own = 0; own < kOwn; ++own) {
@@ -157,66 +205,73 @@ __global__ void __launch_bounds__(kThreads, kNorm && kRows > kTileRows ? 1 : 2)
     added[own] += __ldcg(p.residual + (first_row + row) * p.outputs + output);
   }
 
-  float* partial = reinterpret_cast<float*>(shared);  // (kWarps, kSums, kTile)
-  T* normed = reinterpret_cast<T*>(shared);           // (kRows, stride)
-  const int64_t stride = kNorm ? p.inputs + kPadding : p.inputs;
+  const int stride = kNorm ? inputs + kPadding : inputs;
   if constexpr (kNorm) {
-    for (int row = warp; row < rows; row += kWarps) {
-      normalise(p, static_cast<const float*>(p.x) + (first_row + row) * p.inputs, normed + row * stride);
+    constexpr int kTeam = kRows < kWarps ? kWarps / kRows : 1;
+    constexpr int kMost = std::min<int64_t>(kDeep * kStride, kFusedLinearMostNormed);
+    const float* x = static_cast<const float*>(p.x) + first_row * inputs;
+    for (int row = warp / kTeam; row < kRows; row += kWarps / kTeam) {
+      if (kTeam == 1 && row >= rows) break;
+      normalise<kTeam, kMost>(x + row * inputs, row < rows, norm_weight, p.norm_eps, inputs, normed + row * stride);
     }
     __syncthreads();
   }
-  const T* x = kNorm ? normed : static_cast<const T*>(p.x) + first_row * p.inputs;
-  const auto operand = [&](int row, int64_t k) {  // eight inputs of a row
-    if constexpr (kNorm) {
-      return *reinterpret_cast<const uint4*>(x + row * stride +
-                                             k);  // rows that are none hold anything: so do their sums
-    } else {
-      return row < rows ? __ldcg(reinterpret_cast<const uint4*>(x + row * stride + k)) : make_uint4(0, 0, 0, 0);
-    }
-  };
+  const T* x = kNorm ? normed : static_cast<const T*>(p.x) + first_row * inputs;
 
-  float sums[kTiles][kColumns][kMatrices][4] = {};
-  for (int first = warp; first < chunks; first += kDeep * kWarps) {
-    if (first != warp) fetch(first);
+  // Loads of inputs that a lane holds at a time: as many as fit in 32 registers, all of them before the first use. The
+  // products of one sum go to several, where there are few of them, so that they need not wait for one another.
+  constexpr int kFit = 64 / (kTiles * kHalves * kEach), kHeld = kFit < kDeep ? kFit : kDeep;
+  constexpr int kChains = kScaled || kSums > 2 ? 1 : 4 / kSums;
+  float sums[kTiles][kColumns][kMatrices][kChains][4] = {};
+  for (int first = begin; first - quarter * kEach < inputs; first += kDeep * kStride) {
+    if (first != begin) fetch(first);
 #pragma unroll
-    for (int d = 0; d < kDeep; ++d) {
-      const int chunk = first + d * kWarps;
-      if (chunk >= chunks) break;
-      uint32_t inputs[kTiles][2][kLaneInputs<W> / 2] = {};
+    for (int held = 0; held < kDeep; held += kHeld) {
+      uint32_t operand[kHeld][kTiles][2][kEach / 2] = {};
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
+          const int row = tile * kTileRows + half * (kTileRows / 2) + group;
+          // Beyond kRows there is no memory; between the rows that exist and kRows it is anybody's, and so are the sums.
+          const bool readable = kNorm ? row < kRows : row < rows;
+          const T* lane_inputs = x + row * stride + first;
 #pragma unroll
-          for (int part = 0; part < kLaneInputs<W> / 8; ++part) {
-            const int64_t k = chunk * kChunk<W> + quarter * kLaneInputs<W> + part * 8;
-            const uint4 bits = operand(tile * kTileRows + half * (kTileRows / 2) + group, k);
+          for (int d = held; d < held + kHeld && d < kDeep; ++d) {
+            if (!readable || first + d * kStride >= inputs) continue;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) inputs[tile][half][part * 4 + i] = word(bits, i);
+            for (int part = 0; part < kEach / 8; ++part) {
+              const uint4* eight = reinterpret_cast<const uint4*>(lane_inputs + d * kStride + part * 8);
+              const uint4 bits = kNorm ? *eight : __ldcg(eight);
+#pragma unroll
+              for (int i = 0; i < 4; ++i) operand[d - held][tile][half][part * 4 + i] = word(bits, i);
+            }
           }
         }
       }
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
+      for (int d = held; d < held + kHeld && d < kDeep; ++d) {
 #pragma unroll
-        for (int m = 0; m < kMatrices; ++m) {
-          uint32_t pairs[kLaneInputs<W> / 2];
-          pair_up<T, W>(weights[d][c][m], pairs);
+        for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-            float fresh[4] = {};
-            float (&sum)[4] = sums[tile][c][m];
+          for (int m = 0; m < kMatrices; ++m) {
+            uint32_t pairs[kEach / 2];
+            pair_up<T, W>(weights[d][c][m], pairs);
 #pragma unroll
-            for (int step = 0; step < kSteps<W>; ++step) {
-              const uint32_t a[4] = {inputs[tile][0][2 * step], inputs[tile][1][2 * step],
-                                     inputs[tile][0][2 * step + 1], inputs[tile][1][2 * step + 1]};
-              const uint32_t b[2] = {pairs[2 * step], pairs[2 * step + 1]};
-              mma_m16n8k16<T>(kScaled ? fresh : sum, a, b);
-            }
-            if constexpr (kScaled) {
+            for (int tile = 0; tile < kTiles; ++tile) {
+              const auto& of_rows = operand[d - held][tile];
+              float fresh[4] = {};
 #pragma unroll
-              for (int i = 0; i < 4; ++i) sum[i] += fresh[i] * to_float(scales[d][c][m][i % 2]);
+              for (int step = 0; step < kSteps<W>; ++step) {
+                const uint32_t a[4] = {of_rows[0][2 * step], of_rows[1][2 * step], of_rows[0][2 * step + 1],
+                                       of_rows[1][2 * step + 1]};
+                const uint32_t b[2] = {pairs[2 * step], pairs[2 * step + 1]};
+                mma_m16n8k16<T>(kScaled ? fresh : sums[tile][c][m][(d * kSteps<W> + step) % kChains], a, b);
+              }
+              if constexpr (kScaled) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[tile][c][m][0][i] += fresh[i] * to_float(scales[d][c][m][i % 2]);
+              }
             }
           }
         }
@@ -232,10 +287,16 @@ __global__ void __launch_bounds__(kThreads, kNorm && kRows > kTileRows ? 1 : 2)
 #pragma unroll
       for (int m = 0; m < kMatrices; ++m) {
         float* mine = partial + (warp * kSums + (tile * kColumns + c) * kMatrices + m) * kTile;
+        float (&sum)[kChains][4] = sums[tile][c][m];
+#pragma unroll
+        for (int chain = 1; chain < kChains; ++chain) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[0][i] += sum[chain][i];
+        }
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
           *reinterpret_cast<float2*>(mine + (half * 8 + group) * kTileOutputs + 2 * quarter) =
-              make_float2(sums[tile][c][m][2 * half], sums[tile][c][m][2 * half + 1]);
+              make_float2(sum[0][2 * half], sum[0][2 * half + 1]);
         }
       }
     }
@@ -267,30 +328,42 @@ __global__ void __launch_bounds__(kThreads, kNorm && kRows > kTileRows ? 1 : 2)
   }
 }
 
-template <class T, class W, bool kNorm, bool kGated, int kColumns, int kRows>
+template <class T, class W, bool kNorm, bool kGated, int kRows, int kDeep>
 void launch(const FusedLinearParams& p, void* stream) {
-  const auto kernel = fused_linear_kernel<T, W, kNorm, kGated, kColumns, kRows>;
-  const size_t normed = kNorm ? kRows * (p.inputs + kPadding) * sizeof(T) : 0;
-  const size_t sums = kWarps * kRows * kColumns * kTileOutputs * (kGated ? 2 : 1) * sizeof(float);
+  const auto kernel = fused_linear_kernel<T, W, kNorm, kGated, kRows, kDeep>;
+  constexpr int64_t kOwned = kOwnedTiles<kNorm, kGated> * kTileOutputs;
+  constexpr size_t kSummed = kRows < 8 ? 8 : kRows;
+  const size_t normed = kNorm ? (p.inputs + kRows * (p.inputs + kPadding)) * sizeof(T) : 0;
+  const size_t sums = kWarps * kSummed * kOwned * (kGated ? 2 : 1) * sizeof(float);
   const size_t bytes = normed > sums ? normed : sums;
   allow_shared_bytes(kernel, bytes);
-  constexpr int64_t kOwned = kColumns * kTileOutputs;
   const dim3 grid(static_cast<unsigned>((p.outputs + kOwned - 1) / kOwned),
                   static_cast<unsigned>((p.rows + kRows - 1) / kRows));
   ALITOK_LAUNCH_EARLY(kernel, grid, dim3(kThreads), bytes, stream, p);
 }
 
-// As many outputs to a block as make about 100 blocks at the sizes of B: a block of the kernel behind then fits beside
-// each, and has its weights on their way.
+// As deep as the inputs, so that all weights are on their way before the kernel ahead has ended; the longest rows take
+// more than one turn.
 template <class T, class W, int kRows>
 void launch_for_layer(const FusedLinearParams& p, void* stream) {
-  if (p.norm_weight == nullptr) return launch<T, W, false, false, 1, kRows>(p, stream);
-  if (p.gate == nullptr) return launch<T, W, true, false, 3, kRows>(p, stream);
-  launch<T, W, true, true, 2, kRows>(p, stream);
+  const int64_t loads = (p.inputs + kWarps * kChunk<W> - 1) / (kWarps * kChunk<W>);
+  if (p.norm_weight == nullptr) {
+    constexpr int kMost = sizeof(W) == 1 ? 4 : 8, kSummed = kRows < 8 ? 8 : kRows;
+    if (kMost == 8 && loads <= 4) return launch<T, W, false, false, kSummed, 4>(p, stream);
+    return launch<T, W, false, false, kSummed, kMost>(p, stream);
+  }
+  constexpr int kMost = kDeepest<W>, kLess = (kMost + 1) / 2;
+  if (p.gate == nullptr) {
+    if (loads <= kLess) return launch<T, W, true, false, kRows, kLess>(p, stream);
+    return launch<T, W, true, false, kRows, kMost>(p, stream);
+  }
+  if (loads <= kLess) return launch<T, W, true, true, kRows, kLess>(p, stream);
+  launch<T, W, true, true, kRows, kMost>(p, stream);
 }
 
 template <class T, class W>
 void launch_for_rows(const FusedLinearParams& p, void* stream) {
+  if (p.rows <= 2) return launch_for_layer<T, W, 2>(p, stream);
   if (p.rows <= 8) return launch_for_layer<T, W, 8>(p, stream);
   if (p.rows <= 16) return launch_for_layer<T, W, 16>(p, stream);
   launch_for_layer<T, W, 32>(p, stream);

@@ -99,8 +99,8 @@ def test_cuda_uses_one_kernel_for_few_rows_of_16_bits(monkeypatch):
     [
         (dict(x=torch.zeros(2, 60)), "a multiple of 64 inputs"),
         (dict(x=torch.zeros(200, 64)), "at most 128 rows"),
-        (dict(weight=torch.zeros(8, 128).bfloat16()), "weight: expected shape"),
-        (dict(bias=torch.zeros(9).bfloat16()), "bias: expected shape"),
+        (dict(weight=torch.zeros(8, 128).bfloat16()), "weight: expected size 64 along dimension 1"),
+        (dict(bias=torch.zeros(9).bfloat16()), "bias: expected size 8 along dimension 0"),
         (dict(norm_weight=torch.zeros(64)), "norm_weight: expected bfloat16 or float16"),
         (dict(gate=torch.zeros(8, 64).half()), "gate: expected bfloat16"),
         (dict(scale=torch.ones(8, 1).bfloat16()), "scale: expected given exactly beside 8-bit weights"),

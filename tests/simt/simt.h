@@ -404,7 +404,9 @@ inline void cp_async16(void* shared, const void* global, bool valid = true) { cp
 inline void wait_for_kernel_ahead() {}
 inline void let_next_kernel_begin() {}
 inline void prefetch(const void*) {}
-inline uint4 stream16(const void* global) { return *static_cast<const uint4*>(global); }
+inline uint4 stream16(const void* global, bool valid) {
+  return valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
+}
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int Pending>
 void cp_async_wait() {
