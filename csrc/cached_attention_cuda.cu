@@ -41,6 +41,9 @@ constexpr int kPass = 32 / kLanes;  // keys that a warp takes at once
 // multiprocessor of sm_90, one computing while others wait. Few blocks should begin with all of their copies at once.
 constexpr int64_t kBytesOfMany = 36 * 1024, kBytesOfFew = 88 * 1024, kFewBlocks = 256;
 
+// So many blocks find room beside the kernel ahead, or nearly, and ask for their keys and values while they wait for it.
+constexpr unsigned kEarlyBlocks = 512;
+
 // Keys of each block but the last, when `splits` blocks share `keys`.
 ALITOK_HOST_DEVICE int share_of(int keys, int splits) {
   if (splits == 1) return keys;
@@ -201,6 +204,22 @@ __device__ __forceinline__ void score_keys(const Cache* keys, int count, int chu
   }
 }
 
+// Asks for the old keys and values of a row and head. A hint, before the kernel ahead has ended: nothing depends on
+// whether the position is the one that it will be.
+template <class Cache>
+__device__ __forceinline__ void prefetch_cache(const CachedAttentionParams& p, int64_t row, int64_t head) {
+  constexpr int kLine = 128;
+  const int64_t position = __ldcg(p.position), first = row * p.row_stride + head * p.head_stride;
+  const int64_t bytes = position < 0 || position >= p.capacity ? 0 : position * p.head_dim * sizeof(Cache);
+  const char* keys = reinterpret_cast<const char*>(static_cast<const Cache*>(p.keys) + first);
+  const char* values = reinterpret_cast<const char*>(static_cast<const Cache*>(p.values) + first);
+#pragma unroll 1
+  for (int64_t i = threadIdx.x * kLine; i < bytes; i += kThreads * kLine) {
+    prefetch(keys + i);
+    prefetch(values + i);
+  }
+}
+
 // `tile` is the number of keys for which each warp has memory.
 template <class T, class Cache>
 __global__ void __launch_bounds__(kThreads, sizeof(Cache) == 4 ? 4 : 5)
@@ -216,10 +235,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Cache) == 4 ? 4 : 5)
     prefetch(p.q_norm_weight + tid * 32);
     prefetch(p.k_norm_weight + tid * 32);
   }
+  if (splits == 1 && gridDim.x <= kEarlyBlocks) prefetch_cache<Cache>(p, row, head);
   wait_for_kernel_ahead();
 
   T* out = static_cast<T*>(p.out) + static_cast<int64_t>(blockIdx.x) * dim;
-  const int64_t position = *p.position;
+  const int64_t position = __ldcg(p.position);
   const int part = warp;  // of qkv: the first warp takes the query, the second the new key, the third the new value
   const T* qkv = static_cast<const T*>(p.qkv) + (row * 3 * p.heads + head) * dim;
   Pairs x{};

@@ -31,6 +31,10 @@ constexpr int kSteps = kLaneInputs<W> / 4;
 template <class W>
 constexpr int kDeepest = (kFusedLinearMostNormed + kWarps * kChunk<W> - 1) / (kWarps * kChunk<W>);
 
+// The most at a time of rows that are not: longer ones take turns.
+template <class W>
+constexpr int kDeepestPlain = sizeof(W) == 1 ? 4 : 8;
+
 // Tiles of outputs to a block: as many as make about 100 blocks at the sizes of B, so that a block of the kernel behind
 // fits beside each, and has its weights on their way.
 template <bool kNorm, bool kGated>
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(kThreads,
   constexpr int kColumns = kOwnedTiles<kNorm, kGated>, kMatrices = kGated ? 2 : 1;
   constexpr int kTiles = (kRows + kTileRows - 1) / kTileRows, kHalves = kRows > kTileRows / 2 ? 2 : 1;
   constexpr int kEach = kLaneInputs<W>, kStride = kWarps * kChunk<W>;  // from one load of a lane to the next
-  constexpr bool kScaled = sizeof(W) == 1;
+  constexpr bool kScaled = sizeof(W) == 1, kOnce = kNorm || kDeep < kDeepestPlain<W>;  // all inputs with one fetch
   ALITOK_DYNAMIC_SHARED(unsigned char,
                         shared);  // with a norm its weights and the normalised rows; then the warps' sums
   let_next_kernel_begin();
@@ -175,34 +179,37 @@ __global__ void __launch_bounds__(kThreads,
   T* norm_weight = reinterpret_cast<T*>(shared);      // (inputs)
   T* normed = norm_weight + inputs;                   // (kRows, stride)
   if constexpr (kNorm) {
+#pragma unroll 1
     for (int i = 8 * threadIdx.x; i < inputs; i += 8 * kThreads) {
       cp_async16(norm_weight + i, static_cast<const T*>(p.norm_weight) + i);
     }
     cp_async_commit();
   }
 
-  // The results of this thread, each of a row and an output of the block, and what is added to them.
+  // The results of this thread, each of a row and an output of the block: where it belongs, and what is added to it.
   constexpr int kTile = kHalves * 8 * kTileOutputs, kSums = kTiles * kColumns * kMatrices;
   constexpr int kResults = kTiles * kColumns * kTile, kOwn = (kResults + kThreads - 1) / kThreads;
-  const auto row_of = [](int i) { return i / (kColumns * kTile) * kTileRows + i % kTile / kTileOutputs; };
-  const auto output_of = [&](int i) { return first_output + i / kTile % kColumns * kTileOutputs + i % kTileOutputs; };
+  int64_t place[kOwn];  // -1: there is no such row or output
   float added[kOwn] = {};
 #pragma unroll
   for (int own = 0; own < kOwn; ++own) {
-    const int64_t output = output_of(own * kThreads + threadIdx.x);
-    if (p.bias != nullptr && output < p.outputs) added[own] = to_float(static_cast<const T*>(p.bias)[output]);
+    const int i = own * kThreads + threadIdx.x;
+    const int row = i / (kColumns * kTile) * kTileRows + i % kTile / kTileOutputs;
+    const int64_t output = first_output + i / kTile % kColumns * kTileOutputs + i % kTileOutputs;
+    const bool exists = i < kResults && row < rows && output < p.outputs;
+    place[own] = exists ? (first_row + row) * p.outputs + output : -1;
+    if (exists && p.bias != nullptr) added[own] = to_float(static_cast<const T*>(p.bias)[output]);
   }
   if constexpr (kNorm) {
     cp_async_wait<0>();
     __syncthreads();
   }
   wait_for_kernel_ahead();
+  if constexpr (!kNorm) {
 #pragma unroll
-  for (int own = 0; own < kOwn; ++own) {
-    const int i = own * kThreads + threadIdx.x, row = row_of(i);
-    const int64_t output = output_of(i);
-    if (p.residual == nullptr || i >= kResults || row >= rows || output >= p.outputs) continue;
-    added[own] += __ldcg(p.residual + (first_row + row) * p.outputs + output);
+    for (int own = 0; own < kOwn; ++own) {
+      if (p.residual != nullptr && place[own] >= 0) added[own] += __ldcg(p.residual + place[own]);
+    }
   }
 
   const int stride = kNorm ? inputs + kPadding : inputs;
@@ -223,8 +230,8 @@ __global__ void __launch_bounds__(kThreads,
   constexpr int kFit = 64 / (kTiles * kHalves * kEach), kHeld = kFit < kDeep ? kFit : kDeep;
   constexpr int kChains = kScaled || kSums > 2 ? 1 : 4 / kSums;
   float sums[kTiles][kColumns][kMatrices][kChains][4] = {};
-  for (int first = begin; first - quarter * kEach < inputs; first += kDeep * kStride) {
-    if (first != begin) fetch(first);
+  for (int first = begin; first - quarter * kEach < inputs; first += kOnce ? inputs : kDeep * kStride) {
+    if (!kOnce && first != begin) fetch(first);
 #pragma unroll
     for (int held = 0; held < kDeep; held += kHeld) {
       uint32_t operand[kHeld][kTiles][2][kEach / 2] = {};
@@ -304,9 +311,8 @@ __global__ void __launch_bounds__(kThreads,
   __syncthreads();
 #pragma unroll
   for (int own = 0; own < kOwn; ++own) {
-    const int i = own * kThreads + threadIdx.x, row = row_of(i);
-    const int64_t output = output_of(i);
-    if (i >= kResults || row >= rows || output >= p.outputs) continue;
+    if (place[own] < 0) continue;
+    const int i = own * kThreads + threadIdx.x;
     float total[kMatrices] = {};
 #pragma unroll
     for (int m = 0; m < kMatrices; ++m) {
@@ -319,11 +325,10 @@ __global__ void __launch_bounds__(kThreads,
       const float gate = rounded<T>(total[1]);
       result = gate / (1.0f + __expf(-gate)) * rounded<T>(result);
     }
-    const int64_t at = (first_row + row) * p.outputs + output;
-    if (p.residual != nullptr) {
-      p.residual[at] = result;
+    if (!kNorm && p.residual != nullptr) {
+      p.residual[place[own]] = result;
     } else {
-      static_cast<T*>(p.out)[at] = from_float<T>(result);
+      static_cast<T*>(p.out)[place[own]] = from_float<T>(result);
     }
   }
 }
@@ -348,8 +353,8 @@ template <class T, class W, int kRows>
 void launch_for_layer(const FusedLinearParams& p, void* stream) {
   const int64_t loads = (p.inputs + kWarps * kChunk<W> - 1) / (kWarps * kChunk<W>);
   if (p.norm_weight == nullptr) {
-    constexpr int kMost = sizeof(W) == 1 ? 4 : 8, kSummed = kRows < 8 ? 8 : kRows;
-    if (kMost == 8 && loads <= 4) return launch<T, W, false, false, kSummed, 4>(p, stream);
+    constexpr int kMost = kDeepestPlain<W>, kSummed = kRows < 8 ? 8 : kRows;
+    if (loads <= kMost / 2) return launch<T, W, false, false, kSummed, kMost / 2>(p, stream);
     return launch<T, W, false, false, kSummed, kMost>(p, stream);
   }
   constexpr int kMost = kDeepest<W>, kLess = (kMost + 1) / 2;
