@@ -31,8 +31,8 @@ def condition_ids(
 def sample_steps(model: Any, state: SampleState, cache: KVCache, steps: int) -> None:
     """`Generator.sample_steps` for whatever has `step`, one step after the other."""
     for _ in range(steps):
-        position = cache.position.clone()
-        sample_next(state, model.step(state.ids, cache), position)
+        logits = model.step(state.ids, cache)
+        sample_next(state, logits, cache.position - 1)  # a kernel, where a copy kept from before costs twice as much
 
 
 def _after_loading(generator: Generator, _: object) -> None:
@@ -164,7 +164,8 @@ class Generator(nn.Module):
         so a step can be captured in a CUDA graph; past the cache's end the logits are NaN.
         """
         check_tensor("ids", ids, torch.int64, (cache.rows,), self.device)
-        x, delta = self.embeddings(ids), None
+        # By index and not as a module: of few rows, torch's kernel for that takes several times as long.
+        x, delta = self.embeddings.weight[ids], None
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x, delta = block.step(x, delta, self.rope, keys, values, cache.position, cache.arrivals)
         cache.position += 1

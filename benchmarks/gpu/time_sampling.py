@@ -49,7 +49,7 @@ def steps(context: Context, batch: int, name: str) -> list[Number]:
     gen, images = generator(context), context.pick(quick=min(batch, 2), full=batch)
     ours = Ours(gen, None, images, weights, kv_dtype)
     labels, count = torch.arange(images, device=context.device), gen.config.num_tokens
-    seconds = context.seconds(lambda: ours.generate(labels), rounds=context.pick(quick=1, full=3))
+    seconds = context.seconds(lambda: ours.generate(labels), rounds=context.pick(quick=1, full=5 if batch <= 8 else 3))
     key = f"batch {batch}" if name == "bf16" else ""
     name = f"B x {gen.config.num_layers} layers, batch {images}, {name}: a step"
     return [context.timed(name, seconds, count, least=least(context, ours, weights), key=key)]
