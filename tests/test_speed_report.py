@@ -234,3 +234,24 @@ def test_a_run_that_is_stopped_reports_what_it_has(tmp_path):
     stopped = [name for name, why in data["alitok_fast"]["skipped"].items() if "the run was stopped" in why]
     assert len(data["benchmarks"]) == 1 and stopped == ["bench_sample_tokens.py::bench_sample_tokens[all-8]"]
     assert stopped[0] in (tmp_path / "stopped" / "report.md").read_text()
+
+
+def test_the_table_of_gpus_takes_what_was_not_repeated_from_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from report import gpu_table
+
+    def results(folder, numbers, **changes):
+        items = [{"item": "x", "state": "passed", "numbers": [{"name": n, **values} for n, values in numbers.items()]}]
+        data = {"device": "GPU", "rehearsal": False, "quick": False, "steps": [{"items": items}], **changes}
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "gpu_check.json").write_text(json.dumps(data))
+
+    step = {"B x 24 layers, batch 8, bf16: a step": {"value": 0.5, "share": 0.25}}
+    images = {"batch 8, alitok_fast bf16: images": {"value": 0.16}, "batch 8: reference, fp32 takes": {"value": 30.0}}
+    earlier = {"step, eager": 0.032, "step, graph": 0.016, "VAE decode": 0.0, "one step and VAE decode": 0.04}
+    results("gpu", step | images)
+    results("gpu-first", {f"batch 8, {name}": {"value": value} for name, value in earlier.items()})
+    results("rehearsed", step | images, rehearsal=True)
+    rows = [line for line in gpu_table.table(tmp_path, tmp_path).splitlines() if line.startswith("| [")]
+    assert rows == ["| [GPU](gpu/gpu_check.md) | 8 | **20 ms** | 0.5 ms | 25% | 30x |  | 50x‡ | 25x‡ | 0.25x‡ |"]
+    assert gpu_table.table(tmp_path / "none", tmp_path) == gpu_table.NONE

@@ -15,8 +15,9 @@
 | `int8_linear` | a linear layer with 8-bit weights and activations (`pack_int8`, `unpack_int8`) | CPU |
 | `decode`, `decode_tokens` | whole steps of the generator (`pack_weights`, `unpack_weights`) | CPU |
 
-No GPU has run the CUDA kernels yet: they are compiled and emulated. `alitok_fast.use_reference()` runs the PyTorch
-references instead of the kernels. docs/operators.md shows each operator with an example.
+`fused_linear` is no function of its own: its module has the layers of a sampling step on a GPU. The CUDA kernels have run
+on an H100 (docs/status.md). `alitok_fast.use_reference()` runs the PyTorch references instead of the kernels.
+docs/operators.md shows each operator with an example.
 
 Each operator has a module of its own name, which holds its reference, fake kernel and gradient. The function hides the
 module as an attribute of this package; `from alitok_fast.ops.vq_lookup import vq_lookup_reference` reaches into it.

@@ -1,4 +1,4 @@
-"""The table of headline results in README.md, filled from committed reports."""
+"""The tables of headline results in README.md, filled from committed reports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from alitok_fast.storage.files import write_atomically
+from report import gpu_table
 from report.collect import Image, collect
 from report.pages import JSON, MARKDOWN, markdown_table
 from report.sections import Table, number, seconds
@@ -57,18 +58,21 @@ def _times(other: Image, fastest: Image) -> float:
     return other.per_image / fastest.per_image
 
 
-def filled(text: str, table: str) -> str:
+def filled(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what stands between the markers replaced. Raises ValueError where it has not both, once."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md: expected the markers {BEGIN!r} and {END!r} once each, in this order")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README.md: expected the markers {begin!r} and {end!r} once each, in this order")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
 
 
 def fill(readme: Path, reports: Path, check: bool) -> bool:
-    """Fill the table; with `check` only say whether it is up to date."""
+    """Fill the tables; with `check` only say whether they are up to date. The one of GPUs is filled where there is a
+    place for it."""
     text = readme.read_text()
     wanted = filled(text, table(reports, readme.parent))
+    if gpu_table.BEGIN in text:
+        wanted = filled(wanted, gpu_table.table(reports, readme.parent), gpu_table.BEGIN, gpu_table.END)
     if not check and wanted != text:
         write_atomically(readme, lambda temporary: temporary.write_text(wanted))
     return wanted == text
