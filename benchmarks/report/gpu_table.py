@@ -75,7 +75,8 @@ def _row(results: Results, batch: int) -> tuple[str, ...]:
     decode, mark = results.value(f"batch {batch}, VAE decode")
     for name in ("step, eager", "step, graph"):
         one, _ = results.value(f"batch {batch}, {name}")
-        cells.append(f"{number((STEPS * one + decode) / images)}x{mark}" if one and decode and images else "")
+        there = one and images and decode is not None
+        cells.append(f"{number((STEPS * one + decode) / images)}x{mark}" if there else "")
     one, _ = results.value(f"batch {batch}, one step and VAE decode")
     cells.append(f"{number(one / images)}x{mark}" if one and images else "")
     return (results.link, str(batch), *cells)
