@@ -18,12 +18,13 @@ TORCH ?= torch==2.13.0
 OUT ?= out
 BENCH ?=
 GPU ?=
-WORKERS ?= 0
+# Processes that run the tests; each has one thread, since threads of several would wait for each other.
+WORKERS ?= 2
 WHEEL ?=
 PHOTO ?= $(OUT)/photo.png
 
 BIN := $(VENV)/bin
-PARALLEL = -n $(WORKERS) --dist loadfile
+PYTEST = $(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 WITH_BIN := PATH="$(abspath $(BIN)):$$PATH"
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(wildcard csrc/*)
 
@@ -56,12 +57,10 @@ $(OUT)/photo.png: | $(VENV)/installed-demo
 
 # Benchmarks without --benchmark run once each, as correctness checks.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest benchmarks -q -m "not slow"
-	$(BIN)/python -m pytest tests -q -m "not slow" $(PARALLEL)
+	$(PYTEST) benchmarks tests -m "not slow"
 
 test-all: $(VENV)/installed-test
-	$(BIN)/python -m pytest benchmarks -q
-	$(BIN)/python -m pytest tests -q $(PARALLEL)
+	$(PYTEST) benchmarks tests
 
 test-lowest: $(VENV)/installed-test
 	$(BIN)/python tests/lowest.py

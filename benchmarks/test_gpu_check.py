@@ -28,6 +28,7 @@ def rehearsal(tmp_path_factory):
     return folder, done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_rehearsal_runs_every_step(rehearsal):
     folder, status, output = rehearsal
     data = json.loads((folder / "gpu_check.json").read_text())
@@ -42,6 +43,7 @@ def test_the_rehearsal_runs_every_step(rehearsal):
     assert only_there == {"memcheck", "racecheck", "Nsight Compute"}
 
 
+@pytest.mark.slow
 def test_its_times_have_floors_and_shares(rehearsal):
     folder, _, _ = rehearsal
     steps = json.loads((folder / "gpu_check.json").read_text())["steps"]
@@ -54,6 +56,7 @@ def test_its_times_have_floors_and_shares(rehearsal):
             assert number["share"] == pytest.approx(number["floor"] / number["value"]), number
 
 
+@pytest.mark.slow
 def test_its_table_fits_a_screen_and_says_what_it_is(rehearsal):
     folder, _, output = rehearsal
     table = output[output.index("Rehearsal of") :].strip().splitlines()
@@ -65,6 +68,7 @@ def test_its_table_fits_a_screen_and_says_what_it_is(rehearsal):
     assert all(f"======== {runner._slug(step.name)} ========" in log for step in STEPS)
 
 
+@pytest.mark.slow
 def test_a_second_run_skips_what_passed(rehearsal, capsys, monkeypatch):
     folder, _, _ = rehearsal
     arguments = ["--device", "cpu", "--out", str(folder), "--only", "ops,models,operators"]

@@ -97,8 +97,8 @@ Tensor fused_linear(const Tensor& x, const std::optional<Tensor>& norm_weight, d
           "at most " + std::to_string(kFusedLinearMostNormed) + " inputs with a norm", "shape " + shape_name(x));
     check_shape(*norm_weight, "norm_weight", {p.inputs});
     check_contiguous(*norm_weight, "norm_weight");
-    check(reinterpret_cast<uintptr_t>(norm_weight->const_data_ptr()) % 8 == 0, "norm_weight",
-          "memory aligned to 8 bytes", "a view that is not");
+    check(reinterpret_cast<uintptr_t>(norm_weight->const_data_ptr()) % 16 == 0, "norm_weight",
+          "memory aligned to 16 bytes", "a view that is not");
     p.norm_weight = norm_weight->const_data_ptr();
     p.norm_eps = static_cast<float>(norm_eps);
   }

@@ -19,7 +19,7 @@ struct FusedLinearParams {
   int64_t rows, inputs, outputs;  // inputs a multiple of 64
 
   const void* x;            // (rows, inputs); float32 where there is a norm, and then at most kFusedLinearMostNormed
-  const void* norm_weight;  // null, or (inputs)
+  const void* norm_weight;  // null, or (inputs), 16-byte aligned
   float norm_eps;
   const void *weight, *gate;  // (outputs, inputs), 16-byte aligned; gate may be null, and is where there is no norm
   const void *scale, *gate_scale;  // (outputs, inputs / 64) bfloat16 beside 8-bit weights, else null

@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(kThreads,
   constexpr int kTiles = (kRows + kTileRows - 1) / kTileRows, kHalves = kRows > kTileRows / 2 ? 2 : 1;
   constexpr int kEach = kLaneInputs<W>, kStride = kWarps * kChunk<W>;  // from one load of a lane to the next
   constexpr bool kScaled = sizeof(W) == 1, kOnce = kNorm || kDeep < kDeepestPlain<W>;  // all inputs with one fetch
-  ALITOK_DYNAMIC_SHARED(unsigned char,
-                        shared);  // with a norm its weights and the normalised rows; then the warps' sums
+  ALITOK_DYNAMIC_SHARED(unsigned char, shared);  // weights of the norm and normalised rows, then the warps' sums
   let_next_kernel_begin();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int group = lane / 4, quarter = lane % 4;  // the row and output of operands, and which of their inputs

@@ -23,8 +23,8 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 MOST_ROWS = 32
 """Up to this many rows, the weights are used as they are. For more rows they are written out in the dtype of `x`, and
-torch's matrix product takes them. On an H100 the kernel takes 4.5 us for the qkv layer of B at 2 rows, as torch's product
-in bfloat16 does, and 14 to 21 us at 16 to 32 rows: sampling uses `fused_linear` instead."""
+torch's matrix product takes them. On an H100 the kernel takes 4.5 us for the qkv layer of B at 2 rows, as does torch's
+product in bfloat16, and 14 to 21 us at 16 to 32 rows: sampling uses `fused_linear` instead."""
 
 GROUP_INPUTS = 64
 """How many neighbouring weights of an output share a scale, as in the CPU's int8 (docs/precision.md)."""
