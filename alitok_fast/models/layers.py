@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -230,7 +231,7 @@ class GeneratorBlock(nn.Module):
         return linear_add(x, gated, weights_of(mlp.w2))
 
 
-def weights_of(layer: nn.Module) -> LinearWeights:
+def weights_of(layer: Any) -> LinearWeights:
     """Of a linear layer, or of one with 8-bit weights. Raises ValueError for one that is more than its weights."""
     scale = getattr(layer, "scale", None)
     if (scale is None and type(layer) is not nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
