@@ -81,7 +81,7 @@ def huge_and_empty(t, n, others):
 
 def with_gaps(t, n, others):
     """The same numbers, further apart along each dimension."""
-    if not t.dim():
+    if not t.dim() or max(t.shape) > 2**40:  # another change has made it far larger than any memory
         return t
     wide = t.new_zeros([size + size * (n >> i & 1) for i, size in enumerate(t.shape)])
     view = wide[tuple(slice(None, None, 2 if n >> i & 1 else 1) for i in range(t.dim()))]
