@@ -9,6 +9,7 @@ namespace {
 constexpr int kThreads = 256;  // at most: 2048 columns; what a wider row has beyond is read again
 constexpr int kKept = 8;
 constexpr int kApart = 16;
+constexpr int kLine = 128;  // bytes that a prefetch fetches
 
 __device__ __forceinline__ int64_t first_column() {
   return threadIdx.x / kApart * (kApart * kKept) + threadIdx.x % kApart;
@@ -43,14 +44,15 @@ __global__ void __launch_bounds__(kThreads, 3) add_rms_norm_kernel(const AddRmsN
   const T* delta = static_cast<const T*>(p.delta);
   const W* weight = static_cast<const W*>(p.weight);
   let_next_kernel_begin();
-  // Weights may be read this early even where an optimizer has just written them: only a kernel that calls
-  // let_next_kernel_begin lets this one begin before it has ended, and none of those writes weights.
+  if (threadIdx.x * int64_t{kLine} < p.width * int64_t{sizeof(W)}) {
+    prefetch(reinterpret_cast<const char*>(weight) + threadIdx.x * kLine);  // not read: the kernel ahead may write them
+  }
+  wait_for_kernel_ahead();
   W weights[kKept] = {};
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     if (first + k * kApart < p.width) weights[k] = weight[first + k * kApart];
   }
-  wait_for_kernel_ahead();
 
   const uint64_t seed = seed_of(p);
   float squares = 0;
