@@ -15,6 +15,7 @@ from torch import Tensor
 from alitok_fast._library import native_enabled, register_autograd, register_fake
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.arguments import check_one_device
+from alitok_fast.ops.derivatives import refuse_gradients
 from alitok_fast.ops.quantized_linear import quantized_linear
 from alitok_fast.ops.swiglu import swiglu
 
@@ -24,9 +25,15 @@ FUSED_ROWS = {torch.bfloat16: 32, torch.float16: 32, torch.int8: 128, torch.floa
 NORMED_INPUTS, INPUTS_MULTIPLE = 1280, 64
 """Inputs of a row that the kernel can normalise, and what their number must be a multiple of."""
 
+NO_GRADIENTS = "it is for sampling; use_reference() allows it"
+
 
 class LinearWeights(NamedTuple):
-    """Of a linear layer: weight (outputs, inputs); scale of 8-bit weights (`quantize_weight`); bias (outputs,)."""
+    """Of a linear layer: weight (outputs, inputs); scale of 8-bit weights (`quantize_weight`); bias (outputs,).
+
+    On CUDA the fused kernel reads them, and the norm's weight, before the kernel ahead has ended: they may not be
+    results of this package's operators.
+    """
 
     weight: Tensor
     scale: Tensor | None = None
@@ -46,7 +53,7 @@ def norm_linear(
     Source: the generator's pre-norm blocks (AliTok, arXiv 2506.05289, section 3).
 
     Devices: CPU and CUDA; one kernel on CUDA for few rows of bfloat16 or float16 (`FUSED_ROWS`), else several.
-    Gradients: none.
+    Gradients: none; where the kernel is used, differentiating is refused.
 
     Args:
         x: (R, width) float32, the residual stream; `delta` (R, width) or None is what must still be added to it.
@@ -63,6 +70,7 @@ def norm_linear(
         x.shape[0], x.dtype == torch.float32 and x.shape[1] <= NORMED_INPUTS, norm_weight, layer
     ):
         gated = (None, None) if gate is None else gate[:2]
+        refuse_gradients("norm_linear", NO_GRADIENTS, x=x, norm_weight=norm_weight, **layer._asdict())
         return x, torch.ops.alitok.fused_linear(x, norm_weight, eps, *layer[:2], *gated, layer.bias)
     x, normed = add_rms_norm(x, delta, norm_weight, eps)
     out = linear(normed, layer)
@@ -84,6 +92,7 @@ def linear_add(residual: Tensor, x: Tensor, layer: LinearWeights) -> tuple[Tenso
         The stream, and None or (R, outputs) in the dtype of `x`.
     """
     if _fits(x.shape[0], residual.dtype == torch.float32, x, layer):
+        refuse_gradients("linear_add", NO_GRADIENTS, residual=residual, x=x, **layer._asdict())
         torch.ops.alitok.fused_linear_add(x, *layer, residual)
         return residual, None
     return residual, linear(x, layer)
@@ -138,7 +147,7 @@ def _(x, weight, scale, bias, residual):
 
 
 def _refuse(ctx, *_):
-    raise RuntimeError("fused_linear: expected inputs without gradients; it is for sampling")
+    raise RuntimeError(f"fused_linear: expected inputs without gradients; {NO_GRADIENTS}")
 
 
 register_autograd("fused_linear", _refuse, lambda ctx, inputs, output: None)

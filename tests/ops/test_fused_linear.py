@@ -73,6 +73,16 @@ def test_what_must_still_be_added_is_added_before_the_norm(device, dtype, weight
     close(out, fused_linear_reference(total.double(), weight.double(), EPS, exact), dtype, 4)
 
 
+def test_the_kernel_refuses_gradients(monkeypatch):
+    """Before it is called, so that no GPU is needed."""
+    monkeypatch.setattr(module, "_fits", lambda *_: True)
+    layer, x = LinearWeights(torch.ones(64, 64, requires_grad=True)), torch.ones(1, 64)
+    with pytest.raises(RuntimeError, match="norm_linear: .* got weight that requires one; it is for sampling"):
+        norm_linear(x, None, x[0], EPS, layer)
+    with pytest.raises(RuntimeError, match="linear_add: .* got residual that requires one; it is for sampling"):
+        linear_add(torch.ones(1, 64, requires_grad=True), x, LinearWeights(torch.ones(64, 64)))
+
+
 def on_a_gpu() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
