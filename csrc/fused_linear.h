@@ -1,6 +1,9 @@
 // fused_linear: a linear layer of a sampling step with what surrounds it, for few rows, on CUDA alone:
-//   out = [rms_norm] x W^T + bias          out = silu([rms_norm] x G^T) * ([rms_norm] x W^T)          residual += x W^T + bias
-// The definition is fused_linear_reference in alitok_fast/ops/fused_linear.py.
+//   out = [rms_norm] x W^T + bias
+//   out = silu([rms_norm] x G^T) * ([rms_norm] x W^T + bias)
+//   residual += x W^T + bias
+// Weights, scales, biases and the norm's weights are read before the kernel ahead has ended: they may be no result of a
+// kernel that lets the next one begin early. The definition is fused_linear_reference in alitok_fast/ops/fused_linear.py.
 #pragma once
 
 #include <cstdint>

@@ -25,8 +25,8 @@ struct SampleKey {
   uint32_t step;
 };
 
-// What sample_tokens_next does with the code of each image. The step of the draw is the position of its token in the sequence;
-// one outside of it, which the host does not know, changes nothing.
+// What sample_tokens_next does with the code of each image. The step of the draw is the position of its token in the
+// sequence; one outside of it, which the host does not know, changes nothing.
 struct SampleNextParams {
   int64_t* tokens;  // (batch, length), -1 for a row that is no distribution; null: this is sample_tokens
   int64_t length;
