@@ -1,5 +1,4 @@
 """Temporary."""
-
 from __future__ import annotations
 
 import time
@@ -23,12 +22,8 @@ class Loader:
         self.waited = 0.0
         self.seconds = 0.0
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *e):
-        pass
-
+    def __enter__(self): return self
+    def __exit__(self, *e): pass
     def __iter__(self):
         began = time.perf_counter()
         for index in range(self.first, self.stop):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -34,15 +35,13 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def parse_toml(text: str) -> dict[str, Any]:
     """The tables of a TOML text. Raises ValueError in one line."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        try:
-            import tomli as tomllib
-        except ImportError:
-            from alitok_fast._library import install_hint
+    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    try:
+        tomllib = importlib.import_module(name)
+    except ImportError:
+        from alitok_fast._library import install_hint
 
-            raise ImportError(f"TOML files need tomli on Python 3.10: {install_hint('train')}") from None
+        raise ImportError(f"TOML files need tomli on Python 3.10: {install_hint('train')}") from None
     try:
         return tomllib.loads(text)
     except RecursionError:
