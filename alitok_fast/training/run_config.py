@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alitok_fast import __version__
-from alitok_fast.config import GeneratorConfig, TokenizerConfig
+from alitok_fast.config import Config, GeneratorConfig, TokenizerConfig
 from alitok_fast.storage.toml import toml_lines
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
 from alitok_fast.training.phases import Phase
@@ -138,3 +138,31 @@ def _check_warmup(
             f"{layer.shown(settings['training.steps'])}: expected at least the {warmup} steps of warm-up, got {steps}; "
             f"a shorter run needs a shorter one too, such as {'--set ' if layer.source == '--set' else ''}{less}"
         )
+
+
+def continued(run: RunConfig, first: Config, source: str, layers: Sequence[Layer]) -> RunConfig:
+    """The run with the sizes of the model `first`, which it begins with. A new decoder's own settings may differ, and
+    what no weight depends on in a generator.
+
+    Raises ValueError where a layer after the first says another size.
+    """
+    model: Any = first
+    free = {"dropout", "class_dropout", "guidance_scale", "guidance_power"}
+    if isinstance(run.model, TokenizerConfig) and isinstance(first, TokenizerConfig):
+        free = {1: {"causal_decoder", "auxiliary_loss"}, 2: {"causal_decoder", "num_buffer_tokens"}}[run.model.stage]
+        if first.stage == run.model.stage:
+            free = set()
+        else:
+            model = dataclasses.replace(first, stage=run.model.stage, causal_decoder=None)
+    chosen = {}
+    for layer in layers[1:]:
+        for path in layer.values:
+            setting = settings_of(run.kind)[path]
+            if setting.part != "model":
+                continue
+            value, there = getattr(run.model, setting.name), getattr(model, setting.name)
+            if setting.name in free:
+                chosen[setting.name] = value
+            elif value != there:
+                raise ValueError(f"{layer.shown(setting)}: expected {there}, as in {source}, got {value}")
+    return dataclasses.replace(run, model=dataclasses.replace(model, **chosen))
