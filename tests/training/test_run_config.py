@@ -297,3 +297,10 @@ def test_the_stage_is_checked_before_the_preset(tmp_path: Path) -> None:
         of_file(tmp_path, '[training]\npreset = "b"\n')
     with pytest.raises(ValueError, match="name: expected a tokenizer preset out of .*, got 'b'"):
         of_file(tmp_path, '[model]\npreset = "b"\n')
+
+
+def test_the_file_in_the_documentation_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    run = of_file(tmp_path, page.partition("```toml\n")[2].partition("```")[0])
+    assert run.model == dataclasses.replace(tokenizer_preset("256"), stage=1, decoder_layers=12)
+    assert [phase.adversarial for phase in run.training.phases] == [0.0, 0.05] and run.training.steps == 150_000
