@@ -65,6 +65,7 @@ Split = Annotated[str, typer.Option(help="IDX files: train or test. Pictures: a 
 OnError = Annotated[str, typer.Option(help="Unreadable pictures: 'stop' at them, or 'skip' them by name.")]
 Orientation = Annotated[bool, typer.Option(help="Turn pictures as their EXIF data say, as viewers do.")]
 Profile = Annotated[bool, typer.Option(help="Convert the colours of pictures with a colour profile to sRGB.")]
+Draft = Annotated[bool, typer.Option(help="Decode large JPEGs at a reduced size that is enough, which is faster.")]
 Workers = Annotated[MaybeInt, typer.Option(help="Threads that read pictures; one per core, at most 8, if not given.")]
 Force = Annotated[bool, typer.Option(help="Write over what --out holds already.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=_device)]
@@ -183,7 +184,8 @@ def tokenizer_command(
     if read.path is None:
         raise ValueError("data: expected --data, or path in [data] of the run file, got none")
     size = run.model.image_size
-    source = open_source(read.path, read.split, size, read.on_error, read.orientation, read.profile, typer.echo)
+    how = read.on_error, read.orientation, read.profile
+    source = open_source(read.path, read.split, size, *how, typer.echo, read.draft)
     model = train_tokenizer(
         source,
         out,
@@ -282,6 +284,7 @@ def tokenize_command(
     on_error: OnError = "stop",
     orientation: Orientation = True,
     profile: Profile = True,
+    draft: Draft = True,
     workers: Workers = None,
     force: Force = False,
     device: Device = "cpu",
@@ -304,6 +307,6 @@ def tokenize_command(
     if workers is not None:
         require_count("workers", workers)
     model = load_tokenizer(tokenizer, device, torch.float32)
-    source = open_source(data, split, model.config.image_size, on_error, orientation, profile, typer.echo)
+    source = open_source(data, split, model.config.image_size, on_error, orientation, profile, typer.echo, draft)
     found = tokenize(model, source, out, crops, batch_size, progress, workers, force)
     typer.echo(f"{out}: {found.meta.num_images} images x {found.meta.num_crops} crops x {found.meta.num_tokens} tokens")

@@ -25,7 +25,7 @@ def complete(
 ) -> Image.Image:
     """Complete photographs (H, W, 3) uint8 from their upper part: a sheet with one line per photograph.
 
-    Each line shows the photograph (resized and cropped about its centre), what the generator is given of it, and
+    Each line shows the photograph (its centre crop, as ADM takes it), what the generator is given of it, and
     `variants` completions as pictures of class `label`. `rows` rows of patches are given, 0 <= rows <= grid (and the
     prefix tokens, which stand for the first row).
     """

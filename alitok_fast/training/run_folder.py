@@ -46,7 +46,7 @@ def open_run(path: str | Path, *arguments: Any, ranks: Ranks | None = None, **op
         with ranks.main_first():
             if ranks.main:
                 run = stack.enter_context(_writing(Path(path), *arguments, **options))
-        yield run or RunFolder(path, *arguments, **options, writes=False)
+        yield run or RunFolder(path, *arguments, **{**options, "writes": False})
 
 
 @contextlib.contextmanager
@@ -94,8 +94,8 @@ class RunFolder:
     Whatever decides the result must then be as at the run's beginning: `kind`, the settings `train` but for `steps`
     (which may be extended) and what is written when, the sizes `model`, and `inputs`, the fingerprints of the data and
     of the weights to start from. Raises ValueError for a difference, for a folder that holds a run when not resuming,
-    and for files that no run wrote, unless `force` removes these two. Without `writes`, for the other processes of a run,
-    nothing is checked or written. `run_file` is the text of run.toml (`run_config`), which is kept beside config.json.
+    and for files that no run wrote, unless `force` removes these two. Without `writes`, for the other processes of a
+    run, nothing is checked or written. `run_file` is the text of run.toml (`run_config`), kept beside config.json.
     """
 
     def __init__(

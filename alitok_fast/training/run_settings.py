@@ -42,6 +42,7 @@ class PictureData(Config):
     on_error: str = _option("stop", "Unreadable pictures: 'stop' at them, or 'skip' them by name.")
     orientation: bool = _option(True, "Turn pictures as their EXIF data say, as viewers do.")
     profile: bool = _option(True, "Convert the colours of pictures with a colour profile to sRGB.")
+    draft: bool = _option(True, "Decode large JPEGs at a reduced size that is enough, which is faster.")
     workers: int | None = _option(None, "Processes that read pictures; one per core, at most 8, if not given.")
 
 

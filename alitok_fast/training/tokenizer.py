@@ -52,7 +52,7 @@ class TokenizerTask:
 
     @property
     def discriminator(self) -> nn.Module | None:
-        return self.adversary and self.adversary.module
+        return None if self.adversary is None else self.adversary.module
 
     def prepare(self, called: Callable[[nn.Module], nn.Module], ranks: Ranks) -> None:
         self._called = called(self.model)
@@ -85,9 +85,11 @@ class TokenizerTask:
         terms |= self.distances(place.phase, images, output.reconstruction)
         figures = dict(terms)
         if place.phase.adversarial and self.adversary is not None:
-            last_layer, weight = self.model.decoder.ffn[0].weight, place.phase.adversarial
+            last_layer: Any = self.model.decoder.ffn[0].weight
             rest = sum(terms.values(), images.new_zeros(()))
-            added = self.adversary.generator_terms(output.reconstruction.float(), rest, last_layer, weight)
+            added = self.adversary.generator_terms(
+                output.reconstruction.float(), rest, last_layer, place.phase.adversarial
+            )
             terms["adversarial"] = added["adversarial"]
             figures |= added
         total = sum(terms.values(), images.new_zeros(()))
@@ -124,7 +126,7 @@ class TokenizerTask:
         chosen = [i * len(self.source) // count for i in range(count)]
         originals = np.stack([centre_crop(check_picture(self.source.image(i), i), size) for i in chosen])
         images = to_tensor(originals).to(self.model.device)
-        decoded = self._called(images).reconstruction.clamp(0, 1)
+        decoded = self.model(images).reconstruction.clamp(0, 1)
         return np.asarray(grid([*originals, *to_uint8(decoded)], count))
 
     def provenance(self) -> dict[str, Any]:
