@@ -220,8 +220,8 @@ def _stage2_from(first: Tokenizer, config: TokenizerConfig) -> Tokenizer:
 
 def _stage1_from(second: Tokenizer, config: TokenizerConfig) -> Tokenizer:
     """A stage-1 tokenizer with the encoder, latent tokens and codebook of a stage-2 one, and a fresh decoder."""
-    decoder = {"causal_decoder": config.causal_decoder, "auxiliary_loss": config.auxiliary_loss}
-    model = Tokenizer(replace(second.config, stage=1, **decoder))
+    causal, auxiliary = config.causal_decoder, config.auxiliary_loss
+    model = Tokenizer(replace(second.config, stage=1, causal_decoder=causal, auxiliary_loss=auxiliary))
     shared = {name: value for name, value in second.state_dict().items() if not name.startswith("decoder.")}
     model.load_state_dict(shared, strict=False)
     return model
