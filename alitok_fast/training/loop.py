@@ -113,7 +113,9 @@ class _Trainer:
         if self.config.compile:
             for layer in layers or [module]:
                 layer.compile()
-        return parallelized(module, self.ranks, self.config.parallel, layers)
+        # A discriminator is small, and the gradients of its gradients (R1) need whole weights.
+        parallel = self.config.parallel if module is self.task.model else "ddp"
+        return parallelized(module, self.ranks, parallel, layers)
 
     def step(self, step: int, batches: Iterator[tuple[Tensor, ...]], interrupted: bool) -> bool:
         """One optimizer step; whether any process has been interrupted."""
