@@ -86,7 +86,7 @@ def fill_cache(
     (images, crops, N) of any number of images. Raises as `write_token_cache`.
     """
     folder = Path(folder)
-    blocks = _begun(folder, meta, force)
+    blocks = begin_cache(folder, meta, force)
     if blocks is None:
         return
     with PartialTokens(folder, meta, blocks) as partial:
@@ -125,8 +125,11 @@ def _encoded(source, encode, meta, batch_size, progress, workers) -> Callable[[i
     return pieces
 
 
-def _begun(folder: Path, meta: TokenCacheMeta, force: bool) -> list[list[int]] | None:
-    """The blocks that an earlier run entered in the progress file; None when the cache is whole already."""
+def begin_cache(folder: Path, meta: TokenCacheMeta, force: bool) -> list[list[int]] | None:
+    """The blocks that an earlier run entered in the progress file; None when the cache is whole already.
+
+    Raises ValueError where `folder` holds something else, which `force` removes.
+    """
     if force:
         for name in _NAMES:
             (folder / name).unlink(missing_ok=True)

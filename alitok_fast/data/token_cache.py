@@ -60,6 +60,21 @@ class TokenCacheMeta:
         values = asdict(self)
         return values if self.shard else {name: value for name, value in values.items() if name != "shard"}
 
+    def of_shard(self, images: range) -> TokenCacheMeta:
+        """The metadata of a shard with these consecutive images."""
+        return replace(self, num_images=len(images), shard=Shard(images.start, self.num_images))
+
+    @property
+    def whole(self) -> TokenCacheMeta:
+        """Of a shard, the metadata of the cache that it is a part of."""
+        return replace(self, num_images=self.shard.total, shard=None) if self.shard else self
+
+    @property
+    def images(self) -> range:
+        """The numbers of the images in the data set; a shard's do not begin at 0."""
+        first = self.shard.first if self.shard else 0
+        return range(first, first + self.num_images)
+
     @property
     def dtype(self) -> np.dtype:
         """Of the tokens on disk."""
