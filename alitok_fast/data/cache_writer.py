@@ -86,6 +86,8 @@ def fill_cache(
     (images, crops, N) of any number of images. Raises as `write_token_cache`.
     """
     folder = Path(folder)
+    if len(labels) != meta.num_images:
+        raise ValueError(f"labels: expected {meta.num_images}, one per image, got {len(labels)}")
     blocks = begin_cache(folder, meta, force)
     if blocks is None:
         return
