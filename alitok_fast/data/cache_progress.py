@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from alitok_fast.data.token_cache import PROGRESS_NAME, TOKENS_NAME, TokenCacheMeta, checked_meta, npy_header
+from alitok_fast.data.token_cache import (
+    META_NAME,
+    PROGRESS_NAME,
+    TOKENS_NAME,
+    TokenCacheMeta,
+    checked_meta,
+    npy_header,
+    read_meta,
+)
 from alitok_fast.storage.files import read_json, write_json
 
 _log = logging.getLogger(__name__)
@@ -111,9 +119,10 @@ class PartialTokens:
             raise OSError(error.errno, f"{self._path} was not written: {error.strerror}") from error
 
 
-def read_progress(path: Path, meta: TokenCacheMeta) -> tuple[TokenCacheMeta, list[list[int]]]:
+def read_progress(path: Path) -> tuple[TokenCacheMeta, list[list[int]]]:
     """Metadata and finished blocks [end, checksum] of a progress file; ValueError names it where it is damaged."""
     saved: dict[str, Any] = read_json(path, "the progress of a token cache")
+    meta = checked_meta(saved.get("meta"), path)
     blocks = saved.get("blocks", [])  # alitok_fast 0.1 entered a bare number: it begins again
     begin = 0
     try:
@@ -123,4 +132,16 @@ def read_progress(path: Path, meta: TokenCacheMeta) -> tuple[TokenCacheMeta, lis
             begin = end
     except (TypeError, ValueError):
         raise ValueError(f"{path}: blocks: expected ascending image numbers with checksums, got others") from None
-    return checked_meta(saved.get("meta"), path), blocks
+    return meta, blocks
+
+
+def begun_cache(folder: str | Path) -> tuple[TokenCacheMeta, int]:
+    """The metadata of a cache, whole or not, and how many of its images are there; ValueError where there is none."""
+    folder = Path(folder)
+    if (folder / META_NAME).is_file():
+        meta = read_meta(folder / META_NAME)
+        return meta, meta.num_images
+    if not (folder / PROGRESS_NAME).is_file():
+        raise ValueError(f"{folder}: expected a token cache, got no {META_NAME}")
+    meta, blocks = read_progress(folder / PROGRESS_NAME)
+    return meta, blocks[-1][0] if blocks else 0

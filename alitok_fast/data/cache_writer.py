@@ -139,7 +139,7 @@ def begin_cache(folder: Path, meta: TokenCacheMeta, force: bool) -> list[list[in
         raise ValueError(f"{problem}; choose another folder, or write over it with force (--force)")
     if (folder / META_NAME).exists():
         return None
-    return read_progress(folder / PROGRESS_NAME, meta)[1] if (folder / PROGRESS_NAME).exists() else []
+    return read_progress(folder / PROGRESS_NAME)[1] if (folder / PROGRESS_NAME).exists() else []
 
 
 def _problem(folder: Path, meta: TokenCacheMeta) -> str | None:
@@ -151,7 +151,7 @@ def _problem(folder: Path, meta: TokenCacheMeta) -> str | None:
         if META_NAME in there:
             saved = read_meta(folder / META_NAME)
         elif PROGRESS_NAME in there:
-            saved, _ = read_progress(folder / PROGRESS_NAME, meta)
+            saved, _ = read_progress(folder / PROGRESS_NAME)
         else:
             return f"out: expected a new folder or a token cache, got {folder}, which holds another {there[0]}"
     except (ValueError, OSError) as error:

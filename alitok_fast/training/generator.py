@@ -44,7 +44,7 @@ class GeneratorTask:
             "data": meta.source,
             "images": meta.num_images,
             "crops": meta.num_crops,
-            "tokenizer": meta.tokenizer,
+            "tokenizer": meta.tokenizer or None,
             "classes": meta.class_names,
             "training": self.config.to_dict(),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.conftest import TOKENIZER, write_stripes
+from training.conftest import GENERATOR, GENERATOR_TRAINING, TOKENIZER, write_stripes
 
 from alitok_fast.data import cache_writer, merge_shards, open_source, validate_token_cache
-from alitok_fast.models import Tokenizer, save_model
+from alitok_fast.models import Generator, Tokenizer, save_model
 from alitok_fast.training import tokenize as module
+from alitok_fast.training.generator import GeneratorTask
 from alitok_fast.training.tokenize import tokenize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,3 +133,12 @@ def test_torchrun_writes_the_cache_of_one_process(tmp_path: Path, stripes: Path,
     assert one == other
     assert start(*launcher, *command, tmp_path / "out")  # whole
     assert len(validate_token_cache(tmp_path / "out")) == 24
+
+
+def test_of_an_unknown_tokenizer_nothing_is_claimed(tmp_path: Path, stripes: Path, single) -> None:
+    """Imported caches may not know it; the model then goes with any tokenizer of its sizes."""
+    cache = validate_token_cache(tmp_path / "single")
+    for known, expected in ((cache.meta.tokenizer, cache.meta.tokenizer), ("", None)):
+        other = dataclasses.replace(cache, meta=dataclasses.replace(cache.meta, tokenizer=known))
+        task = GeneratorTask(Generator(GENERATOR), other, GENERATOR_TRAINING)
+        assert task.provenance()["tokenizer"] == expected
