@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
+from alitok_fast.data.loader import collate
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
 
 TOKENIZER = TokenizerConfig(
@@ -29,6 +31,14 @@ GENERATOR = GeneratorConfig(
 _COMMON = dict(batch_size=4, warmup=2, precision="fp32", log_every=2, save_every=3)
 TOKENIZER_TRAINING = TokenizerTrainConfig(steps=12, lr=1e-2, **_COMMON)
 GENERATOR_TRAINING = GeneratorTrainConfig(steps=12, lr=1e-2, **_COMMON)
+
+
+FIRST = TOKENIZER_TRAINING.schedule.at(0)  # where the first step lies
+
+
+def batch_of(task, index: int) -> tuple[torch.Tensor, ...]:
+    """Micro-batch `index` of a task, as the loop hands it over."""
+    return collate([task.read(*at) for at in task.order().at(index)])
 
 
 @pytest.fixture(scope="session")
