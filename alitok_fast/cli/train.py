@@ -259,6 +259,7 @@ def tokenize_command(
     from alitok_fast.device import local_device
     from alitok_fast.models.loading import load_tokenizer
     from alitok_fast.pipelines.bulk import process_group
+    from alitok_fast.training.ranks import Ranks
     from alitok_fast.training.tokenize import tokenize
 
     part = None if shard is None else parse_shard(shard)
@@ -270,5 +271,5 @@ def tokenize_command(
         say: Callable[[str], object] = typer.echo if rank == 0 else lambda line: None
         model = load_tokenizer(tokenizer, local_device(device), torch.float32)
         source = open_source(data, split, model.config.image_size, on_error, orientation, profile, say)
-        found = tokenize(model, source, out, crops, batch_size, progress, workers, force, part, rank, world).meta
+        found = tokenize(model, source, out, crops, batch_size, progress, workers, force, part, Ranks(rank, world)).meta
     say(f"{out}: {found.num_images} images x {found.num_crops} crops x {found.num_tokens} tokens")

@@ -155,6 +155,6 @@ def _decoder(path: str | Path, cache: TokenCache) -> Tokenizer:
     """The tokenizer that the cache's tokens are of; ValueError for another one."""
     tokenizer = load_tokenizer(path)
     found = encoder_fingerprint(tokenizer.state_dict())
-    if found != cache.meta.tokenizer:
+    if cache.meta.tokenizer not in ("", found):  # imported caches may not know it
         raise ValueError(f"tokenizer: expected the one of the cache, {cache.meta.tokenizer}, got {found} in {path}")
     return tokenizer

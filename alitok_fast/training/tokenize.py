@@ -7,10 +7,8 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from alitok_fast.data import (
@@ -28,6 +26,7 @@ from alitok_fast.data.token_cache import TokenCacheMeta
 from alitok_fast.data.transforms import CROP_COUNTS
 from alitok_fast.models.tokenizer import Tokenizer, encoder_fingerprint
 from alitok_fast.progress import tracked
+from alitok_fast.training.ranks import Ranks
 
 SHARDS_NAME = "shards"
 
@@ -42,8 +41,7 @@ def tokenize(
     workers: int | None = None,
     force: bool = False,
     shard: tuple[int, int] | None = None,
-    rank: int = 0,
-    world: int = 1,
+    ranks: Ranks | None = None,
 ) -> TokenCache:
     """Write the token cache of an image source (alitok_fast.data.open_source) to the folder `out`, or finish it.
 
@@ -51,16 +49,19 @@ def tokenize(
     stage does not matter: stage 2 keeps the encoder and the codebook of stage 1.
     `workers` threads read pictures (one per core, at most 8, if not given).
 
-    `shard` (I, N) with I from 1 writes the I-th of N shards only, for `alitok_fast.data.merge_shards`. With `world` > 1
-    every process of the torch.distributed group makes the same call with its `rank` and writes its share; the cache is
-    that of a single process.
+    `shard` (I, N) with I from 1 writes the I-th of N shards only, for `alitok_fast.data.merge_shards`. With `ranks`
+    every process of the torch.distributed group makes the same call and writes its share; the cache is that of a single
+    process.
     Raises as `write_token_cache`; `force` writes over what it would refuse.
     """
     require_count("batch_size", batch_size)
     require_choice("crops", require_count("crops", crops), CROP_COUNTS)
     check_source(source)
-    if shard is not None and world > 1:
-        raise ValueError(f"shard: expected none where {world} processes write together, got {shard[0]}/{shard[1]}")
+    ranks = ranks or Ranks()
+    if shard is not None and ranks.world > 1:
+        raise ValueError(
+            f"shard: expected none where {ranks.world} processes write together, got {shard[0]}/{shard[1]}"
+        )
     config = tokenizer.config
     meta = TokenCacheMeta(
         num_images=len(source),
@@ -85,7 +86,7 @@ def tokenize(
             encode,
             meta if images is None else meta.of_shard(images),
             batch_size,
-            lambda batches: tracked(title, batches, progress and rank == 0),
+            lambda batches: tracked(title, batches, progress and ranks.main),
             workers,
             force,
         )
@@ -94,30 +95,33 @@ def tokenize(
     with torch.inference_mode():
         if shard is not None:
             write(out, shard_images(len(source), batch_size, *shard), f"tokenize {shard[0]}/{shard[1]}", force)
-        elif world > 1 or (out / SHARDS_NAME).is_dir():
-            _together(out, meta, batch_size, write, force, rank, world)
+        elif ranks.world > 1 or (out / SHARDS_NAME).is_dir():
+            _together(out, meta, batch_size, write, force, ranks)
         else:
             write(out, None, "tokenize", force)
-    return validate_token_cache(out, check_range=rank == 0)
+    return validate_token_cache(out, check_range=ranks.main)
 
 
-def _together(
-    out: Path, meta: TokenCacheMeta, batch_size: int, write: Callable, force: bool, rank: int, world: int
-) -> None:
-    """Each process writes every world-th shard, under out/shards; the first then puts them together.
+def _together(out: Path, meta: TokenCacheMeta, batch_size: int, write: Callable, force: bool, ranks: Ranks) -> None:
+    """Each process writes every world-th shard, under out/shards; the main one then puts them together.
 
     The number of shards is that of the processes which began, whoever goes on.
     """
-    with writer_lock(out) if rank == 0 else contextlib.nullcontext():
+    world = ranks.world
+    with writer_lock(out) if ranks.main else contextlib.nullcontext():
         batches = -(-meta.num_images // batch_size)
-        count = _from_first(lambda: _begun(out, meta, force, min(world, batches)), rank, world)
+        count = ranks.from_main(_begun(out, meta, force, min(world, batches)) if ranks.main else None)
         if not count:
             return
         folders = [out / SHARDS_NAME / f"{number:05}-of-{count:05}" for number in range(1, count + 1)]
-        for number in range(rank + 1, count + 1, world):
+        for number in range(ranks.rank + 1, count + 1, world):
             title = f"tokenize, process 1 of {world}" if world > 1 else f"tokenize {number}/{count}"
             write(folders[number - 1], shard_images(meta.num_images, batch_size, number, count), title)
-        _from_first(lambda: _finish(folders, out), rank, world, wait=True)
+        ranks.barrier()
+        if ranks.main:
+            copy_shards(folders, out)
+            shutil.rmtree(out / SHARDS_NAME)
+        ranks.barrier()
 
 
 def _begun(out: Path, meta: TokenCacheMeta, force: bool, count: int) -> int:
@@ -137,18 +141,3 @@ def _begun(out: Path, meta: TokenCacheMeta, force: bool, count: int) -> int:
             "or write over it with force (--force)"
         )
     return 0 if blocks is None else int(counts.pop()) if names else count
-
-
-def _finish(folders: list[Path], out: Path) -> None:
-    copy_shards(folders, out)
-    shutil.rmtree(out / SHARDS_NAME)
-
-
-def _from_first(act: Callable[[], Any], rank: int, world: int, wait: bool = False) -> Any:
-    """What `act()` gives the first process, in all of them; with `wait` all arrive before it begins."""
-    if wait and world > 1:
-        dist.barrier()
-    given = [act() if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(given, 0)
-    return given[0]

@@ -16,6 +16,7 @@ from alitok_fast.data import cache_writer, merge_shards, open_source, validate_t
 from alitok_fast.models import Generator, Tokenizer, save_model
 from alitok_fast.training import tokenize as module
 from alitok_fast.training.generator import GeneratorTask
+from alitok_fast.training.ranks import Ranks
 from alitok_fast.training.tokenize import tokenize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,9 +80,9 @@ def test_what_one_process_began_is_not_begun_anew(tmp_path: Path, stripes: Path,
         )
         with pytest.raises(ZeroDivisionError):
             run(stripes, out)
-    monkeypatch.setattr(module, "_from_first", lambda act, rank, world, wait=False: act())
+    monkeypatch.setattr(Ranks, "from_main", lambda self, value: value)
     with pytest.raises(ValueError, match="which one process began: let one go on, or write over it with force"):
-        run(stripes, out, world=2)
+        run(stripes, out, ranks=Ranks(0, 2))
     assert run(stripes, out) == single
 
 
@@ -108,7 +109,7 @@ def test_shards_of_other_settings_are_refused_or_forced(tmp_path: Path, stripes:
 
 def test_a_shard_of_a_share_is_refused(tmp_path: Path, stripes: Path) -> None:
     with pytest.raises(ValueError, match="shard: expected none where 2 processes write together, got 1/2"):
-        run(stripes, tmp_path / "out", shard=(1, 2), world=2)
+        run(stripes, tmp_path / "out", shard=(1, 2), ranks=Ranks(0, 2))
     assert not (tmp_path / "out").exists()
 
 
