@@ -5,6 +5,7 @@ torch loads inside the commands, so that help is quick.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -198,24 +199,38 @@ def tokenize_command(
     force: Force = False,
     device: Device = "cpu",
     progress: Progress = True,
+    shard: Annotated[
+        MaybeText, typer.Option(help="I/N: write the I-th of N shards, for `alitok-fast tokens merge`.")
+    ] = None,
 ) -> None:
     """Encode every image of a data set once; an interrupted run is continued.
 
-    Example: alitok-fast tokenize --data photos/ --out runs/tokens --tokenizer runs/stage1/model --crops 2
+    \b
+    Examples:
+      alitok-fast tokenize --data photos/ --out runs/tokens --tokenizer runs/stage1/model --crops 2
+      alitok-fast tokenize --data photos/ --out runs/tokens-2 --shard 2/8
+      torchrun --nproc-per-node 8 -m alitok_fast.cli tokenize --data photos/ --out runs/tokens --device cuda
     """
     import torch
 
     from alitok_fast.data import open_source
     from alitok_fast.data.checks import require_choice, require_count
+    from alitok_fast.data.shards import parse_shard
     from alitok_fast.data.transforms import CROP_COUNTS
+    from alitok_fast.device import local_device
     from alitok_fast.models.loading import load_tokenizer
+    from alitok_fast.pipelines.bulk import process_group
+    from alitok_fast.training.ranks import Ranks
     from alitok_fast.training.tokenize import tokenize
 
+    part = None if shard is None else parse_shard(shard)
     require_count("batch_size", batch_size)
     require_choice("crops", crops, CROP_COUNTS)
     if workers is not None:
         require_count("workers", workers)
-    model = load_tokenizer(tokenizer, device, torch.float32)
-    source = open_source(data, split, model.config.image_size, on_error, orientation, profile, typer.echo, draft)
-    found = tokenize(model, source, out, crops, batch_size, progress, workers, force)
-    typer.echo(f"{out}: {found.meta.num_images} images x {found.meta.num_crops} crops x {found.meta.num_tokens} tokens")
+    with process_group() as (rank, world):
+        say: Callable[[str], object] = typer.echo if rank == 0 else lambda line: None
+        model = load_tokenizer(tokenizer, local_device(device), torch.float32)
+        source = open_source(data, split, model.config.image_size, on_error, orientation, profile, say, draft)
+        found = tokenize(model, source, out, crops, batch_size, progress, workers, force, part, Ranks(rank, world)).meta
+    say(f"{out}: {found.num_images} images x {found.num_crops} crops x {found.num_tokens} tokens")

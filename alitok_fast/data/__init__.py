@@ -5,6 +5,7 @@ from alitok_fast.data.folders import FolderImages
 from alitok_fast.data.idx import IdxImages
 from alitok_fast.data.order import DataOrder
 from alitok_fast.data.pictures import UnreadableImageError, read_image
+from alitok_fast.data.shards import merge_shards
 from alitok_fast.data.sources import ImageSource, check_source, open_source, source_fingerprint
 from alitok_fast.data.token_cache import TokenCache, validate_token_cache
 from alitok_fast.data.transforms import cache_crops, to_tensor, train_crop
@@ -18,6 +19,7 @@ __all__ = [
     "UnreadableImageError",
     "cache_crops",
     "check_source",
+    "merge_shards",
     "open_source",
     "read_image",
     "source_fingerprint",

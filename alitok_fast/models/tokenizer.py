@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from alitok_fast.config import TokenizerConfig
 from alitok_fast.models.checks import check_finite, check_range, check_tensor
+from alitok_fast.models.hub import HubModel
 from alitok_fast.models.layers import Conv2d, LayerNorm, Linear, PointwiseConv, TokenizerLayer, making, new_parameter
 from alitok_fast.models.vector_quantizer import VectorQuantizer
 from alitok_fast.ops.vq_lookup import VQLookup
@@ -126,8 +127,10 @@ class Decoder(nn.Module):
         return torch.sigmoid(values).permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, rows * p, columns * p)
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(HubModel):
     """Encoder, quantizer and decoder; `config.stage` says which decoder. Made in float32."""
+
+    kind = "tokenizer"
 
     def __init__(self, config: TokenizerConfig, device: torch.device | str | None = None) -> None:
         super().__init__()

@@ -93,7 +93,7 @@ class GeneratorTask:
             "data": meta.source,
             "images": meta.num_images,
             "crops": meta.num_crops,
-            "tokenizer": meta.tokenizer,
+            "tokenizer": meta.tokenizer or None,
             "classes": meta.class_names,
             "training": self.config.to_dict(),
         }
@@ -158,6 +158,6 @@ def _decoder(path: str | Path, cache: TokenCache) -> Tokenizer:
     """The tokenizer that the cache's tokens are of; ValueError for another one."""
     tokenizer = load_tokenizer(path)
     found = encoder_fingerprint(tokenizer.state_dict())
-    if found != cache.meta.tokenizer:
+    if cache.meta.tokenizer not in ("", found):  # imported caches may not know it
         raise ValueError(f"tokenizer: expected the one of the cache, {cache.meta.tokenizer}, got {found} in {path}")
     return tokenizer

@@ -68,7 +68,7 @@ def test_tokens_that_are_not_there_are_encoded_again(begun: Path, whole, image: 
     (begun / "tokens.partial.npy").write_bytes(raw)
     calls: list[int] = []
     write(begun, encoder=counting(calls))
-    assert len(calls) == again and "damaged: encoded again" in caplog.text
+    assert len(calls) == again and "damaged: written again" in caplog.text
     assert (validate_token_cache(begun).tokens == whole).all()
 
 
