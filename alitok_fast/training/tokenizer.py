@@ -46,7 +46,7 @@ class TokenizerTask:
         self.model, self.source, self.config = model, source, config
         self.adversary = Adversary(config) if config.schedule.adversarial else None
         self.distances = Distances(config)
-        if config.freeze_encoder:
+        if config.freeze_encoder or model.config.stage == 2:
             freeze_encoder(model)
         self._called: nn.Module = model
 
