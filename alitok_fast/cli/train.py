@@ -214,8 +214,8 @@ def tokenize_command(
     import torch
 
     from alitok_fast.data import open_source
+    from alitok_fast.data.cache_shards import parse_shard
     from alitok_fast.data.checks import require_choice, require_count
-    from alitok_fast.data.shards import parse_shard
     from alitok_fast.data.transforms import CROP_COUNTS
     from alitok_fast.device import local_device
     from alitok_fast.models.loading import load_tokenizer

@@ -1,124 +1,218 @@
-"""Shards of a token cache: which images each of several writers encodes, and how their caches become one.
-
-A shard is a token cache of its own, of consecutive images, whose metadata say which of the data set they are. Shares
-begin where a batch of a single writer would, so that each image is encoded in the same company as without shards, and
-not even rounding differs.
-"""
+"""Webdataset shards: pictures in tar files, read where they are, in any order."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from alitok_fast.data.cache_writer import fill_cache, writer_lock
-from alitok_fast.data.checks import require_count
-from alitok_fast.data.sources import ImageSource
-from alitok_fast.data.token_cache import TokenCache, validate_token_cache
-from alitok_fast.storage.files import differences
+from alitok_fast.data.encoded import EncodedImages
+from alitok_fast.data.index_files import index_shards
+from alitok_fast.data.labels import ClassFile, number_labels
+from alitok_fast.data.left_out import DAMAGED, SHARDS, SPLIT_NAMES, LeftOut, is_junk
+from alitok_fast.data.name_table import NameTable
+from alitok_fast.data.optional import optional
+from alitok_fast.data.pictures import UnreadableImageError
+from alitok_fast.data.tar_index import LabelColumn, ShardIndex
+from alitok_fast.storage.text import shown
 
-_PIECE = 1024  # images copied together
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """The number of a shard, from 1, and how many there are: (2, 8) for "2/8"."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    number, count = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= number <= count:
-        raise ValueError(f"shard: expected I/N with I from 1 to N, such as 2/8, got {text!r}")
-    return number, count
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_MOST_OPEN = 64  # shards at the same time, in each process
+_MOST_CAPTIONS = 1000  # as many different texts, on more than half of the samples, are no classes
 
 
-def shard_images(num_images: int, batch_size: int, number: int, count: int) -> range:
-    """The images of shard `number`, from 1, of `count`: whole batches, as equally many as can be.
+def is_pattern(path: str) -> bool:
+    """Whether a path names shards: a tar file, or several by braces, as in imagenet-{000000..000146}.tar."""
+    return path.endswith((".tar", *_COMPRESSED)) or ("{" in path and ".tar" in path)
 
-    Raises ValueError where there are more shards than batches.
+
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder is one of shards, or has splits that are. Tar files beside folders of others (ImageNet's own
+    archives beside what they hold) are none."""
+    folders = [path for path in folder.iterdir() if path.is_dir() and not is_junk(path.name)]
+    if not folders:
+        return bool(_shards_in(folder))
+    splits = [path for path in folders if path.name.lower() in SPLIT_NAMES]
+    return bool(splits) and all(_shards_in(path) for path in splits)
+
+
+class ShardImages(EncodedImages):
+    """The samples of webdataset shards that have a picture, by index: `path` is a tar file, a folder, or braces.
+
+    A sample is a run of members with the same key (webdataset's rule). Its label is a number in a member .cls, or
+    "label" in .json, or a class name in .txt; `label_column` chooses one of "cls", "txt", "json", "json.KEY" or
+    "none", `image_column` a picture by its suffix. `classes` gives numbers their names, and names their order, which
+    without it is that of all splits together. Shards with train, val, ... in their names or folders are splits.
+    An index of all samples is made once (`index_folder`; beside the shards, if not given).
     """
-    batches = -(-num_images // require_count("batch_size", batch_size))
-    if count > batches:
-        raise ValueError(f"shard: expected at most {batches} shards, one per batch of {batch_size}, got {count}")
-    first, stop = (batches * part // count * batch_size for part in (number - 1, number))
-    return range(first, min(stop, num_images))
 
+    def __init__(
+        self,
+        path: str,
+        split: str = "train",
+        classes: ClassFile | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        index_folder: Path | None = None,
+        **reading,
+    ) -> None:
+        label, left_out = LabelColumn.named(label_column), LeftOut()
+        chosen, others = _split(path, split, left_out)
+        indices = index_shards([*chosen, *others], label, image_column, index_folder)
+        names, labels, wrong = _numbered(indices, classes, path)
+        indices = indices[: len(chosen)]
+        count = sum(map(len, indices))
+        self._shards, self._handles = chosen, _Handles()
+        self._first = np.cumsum([0, *map(len, indices)])
+        self._offsets = np.concatenate([index.offsets for index in indices])
+        self._sizes = np.concatenate([index.sizes for index in indices])
+        self._members = NameTable.joined([index.names for index in indices])
+        for shard, index in zip(chosen, indices, strict=True):
+            for reason, number in index.left_out.counts.items():
+                left_out.restore(reason, number, index.left_out.names[reason])
+            if index.damage:
+                left_out.add(DAMAGED, shard.name, index.damage)
+        folder = Path(path)
+        name = f"{folder.name}/{split}" if others or (folder / split).is_dir() else folder.name
+        super().__init__(name, names or [folder.name], labels[:count], left_out, **reading)
+        self.keep_labelled({reason: mask[:count] for reason, mask in wrong.items()})
 
-class ShardImages:
-    """The consecutive `images` of a source, as an ImageSource."""
-
-    def __init__(self, source: ImageSource, images: range) -> None:
-        self.name, self.class_names = source.name, source.class_names
-        self.labels = np.asarray(source.labels)[images.start : images.stop]
-        self._source, self._first = source, images.start
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, index: int) -> np.ndarray:
-        return self._source.image(self._first + index)
-
-
-def merge_shards(
-    shards: Sequence[str | Path],
-    out: str | Path,
-    force: bool = False,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> TokenCache:
-    """Put shards, in any order, together into the token cache `out`, or finish doing so; the shards stay.
-
-    The cache is, bit for bit, that of a single writer. Raises ValueError naming shards that are missing, there twice or
-    of other data, and as `write_token_cache` where `out` is something else.
-    """
-    with writer_lock(out):
-        copy_shards(shards, out, force, progress)
-    return validate_token_cache(out)
-
-
-def copy_shards(
-    shards: Sequence[str | Path], out: str | Path, force: bool = False, progress: Callable[[Iterable], Iterable] = iter
-) -> None:
-    """`merge_shards`, inside `writer_lock`."""
-    parts = _opened(shards)
-    for folder, _ in parts:
-        if Path(out).exists() and Path(out).samefile(folder):
-            raise ValueError(f"out: expected another folder than the shards, got {out}")
-    labels: np.ndarray = np.concatenate([cache.labels for _, cache in parts])
-
-    def pieces(done: int) -> Iterator[np.ndarray]:
-        begins = [
-            (cache.tokens, first)
-            for _, cache in parts
-            for first in range(max(0, done - cache.meta.images.start), len(cache), _PIECE)
-        ]
-        for tokens, first in progress(begins):
-            yield tokens[first : first + _PIECE]
-
-    fill_cache(out, parts[0][1].meta.whole, labels, pieces, force)
-
-
-def _opened(shards: Sequence[str | Path]) -> list[tuple[Path, TokenCache]]:
-    """The shards in the order of their images, once they are known to hold each image once, of the same data."""
-    if not shards:
-        raise ValueError("shards: expected at least one, got none")
-    parts = [(Path(folder), validate_token_cache(folder)) for folder in shards]
-    whole = parts[0][1].meta.whole
-    for folder, cache in parts:
-        if cache.meta.shard is None:
-            raise ValueError(f"{folder}: expected a shard (tokenize --shard), got a token cache of all images")
-        if different := differences(whole.to_dict(), cache.meta.whole.to_dict()):
-            raise ValueError(f"{folder}: expected a shard of the same data as {parts[0][0]}: {'; '.join(different)}")
-    parts.sort(key=lambda part: part[1].meta.images.start)
-    here = 0
-    for folder, cache in parts:
-        first = cache.meta.images.start
-        if first < here:
-            raise ValueError(
-                f"{folder}: expected a shard that begins with image {here}, got {first}, which another one holds; "
-                "shards fit together if they were written with the same N and batch_size"
+    def encoded(self, index: int) -> bytes:
+        row = int(self._rows[index])
+        offset, size = int(self._offsets[row]), int(self._sizes[row])
+        try:
+            data = self._handles.read(self._shards[self._shard(row)], offset, size)
+        except OSError as error:
+            raise UnreadableImageError(f"{self.location(index)}: expected a readable shard, got {error}") from error
+        if len(data) < size:
+            raise UnreadableImageError(
+                f"{self.location(index)}: expected {size} bytes, got {len(data)}: the shard was cut short meanwhile"
             )
-        if first > here:
-            break
-        here += len(cache)
-    if here < whole.num_images:
-        raise ValueError(f"shards: expected one that begins with image {here} of {whole.num_images}, got none")
-    return parts
+        return data
+
+    def sample_name(self, index: int) -> str:
+        row = int(self._rows[index])
+        return f"{self._shards[self._shard(row)].name}/{self._members[row]}"
+
+    def location(self, index: int) -> str:
+        row = int(self._rows[index])
+        return f"{self._shards[self._shard(row)]}: {shown(self._members[row], limit=1000)}"
+
+    def stored_size(self, index: int) -> int:
+        return int(self._sizes[self._rows[index]])
+
+    def _shard(self, row: int) -> int:
+        return int(np.searchsorted(self._first, row, side="right")) - 1
+
+
+class _Handles:
+    """Shards that are open in this process. They are read with pread, which shares no offset with a forked process."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, _Handle] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self):  # open files and locks belong to their process
+        return _Handles, ()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        handle = self._handle(path)
+        data = os.pread(handle.number, size, offset)
+        while 0 < len(data) < size and (more := os.pread(handle.number, size - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def _handle(self, path: Path) -> _Handle:
+        with self._lock:
+            handle = self._open.pop(path, None) or _Handle(path)
+            self._open[path] = handle
+            if len(self._open) > _MOST_OPEN:
+                self._open.popitem(last=False)  # closed when the last thread that reads from it is done
+            return handle
+
+
+class _Handle:
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def _numbered(indices: Sequence[ShardIndex], classes: ClassFile | None, where: str):
+    """`number_labels` of all samples; the same text has one number in all shards."""
+    texts = sorted({text for index in indices for text in index.texts})
+    order = {text: number for number, text in enumerate(texts)}
+    count = sum(map(len, indices))
+    if classes is None and len(texts) > max(_MOST_CAPTIONS, count // 2):
+        raise ValueError(
+            f"label_column: expected class names, got {len(texts)} different texts on {count} samples (such as "
+            f"{shown(texts[0])!r}) in {where}; captions are no classes: choose another member, or 'none'"
+        )
+    ids = []
+    for index in indices:
+        own = np.array([order[text] for text in index.texts] + [-1], np.int64)
+        ids.append(own[np.maximum(index.text_ids, -1)])
+    numbers = np.concatenate([index.numbers for index in indices])
+    return number_labels(numbers, texts, np.concatenate(ids), classes, where)
+
+
+# ---- names and splits ----
+
+
+def _split(path: str, split: str, left_out: LeftOut) -> tuple[list[Path], list[Path]]:
+    """The shards of a split, and those of the others, which share its classes. What `path` names is one split."""
+    folder = Path(path)
+    if not folder.is_dir():
+        shards = _expanded(path)
+        named = {_split_of(shard) for shard in shards}
+        if split != "train" and split not in named:
+            raise ValueError(f"split: expected 'train', since {path} names its shards, got {split!r}")
+        return shards, []
+    parts: dict[str, list[Path]] = {}
+    for place in [folder, *(one for one in sorted(folder.iterdir()) if one.is_dir() and not is_junk(one.name))]:
+        for shard in _shards_in(place):
+            parts.setdefault(_split_of(shard) if place == folder else place.name, []).append(shard)
+    if set(parts) == {""}:
+        if split != "train":
+            raise ValueError(f"split: expected 'train', since {folder} holds no splits, got {split!r}")
+        return parts[""], []
+    for shard in parts.pop("", []):
+        left_out.add(SHARDS, shard)
+    if split not in parts:
+        known = ", ".join(map(repr, sorted(parts)))
+        raise ValueError(f"split: expected one of {known}, the splits in {folder}, got {split!r}")
+    return parts[split], [shard for name, shards in parts.items() if name != split for shard in shards]
+
+
+def _split_of(shard: Path) -> str:
+    """The split that a shard's name says: imagenet1k-validation-07.tar; empty where it says none."""
+    return next((word for word in re.findall("[a-z]+", shard.name.lower()) if word in SPLIT_NAMES), "")
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and not is_junk(name))
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _expanded(pattern: str) -> list[Path]:
+    """The shards that a name or braces stand for, each once; ValueError for those that are not there, or packed."""
+    names = [pattern]
+    if "{" in pattern:
+        names = optional("webdataset.shardlists", "a name with braces").expand_urls(pattern)
+    shards = [Path(name) for name in dict.fromkeys(names)]
+    packed = [shard for shard in shards if shard.name.endswith(_COMPRESSED)]
+    if packed:
+        raise ValueError(
+            f"data: expected tar files, which can be read in any order, got {packed[0]}; unpack it (gzip -d)"
+        )
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        raise ValueError(f"data: expected {len(shards)} shards in {pattern}, got none called {missing[0]}")
+    return shards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ from alitok_fast.training.phases import Place
 from alitok_fast.training.ranks import Ranks, joined
 from alitok_fast.training.run_folder import begun_with, open_run
 from alitok_fast.training.task import StepOutput
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """What reads the cache: the tokens (N,) of one crop of an image, and its label."""
+
+    cache: TokenCache
+    seed: int
+
+    def __call__(self, epoch: int, sample: int) -> tuple[np.ndarray, int]:
+        rng = DataOrder(len(self.cache), 1, self.seed).rng(epoch, sample)
+        return self.cache.sample(sample, rng), int(self.cache.labels[sample])
 
 
 class GeneratorTask:
@@ -53,10 +66,9 @@ class GeneratorTask:
         config = self.config
         return DataOrder(len(self.cache), config.batch_size // config.grad_accumulation, config.seed, rank, world)
 
-    def read(self, epoch: int, sample: int) -> tuple[np.ndarray, int]:
-        """The tokens (N,) of one crop, and the label."""
-        rng = DataOrder(len(self.cache), 1, self.config.seed).rng(epoch, sample)
-        return self.cache.sample(sample, rng), int(self.cache.labels[sample])
+    @property
+    def read(self) -> CachedTokens:
+        return CachedTokens(self.cache, self.config.seed)
 
     def loss(self, place: Place, tokens: Tensor, labels: Tensor) -> StepOutput:
         """`tokens` (B, N) and `labels` (B,), int64. The log has the share of tokens that are the likeliest, too."""

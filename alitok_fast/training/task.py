@@ -41,8 +41,9 @@ class Task(Protocol):
     def order(self, rank: int, world: int) -> DataOrder:
         """The samples of each micro-batch, those of one process."""
 
-    def read(self, epoch: int, sample: int) -> tuple[np.ndarray | int, ...]:
-        """One sample, in any process; a function of its arguments alone."""
+    @property
+    def read(self) -> Callable[[int, int], tuple[np.ndarray | int, ...]]:
+        """One sample, of an epoch and its number, in any process: picklable, a function of its arguments alone."""
 
     @property
     def loss(self) -> Callable[..., StepOutput]:

@@ -19,9 +19,9 @@ from alitok_fast.data import (
     validate_token_cache,
     write_token_cache,
 )
+from alitok_fast.data.cache_shards import ShardImages, copy_shards, shard_images
 from alitok_fast.data.cache_writer import begin_cache, writer_lock
 from alitok_fast.data.checks import require_choice, require_count
-from alitok_fast.data.shards import ShardImages, copy_shards, shard_images
 from alitok_fast.data.token_cache import TokenCacheMeta
 from alitok_fast.data.transforms import CROP_COUNTS
 from alitok_fast.models.tokenizer import Tokenizer, encoder_fingerprint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alitok_fast.config import TokenizerConfig
 from alitok_fast.data import DataOrder, ImageSource, check_source, source_fingerprint, to_tensor, train_crop
 from alitok_fast.data.checks import require_count
-from alitok_fast.data.loader import to_unit
+from alitok_fast.data.loader import to_floats
 from alitok_fast.data.reading import default_workers
 from alitok_fast.data.sources import check_picture
 from alitok_fast.data.transforms import centre_crop
@@ -32,6 +32,19 @@ from alitok_fast.training.phases import DISCRIMINATOR_TURN, Place
 from alitok_fast.training.ranks import Ranks, joined
 from alitok_fast.training.run_folder import STATE_NAME, begun_with, open_run, read_settings
 from alitok_fast.training.task import StepOutput
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What worker processes call: one random crop (size, size, 3) uint8 of a picture."""
+
+    source: ImageSource
+    size: int
+    seed: int
+
+    def __call__(self, epoch: int, sample: int) -> tuple[np.ndarray]:
+        image = check_picture(self.source.image(sample), sample)
+        return (train_crop(image, self.size, DataOrder(len(self.source), 1, self.seed).rng(epoch, sample)),)
 
 
 class TokenizerTask:
@@ -64,15 +77,13 @@ class TokenizerTask:
         config = self.config
         return DataOrder(len(self.source), config.batch_size // config.grad_accumulation, config.seed, rank, world)
 
-    def read(self, epoch: int, sample: int) -> tuple[np.ndarray]:
-        """One crop, (H, W, 3) uint8."""
-        image = check_picture(self.source.image(sample), sample)
-        rng = DataOrder(len(self.source), 1, self.config.seed).rng(epoch, sample)
-        return (train_crop(image, self.model.config.image_size, rng),)
+    @property
+    def read(self) -> Crops:
+        return Crops(self.source, self.model.config.image_size, self.config.seed)
 
     def loss(self, place: Place, images: Tensor) -> StepOutput:
         """`images` (B, 3, H, W) uint8."""
-        images = to_unit(images)
+        images = to_floats(images)
         if place.turn == DISCRIMINATOR_TURN:
             return self._discriminator_loss(images)
         output = self._called(images)

@@ -11,7 +11,7 @@ from noise import META, Source, encode
 
 from alitok_fast.cli import main
 from alitok_fast.data import cache_writer, validate_token_cache, write_token_cache
-from alitok_fast.data.shards import ShardImages
+from alitok_fast.data.cache_shards import ShardImages
 from alitok_fast.models import save_model
 from alitok_fast.models.tokenizer import encoder_fingerprint
 

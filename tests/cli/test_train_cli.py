@@ -88,7 +88,8 @@ def test_what_diverges_is_one_line(idx_folder: Path, tmp_path: Path) -> None:
         train += ["--set", setting]
     found = subprocess.run([sys.executable, "-m", "alitok_fast.cli", *train], capture_output=True, text=True)
     assert found.returncode == 1 and re.fullmatch(
-        r"alitok-fast: .*: expected a finite number, got .* at step \d of phase 1; no checkpoint was written yet.*\n", found.stderr
+        r"alitok-fast: .*: expected a finite number, got .* at step \d of phase 1; no checkpoint was written yet.*\n",
+        found.stderr,
     ), found.stderr
     assert not (tmp_path / "x" / "model").exists()
 

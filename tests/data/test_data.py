@@ -19,7 +19,7 @@ from alitok_fast.data import (
     IdxImages,
     UnreadableImageError,
     cache_crops,
-    folders,
+    encoded,
     open_source,
     read_image,
     to_tensor,
@@ -298,8 +298,8 @@ def test_counts_are_checked_by_name(pictures: Path, wrong: object) -> None:
 
 def test_every_thread_goes_through_one_gate(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gates = []
-    monkeypatch.setattr(folders, "check_image", lambda path, gate: gates.append(gate))
+    monkeypatch.setattr(encoded, "check_image", lambda picture, name, gate: gates.append(gate))
     source = FolderImages(pictures, on_error="skip")
-    monkeypatch.setattr(folders, "read_image", lambda path, gate, **_: gates.append(gate))
+    monkeypatch.setattr(encoded, "decode_image", lambda picture, name, gate, **_: gates.append(gate))
     source.image(0)
     assert len(gates) == 7 and len(set(gates)) == 1 and isinstance(gates[0], PixelGate)

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision_here import import_or_skip
 
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
-from alitok_fast.data.loader import collate
+from alitok_fast.data.loader import stack
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
 from alitok_fast.training.perceptual import logit_distance, lpips_distance
 
@@ -42,7 +42,7 @@ FIRST = TOKENIZER_TRAINING.schedule.at(0)  # where the first step lies
 
 def batch_of(task, index: int) -> tuple[torch.Tensor, ...]:
     """Micro-batch `index` of a task, as the loop hands it over."""
-    return collate([task.read(*at) for at in task.order().at(index)])
+    return stack([task.read(*at) for at in task.order().at(index)])
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Trains as several processes, under torchrun: `python -m torch.distributed.run ... processes.py KIND OUT STEPS RESUME KEY=VALUE...`"""
+"""Trains as one of several processes under torchrun: processes.py KIND DATA OUT RESUME SETTINGS-AS-JSON."""
 
 from __future__ import annotations
 

@@ -88,7 +88,9 @@ class Killed(Exception):
     pass
 
 
-def killed_and_resumed(idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, **changes) -> None:
+def killed_and_resumed(
+    idx_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, **changes
+) -> None:
     """Ends a run after some steps, resumes it, and compares all of its state with an undisturbed run's."""
     changes = {"save_every": 3, "log_every": 2, **changes}
     train(idx_folder, tmp_path / "whole", **changes)
@@ -151,7 +153,9 @@ def test_losses_that_are_not_finite_name_step_phase_and_turn(idx_folder, tmp_pat
         return output._replace(loss=output.loss * float("nan")) if place.turn == "discriminator" else output
 
     monkeypatch.setattr(TokenizerTask, "loss", loss)
-    with pytest.raises(FloatingPointError, match=r"loss: .* nan .* at step 5 of phase 2 \(discriminator\); the last chec"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss: .* nan .* at step 5 of phase 2 \(discriminator\); the last chec"
+    ):
         train(idx_folder, tmp_path, phases=GAN)
     assert state_of(tmp_path)["step"] == 3
 

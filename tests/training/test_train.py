@@ -12,7 +12,7 @@ import torch
 from training.conftest import FIRST, GENERATOR, GENERATOR_TRAINING, TOKENIZER, TOKENIZER_TRAINING, batch_of
 
 from alitok_fast.data import open_source, to_tensor
-from alitok_fast.data.loader import to_unit
+from alitok_fast.data.loader import to_floats
 from alitok_fast.models.loading import load_generator, load_tokenizer
 from alitok_fast.training import loop
 from alitok_fast.training.generator import GeneratorTask, train_generator
@@ -85,7 +85,7 @@ def test_stage1_loss_is_the_stated_sum(idx_folder: Path) -> None:
     model = Tokenizer(TOKENIZER)
     task = TokenizerTask(model, open_source(idx_folder, image_size=8), TOKENIZER_TRAINING)
     (pixels,) = batch_of(task, 0)
-    images = to_unit(pixels)
+    images = to_floats(pixels)
     output = model(images)
     strip = torch.cat([images[:, :, :4, :4], images[:, :, :4, :]], 3)
     expected = (
