@@ -12,6 +12,7 @@ from alitok_fast.cli.options import LoadOptions
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
 from alitok_fast.inference.params import SamplingParams
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
+from alitok_fast.training.run_settings import PARTS, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
@@ -67,6 +68,19 @@ def test_sizes_of_models_are_those_of_the_dataclasses():
     tokenizer, generator = section("Models").split("`GeneratorConfig` describes")
     assert table(tokenizer) == defaults(TokenizerConfig)
     assert table(generator) == defaults(GeneratorConfig)
+
+
+@pytest.mark.parametrize("column, kind", list(enumerate(PARTS, start=2)))
+def test_settings_of_run_files_are_those_there_are(column, kind):
+    settings = {path: s for path, s in settings_of(kind).items() if s.part in ("start", "data", "watch")}
+    shown = {cells[0].strip("`"): cells for cells in rows(section("Run files")) if "." in cells[0]}
+    assert {path: cells[column].strip("`") for path, cells in shown.items() if cells[column]} == {
+        path: str(setting.default) for path, setting in settings.items()
+    }
+    for path, setting in settings.items():
+        (option,) = [f for f in dataclasses.fields(PARTS[kind][setting.part]) if f.name == setting.name]
+        (name,) = option.metadata["names"] or [f"--{setting.name.replace('_', '-')}"]
+        assert quoted(shown[path][1]) == [name]
 
 
 def environment_variables(*places: str) -> set[str]:

@@ -106,13 +106,15 @@ def open_source(
     apply_orientation: bool = True,
     convert_profile: bool = True,
     report: Callable[[str], object] | None = None,
+    draft: bool = True,
 ) -> IdxImages | FolderImages:
     """IDX files when `path` holds any, else a folder of pictures, `path/<split>` where it holds splits.
 
-    `image_size`: the model's side in pixels. IDX images are padded to it (to 32 if not given); large JPEGs are decoded
-    at a size that is enough for it (whole if not given). `apply_orientation` and `convert_profile` are for pictures,
-    see `alitok_fast.data.pictures`. What was found and what was left out goes to `report` as one line; without it, to
-    the log, as a warning where something that may be data was left out.
+    `image_size`: the model's side in pixels. IDX images are padded to it (to 32 if not given); with `draft`, large
+    JPEGs are decoded at a size that is enough for it (whole if not given). `draft`, `apply_orientation` and
+    `convert_profile` are for pictures, see `alitok_fast.data.pictures`: the published preparation has none of them.
+    What was found and what was left out goes to `report` as one line; without it, to the log, as a warning where
+    something that may be data was left out.
     """
     path = Path(path)
     require_choice("on_error", on_error, ("stop", "skip"))
@@ -124,7 +126,8 @@ def open_source(
         source: IdxImages | FolderImages = IdxImages(path, split, image_size or 32)
         doubtful = False
     else:
-        source = FolderImages(path, on_error, split, image_size, apply_orientation, convert_profile)
+        enough = image_size if draft else None
+        source = FolderImages(path, on_error, split, enough, apply_orientation, convert_profile)
         doubtful = not source.left_out.counts.keys().isdisjoint({LOOSE, OTHER_FILES, OTHER_SPLITS, TWICE, UNREADABLE})
     (report or (_log.warning if doubtful else _log.info))(source.summary)
     return source

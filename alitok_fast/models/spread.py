@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def assign(target: Tensor, value: Tensor) -> None:
+def assign(target: Any, value: Tensor) -> None:
     """Copy a whole `value`, the same in all processes, into `target`."""
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor

@@ -46,15 +46,16 @@ class Adversary:
             self.module.requires_grad_(True)
         if self.config.adaptive_adversarial:
             gradients = gradients_at(last_layer, rest, term)
-            ratio = adaptive_weight(*(self.ranks.mean(gradient) for gradient in gradients))
+            own, added = (self.ranks.mean(gradient) for gradient in gradients)
+            ratio = adaptive_weight(own, added)
             return {"adversarial": term * ratio, "adaptive_weight": ratio}
         return {"adversarial": term}
 
     def discriminator_terms(self, images: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss for images and reconstructions (B, 3, H, W), and figures for the log."""
-        with torch.autocast(
-            images.device.type, enabled=torch.is_autocast_enabled(images.device.type) and not self.config.r1
-        ):
+        kind = images.device.type
+        reduced = torch.is_autocast_enabled(kind) and not self.config.r1  # second derivatives need float32
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=reduced):
             if self.config.r1:
                 images = images.requires_grad_(True)
             real_logits, fake_logits = self.called(torch.cat([images, fake.to(images.dtype)])).float().chunk(2)

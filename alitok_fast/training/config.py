@@ -96,7 +96,7 @@ class TrainConfig(Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
-        """As for the models' configurations; lists become tuples again, and `phases` give `steps` where it is absent."""
+        """As for the models' configurations; lists become tuples again. `phases` give `steps` where it is absent."""
         values = dict(values)
         if isinstance(values.get("betas"), list):
             values["betas"] = tuple(values["betas"])

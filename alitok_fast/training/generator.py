@@ -112,24 +112,27 @@ def train_generator(
     workers: int = 0,
     init: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    run_file: str | None = None,
 ) -> Path:
     """Train on a token cache (alitok_fast.data.validate_token_cache); the folder of the trained model.
 
-    `init` is a generator to start from, whose sizes are kept. With `tokenizer`, a model that decodes these tokens,
+    `init` is a generator of these sizes to start from. With `tokenizer`, a model that decodes these tokens,
     pictures are sampled every `pictures_every` steps. Started by torchrun, all processes train together. `workers`
-    processes read tokens; with 0 this one does. Raises ValueError when the cache and the model's sizes do not fit,
-    when the settings, the tokens or the first weights differ from those of the run being resumed, or when `out` holds
-    something else, which `force` writes over.
+    processes read tokens; with 0 this one does. `run_file` is the text of the run's run.toml (`RunConfig.to_toml`).
+    Raises ValueError when the cache and the model's sizes do not fit, when the settings, the tokens or the first
+    weights differ from those of the run being resumed, or when `out` holds something else, which `force` writes over.
     """
-    first = None if init is None else load_generator(init)
-    if first is not None:
-        model_config = first.config
+    first = None if init is None else load_generator(init, config=model_config)
     for name, expected, actual in (
         ("tokens", model_config.num_tokens, cache.meta.num_tokens),
         ("codebook_size", model_config.codebook_size, cache.meta.codebook_size),
     ):
         if expected != actual:
-            raise ValueError(f"cache: expected {name} {expected} as in the generator's configuration, got {actual}")
+            prefix = actual - model_config.grid**2 if name == "tokens" else -1
+            advice = f"; prefix_tokens {prefix} would fit" if prefix >= 0 else ""
+            raise ValueError(
+                f"cache: expected {name} {expected} as in the generator's configuration, got {actual}{advice}"
+            )
     if len(cache.meta.class_names) > model_config.num_classes:
         raise ValueError(
             f"cache: expected at most {model_config.num_classes} classes, got {len(cache.meta.class_names)}"
@@ -145,7 +148,7 @@ def train_generator(
         torch.manual_seed(config.seed)
         model = Generator(model_config) if first is None else first
         sizes = model_config.to_dict()
-        with open_run(out, "generator", config, sizes, resume, inputs, force, ranks=ranks) as run:
+        with open_run(out, "generator", config, sizes, resume, inputs, force, ranks=ranks, run_file=run_file) as run:
             task = GeneratorTask(model, cache, config, decoder)
             workers = require_count("workers", workers, least=0)
             return train(task, config, run, ranks, tensorboard, progress, workers)

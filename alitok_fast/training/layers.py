@@ -21,4 +21,4 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
 def checkpoint_activations(layers: list[nn.Module]) -> None:
     """Keep only the inputs of these layers for the backward pass, which computes the rest again."""
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from alitok_fast.data.loader import Loader
-from alitok_fast.models.spread import whole
 from alitok_fast.progress import Bar
 from alitok_fast.storage.checkpoint import Checkpoint, write_checkpoint
 from alitok_fast.storage.images import write_image
@@ -22,18 +21,19 @@ from alitok_fast.training.config import TrainConfig
 from alitok_fast.training.interrupts import Interrupts
 from alitok_fast.training.layers import checkpoint_activations, layers_of
 from alitok_fast.training.meter import CodebookWatch, Meter
-from alitok_fast.training.optim import adamw, gradient_norms
+from alitok_fast.training.optim import gradient_norms
+from alitok_fast.training.part import Part
 from alitok_fast.training.phases import GENERATOR_TURN, Place, Plateau
 from alitok_fast.training.ranks import Ranks, parallelized, without_sync
 from alitok_fast.training.run_folder import RunFolder
 from alitok_fast.training.state import (
     MovingAverage,
+    gathered_weights,
     load_optimizer,
     load_random_state,
     load_weights,
     optimizer_state,
     random_state,
-    weights_of,
 )
 from alitok_fast.training.task import StepOutput, Task
 from alitok_fast.training.tensorboard import Board
@@ -82,35 +82,6 @@ def train(
     return run.model_folder
 
 
-class _Part:
-    """A module that is trained: what is called instead of it, its optimizer and, in fp16, the scale of its loss."""
-
-    def __init__(self, name: str, module: nn.Module, called: nn.Module, config: TrainConfig, device: str) -> None:
-        self.name, self.module, self.called = name, module, called
-        self.optimizer = adamw(module, config)
-        self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
-        self._largest = config.max_grad_norm
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def norm(self) -> Tensor:
-        """Of the whole gradient, unscaled; clips it where the settings say so."""
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self._largest:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), self._largest, norm)
-        return whole(norm)
-
-    def update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
 class _Trainer:
     """The state of a run between two steps."""
 
@@ -126,7 +97,7 @@ class _Trainer:
                 called[name] = self._called(module.to(self.device).train())
         task.prepare(lambda module: next(c for n, c in called.items() if modules[n] is module), ranks)
         self.parts = {
-            name: _Part(name, modules[name], call, config, self.device.type)  # type: ignore[arg-type]
+            name: Part(name, modules[name], call, config, self.device.type)  # type: ignore[arg-type]
             for name, call in called.items()
         }
         self.average = MovingAverage(task.model, config.ema_decay)
@@ -142,7 +113,9 @@ class _Trainer:
         if self.config.compile:
             for layer in layers or [module]:
                 layer.compile()
-        return parallelized(module, self.ranks, self.config.parallel, layers)
+        # A discriminator is small, and the gradients of its gradients (R1) need whole weights.
+        parallel = self.config.parallel if module is self.task.model else "ddp"
+        return parallelized(module, self.ranks, parallel, layers)
 
     def step(self, step: int, batches: Iterator[tuple[Tensor, ...]], interrupted: bool) -> bool:
         """One optimizer step; whether any process has been interrupted."""
@@ -176,7 +149,7 @@ class _Trainer:
     def _kept_norms(self, name: str) -> dict[str, float]:
         return {key: value for key, value in self.norms.items() if not key.startswith(f"grad_norm/{name}")}
 
-    def _check(self, loss: float, norm: float, place: Place, part: _Part, step: int) -> None:
+    def _check(self, loss: float, norm: float, place: Place, part: Part, step: int) -> None:
         fitting = math.isfinite(norm) or (part.scaler.is_enabled() and part.scaler.get_scale() > _SMALLEST_SCALE)
         if not (math.isfinite(loss) and fitting):
             raise self._not_finite("loss", f"{loss} with gradient norm {norm}", step, place)
@@ -239,13 +212,13 @@ class _Trainer:
 
     def save(self, done: int) -> None:
         """The checkpoint, then the model as others load it."""
-        model = weights_of(self.task.model)
+        model = gathered_weights(self.task.model)
         self._check_weights(model, done - 1)
         state: dict[str, Any] = {
             "step": done,
             "model": model,
             "optimizer": {name: optimizer_state(p.module, p.optimizer) for name, p in self.parts.items()},
-            "discriminator": weights_of(self.task.discriminator) if self.task.discriminator is not None else None,
+            "discriminator": gathered_weights(self.task.discriminator) if self.task.discriminator is not None else None,
             "scaler": {name: part.scaler.state_dict() for name, part in self.parts.items()},
             "ema": self.average.weights() or None,
             "plateau": self.plateau.state(),
@@ -289,10 +262,8 @@ class _Trainer:
             self.norms = state["norms"]
             load_random_state(state["rng"], self.ranks)
         except Exception as error:  # what a checkpoint of something else lacks shows in as many types of error
-            found = f"{type(error).__name__}: {first_line(error)}"
-            raise ValueError(
-                f"{self.run.state_file}: expected a checkpoint of this run, got another ({found})"
-            ) from error
+            found, file = f"{type(error).__name__}: {first_line(error)}", self.run.state_file
+            raise ValueError(f"{file}: expected a checkpoint of this run, got another ({found})") from error
         if self.run.model_step() != state["step"] and self.ranks.main:  # killed between the checkpoint and its model
             self._save_model(state["ema"] or state["model"], state["step"])
         return state["step"]

@@ -105,6 +105,7 @@ def joined(device: torch.device | str) -> Iterator[Ranks]:
         dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # what the main process still writes, the others wait for
     finally:
         if not given:
             dist.destroy_process_group()
@@ -124,7 +125,8 @@ def parallelized(module: nn.Module, ranks: Ranks, parallel: str, layers: list[nn
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         for layer in layers:
             fully_shard(layer, mesh=mesh)
-        return fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+        return module
     devices = [ranks.device] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
@@ -136,6 +138,7 @@ def without_sync(module: nn.Module, last: bool) -> Iterator[None]:
         with module.no_sync():
             yield
         return
+    spread: Any = module
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
-        module.set_requires_gradient_sync(last)
+        spread.set_requires_gradient_sync(last)
     yield

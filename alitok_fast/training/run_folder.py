@@ -1,4 +1,4 @@
-"""A run's folder: config.json, log.jsonl, checkpoint/state.pt (to go on from) and model/ (to use).
+"""A run's folder: config.json, run.toml, log.jsonl, checkpoint/state.pt (to go on from) and model/ (to use).
 
 Every file but the log is written under a temporary name, flushed and renamed,
 so that a kill or a full disk leaves the previous one whole. The log is cut
@@ -23,6 +23,7 @@ from alitok_fast.storage.files import differences, leftovers, locked, read_json,
 from alitok_fast.storage.text import first_line
 from alitok_fast.training.config import TrainConfig
 from alitok_fast.training.ranks import Ranks
+from alitok_fast.training.run_config import RUN_FILE
 
 LOCK_NAME = ".train.lock"
 STATE_NAME = Path("checkpoint", "state.pt")
@@ -45,7 +46,7 @@ def open_run(path: str | Path, *arguments: Any, ranks: Ranks | None = None, **op
         with ranks.main_first():
             if ranks.main:
                 run = stack.enter_context(_writing(Path(path), *arguments, **options))
-        yield run or RunFolder(path, *arguments, **options, writes=False)
+        yield run or RunFolder(path, *arguments, **{**options, "writes": False})
 
 
 @contextlib.contextmanager
@@ -93,8 +94,8 @@ class RunFolder:
     Whatever decides the result must then be as at the run's beginning: `kind`, the settings `train` but for `steps`
     (which may be extended) and what is written when, the sizes `model`, and `inputs`, the fingerprints of the data and
     of the weights to start from. Raises ValueError for a difference, for a folder that holds a run when not resuming,
-    and for files that no run wrote, unless `force` removes these two. Without `writes`, for the other processes of a run,
-    nothing is checked or written.
+    and for files that no run wrote, unless `force` removes these two. Without `writes`, for the other processes of a
+    run, nothing is checked or written. `run_file` is the text of run.toml (`run_config`), kept beside config.json.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class RunFolder:
         inputs: dict[str, Any] | None = None,
         force: bool = False,
         writes: bool = True,
+        run_file: str | None = None,
     ) -> None:
         self._writes = writes
+        self._run_file = run_file
         self.path = Path(path)
         self.state_file = self.path / STATE_NAME
         self.log_file = self.path / "log.jsonl"
@@ -130,12 +133,18 @@ class RunFolder:
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         if not self.state_file.exists():
-            write_json(self._config_file, self._description)
+            self._describe()
             write_atomically(self.log_file, lambda file: file.write_text(""))
 
     def _files(self) -> list[Path]:
         model = [self.model_folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)]
-        return [self._config_file, self.log_file, self.state_file, *model]
+        return [self._config_file, self.path / RUN_FILE, self.log_file, self.state_file, *model]
+
+    def _describe(self) -> None:
+        write_json(self._config_file, self._description)
+        text = self._run_file
+        if text is not None:
+            write_atomically(self.path / RUN_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
     def _check_own(self) -> dict[str, Any] | None:
         """The settings of the run in the folder; ValueError where its files are not those of a run."""
@@ -188,7 +197,7 @@ class RunFolder:
             return state
         lines = [line for line in self._log_lines() if _log_step(line, state["step"])]
         write_atomically(self.log_file, lambda file: file.write_text("".join(line + "\n" for line in lines)))
-        write_json(self._config_file, self._description)  # the free settings may be new
+        self._describe()  # the free settings may be new
         return state
 
     def _log_lines(self) -> list[str]:

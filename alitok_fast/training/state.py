@@ -1,4 +1,4 @@
-"""A checkpoint's contents, the same whether one process trained or many, each with a copy or with a part of the model."""
+"""A checkpoint's contents, the same whether one process trained or many, with copies or with parts of the model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _GIVEN = StateDictOptions(full_state_dict=True)
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """All weights by name, put together on the CPU; in processes other than the main one nothing where they are spread."""
+def gathered_weights(module: nn.Module) -> dict[str, Any]:
+    """All weights by name, on the CPU; nothing in processes other than the main one."""
     return get_model_state_dict(module, options=_GATHERED)
 
 
-def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_weights(module: nn.Module, weights: dict[str, Any]) -> None:
     set_model_state_dict(module, weights, options=_GIVEN)
 
 

@@ -52,7 +52,7 @@ class TokenizerTask:
 
     @property
     def discriminator(self) -> nn.Module | None:
-        return self.adversary and self.adversary.module
+        return None if self.adversary is None else self.adversary.module
 
     def prepare(self, called: Callable[[nn.Module], nn.Module], ranks: Ranks) -> None:
         self._called = called(self.model)
@@ -85,9 +85,11 @@ class TokenizerTask:
         terms |= self.distances(place.phase, images, output.reconstruction)
         figures = dict(terms)
         if place.phase.adversarial and self.adversary is not None:
-            last_layer, weight = self.model.decoder.ffn[0].weight, place.phase.adversarial
+            last_layer: Any = self.model.decoder.ffn[0].weight
             rest = sum(terms.values(), images.new_zeros(()))
-            added = self.adversary.generator_terms(output.reconstruction.float(), rest, last_layer, weight)
+            added = self.adversary.generator_terms(
+                output.reconstruction.float(), rest, last_layer, place.phase.adversarial
+            )
             terms["adversarial"] = added["adversarial"]
             figures |= added
         total = sum(terms.values(), images.new_zeros(()))
@@ -124,7 +126,7 @@ class TokenizerTask:
         chosen = [i * len(self.source) // count for i in range(count)]
         originals = np.stack([centre_crop(check_picture(self.source.image(i), i), size) for i in chosen])
         images = to_tensor(originals).to(self.model.device)
-        decoded = self._called(images).reconstruction.clamp(0, 1)
+        decoded = self.model(images).reconstruction.clamp(0, 1)
         return np.asarray(grid([*originals, *to_uint8(decoded)], count))
 
     def provenance(self) -> dict[str, Any]:
@@ -152,13 +154,15 @@ def train_tokenizer(
     workers: int | None = None,
     force: bool = False,
     init: str | Path | None = None,
+    run_file: str | None = None,
 ) -> Path:
     """Train one stage on an image source (alitok_fast.data.open_source); the folder of the trained model.
 
     Stage 2 starts from the model folder or checkpoint `stage1`, whose sizes it keeps. Either stage may start from the
     weights of `init` instead, a tokenizer of the same sizes; where its decoder is of the other stage, the encoder, the
     latent tokens and the codebook are taken. A resumed run has all weights in its checkpoint. Started by torchrun, all
-    processes train together. `workers` processes read pictures (one per core, at most 8, if not given).
+    processes train together. `workers` processes read pictures (one per core, at most 8, if not given). `run_file` is
+    the text of the run's run.toml (`RunConfig.to_toml`).
     Raises ValueError for a wrong stage, a missing `stage1`, settings, pictures or first weights that differ from those
     of the run being resumed, or when `out` holds something else, which `force` writes over.
     """
@@ -179,7 +183,7 @@ def train_tokenizer(
         task = TokenizerTask(model, source, config)
         inputs = {"data": data, **begins_with, **task.distances.fingerprints()}
         kind, sizes = f"tokenizer stage {stage}", model.config.to_dict()
-        with open_run(out, kind, config, sizes, resume, inputs, force, ranks=ranks) as run:
+        with open_run(out, kind, config, sizes, resume, inputs, force, ranks=ranks, run_file=run_file) as run:
             return train(task, config, run, ranks, tensorboard, progress, workers)
 
 
@@ -198,21 +202,26 @@ def _first_model(
         begins_with = {"init": weights_fingerprint(first.state_dict())}
         if first.config.stage == stage:
             return first, begins_with
-        return (stage2_from_stage1(first, config.num_buffer_tokens) if stage == 2 else _stage1_from(first)), begins_with
+        return (_stage2_from(first, config) if stage == 2 else _stage1_from(first, config)), begins_with
     if stage1 is not None:
         first = load_tokenizer(stage1)
         begins_with = {"stage1": weights_fingerprint(first.state_dict())}
-        return stage2_from_stage1(first, config.num_buffer_tokens), begins_with
+        return _stage2_from(first, config), begins_with
     begins_with = begun_with(out, "init", "stage1") if resume else {}
     if stage == 1:
         return Tokenizer(TokenizerConfig.from_dict({**config.to_dict(), "stage": 1})), begins_with
-    sizes = {**(read_settings(out) or {}).get("model", config.to_dict()), "stage": 1}
-    return stage2_from_stage1(Tokenizer(TokenizerConfig.from_dict(sizes)), sizes["num_buffer_tokens"]), begins_with
+    saved = TokenizerConfig.from_dict((read_settings(out) or {}).get("model", config.to_dict()))
+    return _stage2_from(Tokenizer(replace(saved, stage=1)), saved), begins_with
 
 
-def _stage1_from(second: Tokenizer) -> Tokenizer:
-    """A stage-1 tokenizer with the encoder, latent tokens and codebook of a stage-2 one, and a fresh causal decoder."""
-    model = Tokenizer(replace(second.config, stage=1))
+def _stage2_from(first: Tokenizer, config: TokenizerConfig) -> Tokenizer:
+    return stage2_from_stage1(first, config.num_buffer_tokens, config.causal_decoder)
+
+
+def _stage1_from(second: Tokenizer, config: TokenizerConfig) -> Tokenizer:
+    """A stage-1 tokenizer with the encoder, latent tokens and codebook of a stage-2 one, and a fresh decoder."""
+    causal, auxiliary = config.causal_decoder, config.auxiliary_loss
+    model = Tokenizer(replace(second.config, stage=1, causal_decoder=causal, auxiliary_loss=auxiliary))
     shared = {name: value for name, value in second.state_dict().items() if not name.startswith("decoder.")}
     model.load_state_dict(shared, strict=False)
     return model
