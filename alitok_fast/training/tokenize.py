@@ -22,13 +22,11 @@ from alitok_fast.data import (
 from alitok_fast.data.cache_writer import begin_cache, writer_lock
 from alitok_fast.data.checks import require_choice, require_count
 from alitok_fast.data.shards import ShardImages, copy_shards, shard_images
-from alitok_fast.data.token_cache import TokenCacheMeta
+from alitok_fast.data.token_cache import SHARDS_NAME, TokenCacheMeta
 from alitok_fast.data.transforms import CROP_COUNTS
 from alitok_fast.models.tokenizer import Tokenizer, encoder_fingerprint
 from alitok_fast.progress import tracked
 from alitok_fast.training.ranks import Ranks
-
-SHARDS_NAME = "shards"
 
 
 def tokenize(
