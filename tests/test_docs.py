@@ -12,6 +12,7 @@ from alitok_fast.cli.options import LoadOptions
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
 from alitok_fast.inference.params import SamplingParams
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
+from alitok_fast.training.phases import Phase
 from alitok_fast.training.run_settings import PARTS, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +61,14 @@ def test_options_are_those_of_the_dataclass(title, settings):
 @pytest.mark.parametrize("column, settings", list(enumerate(TRAINING, start=1)))
 def test_training_settings_are_those_of_the_dataclass(column, settings):
     shown = table(section("Training"), column)
-    assert {name: value for name, value in shown.items() if value} == defaults(settings)
+    said = {name: value for name, value in defaults(settings).items() if value}
+    assert {name: value for name, value in shown.items() if value} == said
     assert set(shown) == {field.name for one in TRAINING for field in dataclasses.fields(one)}
+
+
+def test_fields_of_a_phase_are_those_of_the_dataclass():
+    expected = {f.name: "" if f.default is dataclasses.MISSING else str(f.default) for f in dataclasses.fields(Phase)}
+    assert table(section("Phases")) == expected
 
 
 def test_sizes_of_models_are_those_of_the_dataclasses():
