@@ -14,6 +14,7 @@ import numpy as np
 from alitok_fast.data.token_cache import (
     META_NAME,
     PROGRESS_NAME,
+    SHARDS_NAME,
     TOKENS_NAME,
     TokenCacheMeta,
     checked_meta,
@@ -141,7 +142,11 @@ def begun_cache(folder: str | Path) -> tuple[TokenCacheMeta, int]:
     if (folder / META_NAME).is_file():
         meta = read_meta(folder / META_NAME)
         return meta, meta.num_images
-    if not (folder / PROGRESS_NAME).is_file():
+    if (folder / PROGRESS_NAME).is_file():
+        meta, blocks = read_progress(folder / PROGRESS_NAME)
+        return meta, blocks[-1][0] if blocks else 0
+    begun = {file.parent for name in (META_NAME, PROGRESS_NAME) for file in folder.glob(f"{SHARDS_NAME}/*/{name}")}
+    shards = [begun_cache(shard) for shard in sorted(begun)]
+    if not shards:
         raise ValueError(f"{folder}: expected a token cache, got no {META_NAME}")
-    meta, blocks = read_progress(folder / PROGRESS_NAME)
-    return meta, blocks[-1][0] if blocks else 0
+    return shards[0][0].whole, sum(done for _, done in shards)

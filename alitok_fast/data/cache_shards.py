@@ -43,7 +43,7 @@ def shard_images(num_images: int, batch_size: int, number: int, count: int) -> r
     return range(first, min(stop, num_images))
 
 
-class ShardImages:
+class ShardOfImages:
     """The consecutive `images` of a source, as an ImageSource."""
 
     def __init__(self, source: ImageSource, images: range) -> None:

@@ -75,7 +75,7 @@ def _schema(arrow: Any, cache: TokenCache, columns: ParquetColumns, first: int) 
 def _write(path: Path, cache: TokenCache, schema: Any, images: range) -> None:
     arrow = pyarrow()
     # A code of few bits each: pages of 12-bit numbers, of a dictionary, are three quarters of the cache's size.
-    with pyarrow("parquet").ParquetWriter(path, schema, compression="zstd") as writer:
+    with pyarrow("parquet").ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         for first in range(images.start, images.stop, _ROWS_PER_GROUP):
             part = slice(first, min(first + _ROWS_PER_GROUP, images.stop))
             tokens: np.ndarray = np.ascontiguousarray(cache.tokens[part])

@@ -93,13 +93,15 @@ class ParquetFile:
         arrow = pyarrow()
         try:
             with pyarrow("parquet").ParquetFile(path) as opened:
-                self.footer = opened.metadata
-                schema = opened.schema_arrow
-        except (arrow.ArrowException, OSError) as error:
+                self.footer, schema = opened.metadata, opened.schema_arrow
+                self.columns = list(schema.names)
+            rows = [self.footer.row_group(number).num_rows for number in range(self.footer.num_row_groups)]
+        except (arrow.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{path}: expected a parquet file, got {first_line(error)}") from None
-        self.path, self.columns = path, list(schema.names)
+        if rows and min(rows) < 0:
+            raise ValueError(f"{path}: expected a parquet file, got a row group of {min(rows)} rows")
+        self.path = path
         self.metadata: dict[bytes, bytes] = schema.metadata or {}
-        rows = [self.footer.row_group(number).num_rows for number in range(self.footer.num_row_groups)]
         self.groups = [RowGroup(path, number, count) for number, count in enumerate(rows)]
         self.rows = sum(rows)
 
@@ -128,13 +130,17 @@ class ParquetFile:
         """The arrow arrays of a column, each of at most 1,024 rows, and the first row of each."""
         arrow, row = pyarrow(), 0
         try:
-            with pyarrow("parquet").ParquetFile(self.path, metadata=self.footer) as opened:
+            with pyarrow("parquet").ParquetFile(
+                self.path, metadata=self.footer, page_checksum_verification=True
+            ) as opened:
                 pieces = opened.iter_batches(_BATCH_ROWS, row_groups=[group.number], columns=[column])
                 for array in (piece.column(0) for piece in pieces):
                     yield row, array.storage if isinstance(array, arrow.ExtensionArray) else array
                     row += len(array)
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, OSError, ValueError) as error:
             raise group.error(column, "data that can be read", first_line(error)) from None
+        if row != group.rows:
+            raise group.error(column, f"{group.rows} rows, as the footer says", f"{row}")
 
     def scalars(self, group: RowGroup, column: str, integers: bool = True) -> np.ndarray:
         """A column of whole numbers, or of numbers or text where not `integers`, (rows,)."""

@@ -23,6 +23,7 @@ from alitok_fast.storage.text import first_line, shown
 FORMAT = 2
 META_NAME, PROGRESS_NAME = "meta.json", "progress.json"
 TOKENS_NAME, LABELS_NAME = "tokens.npy", "labels.npy"
+SHARDS_NAME = "shards"  # folder in which several processes write theirs, until they are one
 _SAMPLED_IMAGES = 4096
 _PIECE = 1 << 16  # images looked at together
 
@@ -126,7 +127,7 @@ def validate_token_cache(folder: str | Path, check_range: bool = True) -> TokenC
     folder = Path(folder)
     if not (folder / META_NAME).is_file():
         reason = "no meta.json"
-        if (folder / PROGRESS_NAME).exists():
+        if (folder / PROGRESS_NAME).exists() or (folder / SHARDS_NAME).is_dir():
             reason = "an unfinished cache: run the same tokenize command again"
         raise ValueError(f"{folder}: expected a token cache, got {reason}")
     meta = read_meta(folder / META_NAME)

@@ -19,16 +19,14 @@ from alitok_fast.data import (
     validate_token_cache,
     write_token_cache,
 )
-from alitok_fast.data.cache_shards import ShardImages, copy_shards, shard_images
+from alitok_fast.data.cache_shards import ShardOfImages, copy_shards, shard_images
 from alitok_fast.data.cache_writer import begin_cache, writer_lock
 from alitok_fast.data.checks import require_choice, require_count
-from alitok_fast.data.token_cache import TokenCacheMeta
+from alitok_fast.data.token_cache import SHARDS_NAME, TokenCacheMeta
 from alitok_fast.data.transforms import CROP_COUNTS
 from alitok_fast.models.tokenizer import Tokenizer, encoder_fingerprint
 from alitok_fast.progress import tracked
 from alitok_fast.training.ranks import Ranks
-
-SHARDS_NAME = "shards"
 
 
 def tokenize(
@@ -82,7 +80,7 @@ def tokenize(
     def write(folder: Path, images: range | None, title: str, force: bool = False) -> None:
         write_token_cache(
             folder,
-            source if images is None else ShardImages(source, images),
+            source if images is None else ShardOfImages(source, images),
             encode,
             meta if images is None else meta.of_shard(images),
             batch_size,

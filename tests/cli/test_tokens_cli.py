@@ -11,7 +11,7 @@ from noise import META, Source, encode
 
 from alitok_fast.cli import main
 from alitok_fast.data import cache_writer, validate_token_cache, write_token_cache
-from alitok_fast.data.cache_shards import ShardImages
+from alitok_fast.data.cache_shards import ShardOfImages
 from alitok_fast.models import save_model
 from alitok_fast.models.tokenizer import encoder_fingerprint
 
@@ -73,7 +73,7 @@ def test_import_takes_sizes_from_the_tokenizer(run, tmp_path: Path, tiny_tokeniz
 
 def test_merge(run, cache: Path, tmp_path: Path) -> None:
     for name, images in (("one", range(2)), ("two", range(2, 5))):
-        write_token_cache(tmp_path / name, ShardImages(Source(), images), encode, META.of_shard(images), 1)
+        write_token_cache(tmp_path / name, ShardOfImages(Source(), images), encode, META.of_shard(images), 1)
     assert "5 images" in run(0, "merge", tmp_path / "two", tmp_path / "one", "--out", tmp_path / "out", "--no-progress")
     assert contents(tmp_path / "out") == contents(cache)
     assert "shards: expected one that begins" in run(2, "merge", tmp_path / "two", "--out", tmp_path / "out2")
@@ -91,7 +91,7 @@ def test_info(run, cache: Path, tmp_path: Path, monkeypatch) -> None:
         return encode(pictures) if len(calls) < 3 else 1 / 0
 
     with pytest.raises(ZeroDivisionError):
-        write_token_cache(tmp_path / "x", ShardImages(Source(), images), killed, META.of_shard(images), 1)
+        write_token_cache(tmp_path / "x", ShardOfImages(Source(), images), killed, META.of_shard(images), 1)
     said = run(0, "info", tmp_path / "x")
     assert said.startswith("unfinished: 2 of 4 images\n") and "shard:            from image 1 on, of 5\n" in said
     assert "expected a token cache, got no meta.json" in run(2, "info", tmp_path)

@@ -12,12 +12,12 @@ import pytest
 from noise import META, Source, encode
 
 from alitok_fast.data import cache_writer, merge_shards, validate_token_cache, write_token_cache
-from alitok_fast.data.cache_shards import ShardImages, parse_shard, shard_images
+from alitok_fast.data.cache_shards import ShardOfImages, parse_shard, shard_images
 from alitok_fast.data.token_cache import Shard, TokenCacheMeta
 
 
 def write(folder: Path, images: range, meta: TokenCacheMeta = META) -> Path:
-    write_token_cache(folder, ShardImages(Source(), images), encode, meta.of_shard(images), 1, workers=1)
+    write_token_cache(folder, ShardOfImages(Source(), images), encode, meta.of_shard(images), 1, workers=1)
     return folder
 
 

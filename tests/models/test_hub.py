@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import inspect
 import json
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from alitok_fast.models.tokenizer import encoder_fingerprint
 from alitok_fast.storage.model_card import CardFields
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
+REAL_API = huggingface_hub.HfApi
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,9 +31,11 @@ class Hub:
     def __init__(self, root: Path) -> None:
         self.root, self.calls = root, []
 
-    def api(self, token=None) -> Hub:
+    def api(self, token=None) -> SimpleNamespace:
+        """Whose methods take what the library's do."""
         self.calls.append(("token", token))
-        return self
+        names = ("create_repo", "create_branch", "file_exists", "upload_folder")
+        return SimpleNamespace(**{name: checked(getattr(REAL_API, name), getattr(self, name), self) for name in names})
 
     def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> SimpleNamespace:
         self.calls.append(("create_repo", repo_id, private, exist_ok))
@@ -64,11 +68,20 @@ class Hub:
         return str(fetched)
 
 
+def checked(real, act, *instance):
+    def call(*args, **kwargs):
+        inspect.signature(real).bind(*instance, *args, **kwargs)
+        return act(*args, **kwargs)
+
+    return call
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    fetch = checked(huggingface_hub.snapshot_download, hub.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     return hub
 
 

@@ -1,4 +1,4 @@
-"""The recipe: a discriminator in turns, perceptual terms, precisions, averages; what is saved, resumed, frozen, shown."""
+"""The recipe: a discriminator in turns, perceptual terms, precisions; what is saved, resumed, frozen and shown."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import torch
 from training.conftest import GENERATOR, GENERATOR_TRAINING, TOKENIZER, write_stripes
 
 from alitok_fast.data import cache_writer, merge_shards, open_source, validate_token_cache
+from alitok_fast.data.cache_progress import begun_cache
 from alitok_fast.models import Generator, Tokenizer, save_model
 from alitok_fast.training import tokenize as module
 from alitok_fast.training.generator import GeneratorTask
@@ -60,6 +61,9 @@ def test_shards_make_the_cache_of_one_process(tmp_path: Path, stripes: Path, sin
 def test_one_process_finishes_what_several_began(tmp_path: Path, stripes: Path, single, monkeypatch) -> None:
     out = tmp_path / "out"
     begin(stripes, out, 2, 3)
+    assert begun_cache(out) == (validate_token_cache(tmp_path / "single").meta, 10)
+    with pytest.raises(ValueError, match="out: expected a token cache, got an unfinished cache"):
+        validate_token_cache(out)
     written = []
     real = module.write_token_cache
     monkeypatch.setattr(
