@@ -100,8 +100,8 @@ class EncodedImages:
         for index, label in enumerate(self.labels):
             entry = (self.sample_name(index), self.stored_size(index), int(label))
             digest.update(repr(entry).encode("utf-8", "surrogateescape"))
-        for index in range(0, len(self), -(-len(self) // _SAMPLED)):
-            digest.update(_beginning(self.encoded(index)))
+        for index in range(0, len(self), max(1, -(-len(self) // _SAMPLED))):
+            digest.update(_beginning(self, index))
         return digest.hexdigest()[:16]
 
     @property
@@ -138,7 +138,11 @@ class PictureFiles(EncodedImages):
         return self.encoded(index).stat().st_size
 
 
-def _beginning(encoded: Path | bytes) -> bytes:
+def _beginning(source: EncodedImages, index: int) -> bytes:
+    try:
+        encoded = source.encoded(index)
+    except UnreadableImageError:  # which its reading will say
+        return b""
     if isinstance(encoded, bytes):
         return encoded[:_SAMPLED_BYTES]
     with encoded.open("rb") as file:

@@ -65,7 +65,10 @@ class FolderImages(PictureFiles):
         if paths and names:
             given, wrong, by = flat_labels(self.root, chosen, [path.name for path in paths], names, labels)
         elif labels is not None:
-            raise ValueError(f"labels: expected nothing, since folders name the classes in {chosen}, got {labels}")
+            why = f"folders name the classes in {chosen}" if names else f"{self.root} has no class folders in any split"
+            raise ValueError(
+                f"labels: expected nothing, since {why}, got {labels}; a list of paths can itself be the data"
+            )
         files = self._labelled(chosen, names) if paths is None else list(zip(paths, given, strict=True))
         super().__init__(
             self.root,

@@ -23,6 +23,9 @@ WAITING = 0.1  # share of the time from which on the model waits
 
 def stack(samples: list[tuple[np.ndarray | int, ...]]) -> tuple[Tensor, ...]:
     """Samples of equal shapes to tensors of (B, ...) of the same types; whole numbers to (B,) int64."""
+    for sample in samples:
+        if not isinstance(sample, tuple):
+            raise TypeError(f"read: expected a tuple of arrays and whole numbers, got {type(sample).__name__}")
     shapes = {tuple(map(np.shape, sample)) for sample in samples}
     if len(shapes) > 1:
         raise ValueError(f"samples: expected equal shapes, got {' and '.join(map(str, sorted(shapes)[:2]))}")

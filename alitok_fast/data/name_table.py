@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +23,7 @@ class NameTable(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index):  # a string; of a slice or an array, another table
-        if isinstance(index, (slice, np.ndarray)):
-            return NameTable(self[int(i)] for i in np.arange(len(self))[index])
+    def __getitem__(self, index: Any) -> Any:  # no slices
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         begin, end = self._ends[index % len(self)], self._ends[index % len(self) + 1]

@@ -13,6 +13,7 @@ Formats are taken from a file's content, out of `FORMATS` alone: none of them st
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import threading
@@ -89,6 +90,7 @@ def take_turns(lock: contextlib.AbstractContextManager) -> None:
     _process.turn = lock
 
 
+@functools.cache
 def picture_suffixes() -> frozenset[str]:
     """Suffixes, in lower case, of the files that the installed Pillow reads in one of `FORMATS`."""
     kinds = Image.registered_extensions()

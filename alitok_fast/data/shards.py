@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from alitok_fast.data.labels import ClassFile, number_labels
 from alitok_fast.data.left_out import DAMAGED, SHARDS, SPLIT_NAMES, LeftOut, is_junk
 from alitok_fast.data.name_table import NameTable
 from alitok_fast.data.optional import optional
-from alitok_fast.data.pictures import UnreadableImageError
+from alitok_fast.data.pictures import UnreadableImageError, picture_suffixes
 from alitok_fast.data.tar_index import LabelColumn, ShardIndex
 from alitok_fast.storage.text import shown
 
@@ -32,13 +32,34 @@ def is_pattern(path: str) -> bool:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder is one of shards, or has splits that are. Tar files beside folders of others (ImageNet's own
-    archives beside what they hold) are none."""
-    folders = [path for path in folder.iterdir() if path.is_dir() and not is_junk(path.name)]
-    if not folders:
-        return bool(_shards_in(folder))
-    splits = [path for path in folders if path.name.lower() in SPLIT_NAMES]
-    return bool(splits) and all(_shards_in(path) for path in splits)
+    """Whether a folder is one of shards, or has splits that are. Tar files beside folders of pictures (ImageNet's own
+    archives beside what they hold) are none; ValueError where pictures lie among them."""
+    folders = _folders(folder)
+    if not (_shards_in(folder) or any(map(_shards_in, folders))):
+        return False
+    if any(next(_pictures(place), None) for place in folders):
+        return False
+    if loose := [name for name in os.listdir(folder) if _is_picture(name)]:
+        raise ValueError(
+            f"data: expected pictures or shards in {folder}, got both (such as {shown(min(loose))!r}); name the shards "
+            "with braces (x-{000..146}.tar), or move them"
+        )
+    return True
+
+
+def _folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return sorted(Path(entry) for entry in entries if entry.is_dir() and not is_junk(entry.name))
+
+
+def _pictures(folder: Path) -> Iterator[str]:
+    """Names of pictures at any depth. The first one comes soon where there are many."""
+    for _, _, names in os.walk(folder):
+        yield from filter(_is_picture, names)
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in picture_suffixes() and not is_junk(name)
 
 
 class ShardImages(EncodedImages):
@@ -176,7 +197,7 @@ def _split(path: str, split: str, left_out: LeftOut) -> tuple[list[Path], list[P
             raise ValueError(f"split: expected 'train', since {path} names its shards, got {split!r}")
         return shards, []
     parts: dict[str, list[Path]] = {}
-    for place in [folder, *(one for one in sorted(folder.iterdir()) if one.is_dir() and not is_junk(one.name))]:
+    for place in [folder, *_folders(folder)]:
         for shard in _shards_in(place):
             parts.setdefault(_split_of(shard) if place == folder else place.name, []).append(shard)
     if set(parts) == {""}:

@@ -38,7 +38,6 @@ MOST_BYTES = 1 << 29  # of one picture, which is read as a whole
 _MOST_LABEL = {"cls": 64, "txt": 800, "json": 1 << 20}  # bytes of a label's member; a longer one is a caption or worse
 _MOST_NAME = 200  # characters of a class name
 _END = 1 << 16  # bytes after the end of the archive that are looked at
-_IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in picture_suffixes())
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,10 @@ def _picture(
     members: dict[str, tarfile.TarInfo], image_column: str | None, left_out: LeftOut, shard: str
 ) -> tarfile.TarInfo | None:
     """The first picture of a sample, or the member that `image_column` names; further pictures are counted."""
-    found = [suffix for suffix in members if (suffix == image_column if image_column else suffix in _IMAGE_SUFFIXES)]
+    if image_column:
+        found = [suffix for suffix in members if suffix == image_column.lower()]
+    else:
+        found = [suffix for suffix in members if f".{suffix}" in picture_suffixes()]
     for suffix in found[1:]:
         left_out.add(REPEATED, f"{shard}/{members[suffix].name}")
     if not found:

@@ -1,9 +1,9 @@
 """Work in other processes, by torch's DataLoader: results in order, errors as they were, and none left behind.
 
-Processes come from a fork server. A plain fork copies whatever locks torch's, CUDA's or a progress bar's threads hold
-at that moment, held for ever (and NCCL over InfiniBand forbids it); a fork server has no threads but the one that
-forks, and imports torch once for all workers, where spawned processes import it each. So what workers call must be
-picklable, and a script that starts them needs `if __name__ == "__main__":`.
+Processes come from a fork server. A plain fork has copies of torch's threads that do not run, and of locks that their
+owners never release: after a parallel operation in the parent, one in the child hangs (and NCCL over InfiniBand forbids
+forks). A fork server has used no threads, and imports torch once for all workers, where spawned processes import it
+each. So what workers call must be picklable, and a script that starts them needs `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations

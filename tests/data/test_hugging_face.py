@@ -124,6 +124,7 @@ def test_pictures_elsewhere_and_missing_ones(tmp_path: Path, jpegs) -> None:
     for index in (1, 2):
         with pytest.raises(UnreadableImageError, match=f"set: row {index}: expected a"):
             source.image(index)
+    assert len(source_fingerprint(source)) == 16  # says nothing of what cannot be read
     assert len(open_source(tmp_path / "set", on_error="skip")) == 1
 
 

@@ -73,6 +73,10 @@ def uneven(epoch: int, sample: int) -> tuple[np.ndarray]:
     return (np.zeros(sample),)
 
 
+def bare(epoch: int, sample: int) -> np.ndarray:
+    return np.zeros(3)
+
+
 # ---- one process ----
 
 
@@ -93,6 +97,8 @@ def test_what_a_reader_raises_is_raised() -> None:
         next(Loader(uneven, ORDER, 0, 3))
     with pytest.raises(Odd):
         next(Loader(odd, ORDER, 0, 3))
+    with pytest.raises(TypeError, match="read: expected a tuple of arrays and whole numbers, got ndarray"):
+        next(Loader(bare, ORDER, 0, 3))
 
 
 @pytest.mark.parametrize(
@@ -244,6 +250,16 @@ if __name__ == "__main__":
             if number == 3:
                 print("going", flush=True)
 """
+
+
+@pytest.mark.slow
+def test_a_script_that_starts_itself_again_is_told(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(_SCRIPT.replace('if __name__ == "__main__":', "if True:"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert ended.returncode == 1 and "a script needs `if __name__ == '__main__':`" in ended.stderr.splitlines()[-1]
 
 
 def members(session: int) -> list[int]:

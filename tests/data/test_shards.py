@@ -235,6 +235,19 @@ def test_archives_beside_folders_of_pictures_are_no_shards(tmp_path: Path, jpegs
     assert "1 picture in 1 class; left out: 1 file of another kind" in open_source(tmp_path).summary
 
 
+def test_a_folder_of_shards_may_hold_other_things_but_pictures(tmp_path: Path, jpegs, write_shard) -> None:
+    write_shard("x.tar", *samples(jpegs, [0]))
+    (tmp_path / "README.md").write_text("x")
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "sizes.json").write_text("{}")
+    assert open_source(tmp_path).sample_name(0) == "x.tar/0000.jpg"
+    (tmp_path / "overview.png").write_bytes(jpegs[0])
+    with pytest.raises(
+        ValueError, match="data: expected pictures or shards in .*, got both .such as 'overview.png'.; name"
+    ):
+        open_source(tmp_path)
+
+
 # ---- damaged shards ----
 
 
