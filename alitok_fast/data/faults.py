@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from alitok_fast.data.pictures import UnreadableImageError, open_picture, to_rgb
+from alitok_fast.data.pictures import PixelGate, UnreadableImageError, open_picture, to_rgb
 from alitok_fast.storage.text import shown
 
 UNREADABLE_KINDS = ("unreadable", "truncated")
@@ -43,7 +43,7 @@ def picture_faults(encoded: Path | bytes, name: str, tiny: int) -> list[Fault]:
     """Faults of one picture, which is decoded whole; `tiny`: the shortest side in pixels that is none."""
     found = []
     try:
-        with open_picture(encoded, name) as picture:
+        with open_picture(encoded, name) as picture, PixelGate().hold(picture.width * picture.height):
             if picture.mode == "CMYK":
                 found.append(Fault("CMYK", f"{picture.format}"))
             if _deep(picture):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import struct
@@ -16,6 +17,7 @@ from alitok_fast.data import find_source, inspection, open_source, skip_samples
 from alitok_fast.data.faults import picture_faults
 from alitok_fast.data.inspection import inspect_source
 from alitok_fast.data.inspection_files import check_data
+from alitok_fast.data.pictures import take_turns
 from alitok_fast.data.skip_list import HEADING, read_skip_list, write_skip_list
 
 RNG = np.random.default_rng(0)
@@ -75,6 +77,23 @@ def test_faults_of_a_picture(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(data)
     for picture in (data, tmp_path / name):
         assert [fault.kind for fault in picture_faults(picture, name, 32)] == kinds
+
+
+def test_large_pictures_wait_for_their_turn() -> None:
+    class Turn(contextlib.AbstractContextManager):
+        held = 0
+
+        def __exit__(self, *exception: object) -> None:
+            self.held += 1
+
+    turn = Turn()
+    take_turns(turn)
+    try:
+        for side in (3900, 4100):
+            picture_faults(encoded(Image.new("L", (side, side)), "PNG", compress_level=1), "x.png", 32)
+    finally:
+        take_turns(contextlib.nullcontext())
+    assert turn.held == 1
 
 
 @pytest.fixture

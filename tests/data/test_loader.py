@@ -20,6 +20,7 @@ from alitok_fast.data import (
     UnreadableImageError,
     WorkerDiedError,
     open_source,
+    pictures,
     throughput_line,
     to_floats,
     to_tensor,
@@ -71,6 +72,10 @@ def odd(epoch: int, sample: int) -> tuple[int]:
 
 def uneven(epoch: int, sample: int) -> tuple[np.ndarray]:
     return (np.zeros(sample),)
+
+
+def has_turn(epoch: int, sample: int) -> tuple[int]:
+    return (int(not isinstance(pictures._process.turn, contextlib.nullcontext)),)
 
 
 def bare(epoch: int, sample: int) -> np.ndarray:
@@ -205,6 +210,12 @@ def test_any_number_of_workers_gives_the_same_batches(photos: Path) -> None:
             assert [part.dtype for part in batch] == [torch.uint8, torch.int64]
             assert all(map(torch.equal, batch, other))
         assert found[0][0].is_shared() and found[0][0].shape == (4, 32, 32, 3)
+
+
+@pytest.mark.slow
+def test_workers_share_a_turn_for_large_pictures() -> None:
+    with Loader(has_turn, ORDER, 0, 4, 2) as loader:
+        assert all(batch.tolist() == [1] * 4 for (batch,) in loader)
 
 
 @pytest.mark.slow
