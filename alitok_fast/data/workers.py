@@ -67,6 +67,7 @@ class WorkerResults(Generic[Item, Result]):
                 prefetch_factor=PREFETCH,
                 multiprocessing_context=context,
                 worker_init_fn=partial(_begin, context.Lock()),
+                generator=torch.Generator(),  # else torch's own, whose state a run resumes with, would move on
             )
             results: Any = iter(loader)
         self._results = results
