@@ -128,7 +128,7 @@ def _initialize_encoder(encoder: Encoder, code: PatchCode) -> None:
 
 
 def _axes(grid: int, width: int, most: int) -> Tensor:
-    """(n <= most, width) orthonormal: a direction that no code of a place has, then those in which the codes differ most."""
+    """(n <= most, width) orthonormal: a direction without a part in any code, then those in which codes differ most."""
     axis = _axis(grid, width)
     strongest = torch.linalg.svd(axis, full_matrices=False)[2][: (min(width, most) - 1) // 2]
     codes = F.pad(torch.block_diag(strongest, strongest), (0, width - 2 * axis.shape[1]))
