@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from alitok_fast.config import TokenizerConfig
 from alitok_fast.models.checks import check_finite, check_range, check_tensor
 from alitok_fast.models.hub import HubModel
+from alitok_fast.models.initialization import initialize
 from alitok_fast.models.layers import Conv2d, LayerNorm, Linear, PointwiseConv, TokenizerLayer, making, new_parameter
 from alitok_fast.models.vector_quantizer import VectorQuantizer
 from alitok_fast.ops.vq_lookup import VQLookup
@@ -143,19 +144,8 @@ class Tokenizer(HubModel):
         self._initialize()
 
     def _initialize(self) -> None:
-        if self.latent_tokens.is_meta:
-            return
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for name, parameter in self.named_parameters():
-            if name.endswith(("latent_tokens", "positional_embedding", "class_embedding")):
-                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        for head in ("conv_out", "conv_out_aux"):  # start as the identity on colours
-            if hasattr(self.decoder, head):
-                nn.init.dirac_(getattr(self.decoder, head).weight)
+        if not self.latent_tokens.is_meta:
+            initialize(self)
 
     @property
     def device(self) -> torch.device:
