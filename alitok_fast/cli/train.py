@@ -199,6 +199,10 @@ def tokenize_command(
     force: Force = False,
     device: Device = "cpu",
     progress: Progress = True,
+    encode_dtype: Annotated[
+        MaybeText,
+        typer.Option(help="Precision of the encoder: float32, bfloat16, float16 or, on a CPU, int8."),
+    ] = None,
     shard: Annotated[
         MaybeText, typer.Option(help="I/N: write the I-th of N shards, for `alitok-fast tokens merge`.")
     ] = None,
@@ -218,12 +222,13 @@ def tokenize_command(
     from alitok_fast.data.checks import require_choice, require_count
     from alitok_fast.data.transforms import CROP_COUNTS
     from alitok_fast.device import local_device
-    from alitok_fast.models.loading import load_tokenizer
+    from alitok_fast.models.loading import dtype_from_name, load_tokenizer
     from alitok_fast.pipelines.bulk import process_group
     from alitok_fast.training.ranks import Ranks
     from alitok_fast.training.tokenize import tokenize
 
     part = None if shard is None else parse_shard(shard)
+    precision = dtype_from_name(encode_dtype, "encode_dtype")
     require_count("batch_size", batch_size)
     require_choice("crops", crops, CROP_COUNTS)
     if workers is not None:
@@ -232,5 +237,6 @@ def tokenize_command(
         say: Callable[[str], object] = typer.echo if rank == 0 else lambda line: None
         model = load_tokenizer(tokenizer, local_device(device), torch.float32)
         source = open_source(data, split, model.config.image_size, on_error, orientation, profile, say, draft)
-        found = tokenize(model, source, out, crops, batch_size, progress, workers, force, part, Ranks(rank, world)).meta
+        ranks = Ranks(rank, world)
+        found = tokenize(model, source, out, crops, batch_size, progress, workers, force, part, ranks, precision).meta
     say(f"{out}: {found.num_images} images x {found.num_crops} crops x {found.num_tokens} tokens")

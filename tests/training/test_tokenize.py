@@ -77,10 +77,10 @@ def test_one_process_finishes_what_several_began(tmp_path: Path, stripes: Path, 
 def test_what_one_process_began_is_not_begun_anew(tmp_path: Path, stripes: Path, single, monkeypatch) -> None:
     monkeypatch.setattr(cache_writer, "_BATCHES_PER_BLOCK", 1)
     out, calls = tmp_path / "out", []
-    real = Tokenizer.encode
+    real = ImageEncoder.__call__
     with monkeypatch.context() as patch:
         patch.setattr(
-            Tokenizer, "encode", lambda self, x: (calls.append(1), real(self, x) if len(calls) < 3 else 1 / 0)[1]
+            ImageEncoder, "__call__", lambda self, x: (calls.append(1), real(self, x) if len(calls) < 3 else 1 / 0)[1]
         )
         with pytest.raises(ZeroDivisionError):
             run(stripes, out)
