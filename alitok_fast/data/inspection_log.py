@@ -13,7 +13,7 @@ from alitok_fast.data.faults import DIGEST, KINDS, Fault
 
 _log = logging.getLogger(__name__)
 Seen = tuple[bytes, list[Fault]]  # the digest of a picture's bytes, empty where there are none, and its faults
-_BLOCK, _BLOCK_SECONDS = 4096, 5.0
+_BLOCK, _BLOCK_SECONDS = 1024, 5.0
 
 
 class InspectionLog:
