@@ -222,6 +222,10 @@ def _shards_in(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
+def _count(shards: list[Path]) -> str:
+    return "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
+
+
 def _expanded(pattern: str) -> list[Path]:
     """The shards that a name or braces stand for, each once; ValueError for those that are not there, or packed."""
     names = [pattern]
@@ -235,5 +239,5 @@ def _expanded(pattern: str) -> list[Path]:
         )
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
-        raise ValueError(f"data: expected {len(shards)} shards in {pattern}, got none called {missing[0]}")
+        raise ValueError(f"data: expected {_count(shards)} in {pattern}, got no file {missing[0]}")
     return shards
