@@ -124,8 +124,10 @@ class ShardImages(EncodedImages):
         row = int(self._rows[index])
         return f"{self._shards[self._shard(row)]}: {shown(self._members[row], limit=1000)}"
 
-    def stored_size(self, index: int) -> int:
-        return int(self._sizes[self._rows[index]])
+    def entries(self) -> Iterator[bytes]:
+        yield repr([shard.name for shard in self._shards]).encode("utf-8", "surrogateescape")
+        for array in (self._first, *self._members.arrays, self._sizes, self._rows, self.labels):
+            yield array.tobytes()
 
     def _shard(self, row: int) -> int:
         return int(np.searchsorted(self._first, row, side="right")) - 1
