@@ -14,6 +14,7 @@ from training.conftest import GENERATOR, GENERATOR_TRAINING, TOKENIZER, write_st
 
 from alitok_fast.data import cache_writer, merge_shards, open_source, validate_token_cache
 from alitok_fast.data.cache_progress import begun_cache
+from alitok_fast.inference.image_encoder import ImageEncoder
 from alitok_fast.models import Generator, Tokenizer, save_model
 from alitok_fast.training import tokenize as module
 from alitok_fast.training.generator import GeneratorTask
