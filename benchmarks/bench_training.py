@@ -118,7 +118,7 @@ def timed(measure, mode, ceilings, own: Step, others: dict, work: float, batch: 
     if info is not None:
         median = info["contenders"]["alitok_fast"]["seconds"]["median"]
         print(
-            f"{size}: {batch / median:.3g} samples per second, {info['kept_bytes'] / 2**30:.2f} GiB kept for backward"
+            f"{size}: {batch / median:.3g} samples per second, {info['kept_bytes'] / 2**30:.2f} GiB kept"
         )
 
 
