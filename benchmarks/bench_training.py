@@ -117,9 +117,7 @@ def timed(measure, mode, ceilings, own: Step, others: dict, work: float, batch: 
     info = measure(contenders, budget=mode.pick(check=0.0, quick=1.0, full=BUDGET), kept_bytes=own.kept(), **facts)
     if info is not None:
         median = info["contenders"]["alitok_fast"]["seconds"]["median"]
-        print(
-            f"{size}: {batch / median:.3g} samples per second, {info['kept_bytes'] / 2**30:.2f} GiB kept"
-        )
+        print(f"{size}: {batch / median:.3g} samples per second, {info['kept_bytes'] / 2**30:.2f} GiB kept")
 
 
 def plain_step(model: nn.Module, loss, config: TrainConfig, mode) -> Step | Missing:
