@@ -22,8 +22,11 @@ def default_workers() -> int:
 
 
 def default_processes() -> int:
-    """Worker processes for a `Loader`: one per core, at most 8; 0 where there is one core, which a thread fills too."""
-    workers = default_workers()
+    """Worker processes for a `Loader`: one per core, at most 8; 0 where there is one core, which a thread fills too.
+
+    The processes that torchrun starts on a machine (LOCAL_WORLD_SIZE) share its cores.
+    """
+    workers = default_workers() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return workers if workers > 1 else 0
 
 
