@@ -13,8 +13,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Installed only where $(VENV) has no torch yet. One release by name, because a range would take the newest, which on
-# Linux comes with gigabytes of CUDA libraries; where pip offers a CPU wheel of this release, it takes that.
-TORCH ?= torch==2.13.0
+# Linux comes with gigabytes of CUDA libraries; where pip offers a CPU wheel of this release, it takes that. The
+# torchvision is the one that fits it: a newer one would bring another torch.
+TORCH ?= torch==2.13.0 torchvision==0.28.0
 OUT ?= out
 BENCH ?=
 GPU ?=

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 _REPR = reprlib.Repr()
@@ -22,8 +22,10 @@ _LARGEST = {
     "codebook_size": 2**24,
     "num_classes": 2**24,
     "num_buffer_tokens": 2**16,
+    "prefix_tokens": 2**16,
 }
 _LARGEST_WIDTH = 2**17
+_MAY_BE_ZERO = {"num_buffer_tokens", "prefix_tokens"}
 
 
 def _require(condition: bool, name: str, expected: str, actual: object) -> None:
@@ -31,12 +33,23 @@ def _require(condition: bool, name: str, expected: str, actual: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {_REPR.repr(actual)}")
 
 
+def _later(default: Any) -> Any:
+    """A setting that earlier releases do not know; files name it only where it is not its default."""
+    return field(default=default, metadata={"later": True})
+
+
 @dataclass(frozen=True)
 class Config:
     """Dictionary conversion and checks of types, shared by the configurations; unknown keys raise."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The settings by name, without those that are newer than the files of earlier releases and at their default.
+
+        So such files stay the same, earlier releases read them, and runs that began there go on.
+        """
+        later = {f.name: f.default for f in dataclasses.fields(self) if "later" in f.metadata}
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
@@ -47,25 +60,46 @@ class Config:
         return cls(**values)
 
     def _check_numbers(self) -> None:
-        """Integers positive and no larger than any model needs; floats finite, also in float32."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int":
-                whole = isinstance(value, int) and not isinstance(value, bool)
-                _require(whole and value > 0, field.name, "a positive integer", value)
-                largest = _LARGEST.get(field.name, _LARGEST_WIDTH)
-                _require(value <= largest, field.name, f"at most {largest}", value)
-            elif field.type == "float":
+        """Integers positive (of some tokens 0 or more) and no larger than any model needs; floats finite, also in
+        float32; True or False. None where the type allows it."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            kind, _, none = str(f.type).partition(" | ")
+            if none and value is None:
+                continue
+            if kind == "int":
+                self._check_integer(f.name, value)
+            elif kind == "float":
                 number = isinstance(value, int | float) and not isinstance(value, bool)
-                _require(number and abs(value) <= 1e6, field.name, "a finite number of at most 1e6", value)
+                _require(number and abs(value) <= 1e6, f.name, "a finite number of at most 1e6", value)
+            elif kind == "bool":
+                _require(isinstance(value, bool), f.name, "True or False", value)
+
+    def _check_integer(self, name: str, value: Any) -> None:
+        least, expected = (0, "an integer >= 0") if name in _MAY_BE_ZERO else (1, "a positive integer")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        _require(whole and value >= least, name, expected, value)
+        largest = _LARGEST.get(name, _LARGEST_WIDTH)
+        _require(value <= largest, name, f"at most {largest}", value)
 
 
 @dataclass(frozen=True)
 class TokenizerConfig(Config):
     """AliTok tokenizer (arXiv 2506.05289, section 3).
 
-    `stage` 1 has the causal decoder with its auxiliary head, `stage` 2 the
-    bidirectional decoder with `num_buffer_tokens` learned tokens in front.
+    `stage` 1 trains everything: its decoder is causal, begins with one class token and has an auxiliary head. `stage` 2
+    has another decoder for the same tokens: bidirectional, with `num_buffer_tokens` learned tokens in front.
+
+    The last four settings are for other alignments of tokenizer and generator, such as those that the paper compares.
+    By default the model is the published one.
+
+    Args:
+        prefix_tokens: tokens in front of the image tokens, 0 or more; None is 1 + grid (the paper's text has grid).
+        causal_encoder: each latent token sees all patches and the latent tokens up to itself, and patches see patches
+            only. Otherwise patches and latent tokens all see each other.
+        causal_decoder: each position sees those up to itself, or all; None is True in stage 1 and False in stage 2.
+        auxiliary_loss: stage 1 learns to paint the first row from the prefix too, with a head of its own. There is no
+            such head without prefix tokens, or in stage 2.
     """
 
     image_size: int = 256
@@ -82,6 +116,10 @@ class TokenizerConfig(Config):
     stage: int = 2
     commitment: float = 0.25
     usage_decay: float = 0.99
+    prefix_tokens: int | None = _later(None)
+    causal_encoder: bool = _later(False)
+    causal_decoder: bool | None = _later(None)
+    auxiliary_loss: bool = _later(True)
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -111,8 +149,8 @@ class TokenizerConfig(Config):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """One for the first patch, then one for each patch of the first row."""
-        return 1 + self.grid
+        """As `prefix_tokens` says; if it does not, one for the first patch, then one for each of the first row."""
+        return 1 + self.grid if self.prefix_tokens is None else self.prefix_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -124,10 +162,21 @@ class TokenizerConfig(Config):
         """Learned tokens in front of the decoder's sequence: the class token, or the buffer tokens."""
         return 1 if self.stage == 1 else self.num_buffer_tokens
 
+    @property
+    def decoder_is_causal(self) -> bool:
+        return self.stage == 1 if self.causal_decoder is None else self.causal_decoder
+
+    @property
+    def has_auxiliary_head(self) -> bool:
+        return self.stage == 1 and self.auxiliary_loss and self.num_prefix_tokens > 0
+
 
 @dataclass(frozen=True)
 class GeneratorConfig(Config):
-    """Decoder-only transformer over tokens (arXiv 2506.05289, section 3.3)."""
+    """Decoder-only transformer over tokens (arXiv 2506.05289, section 3.3).
+
+    `prefix_tokens` is as in the tokenizer: how many tokens come before those of the image, None for 1 + grid.
+    """
 
     width: int = 768
     num_layers: int = 24
@@ -140,6 +189,7 @@ class GeneratorConfig(Config):
     class_dropout: float = 0.1
     guidance_scale: float = 16.0
     guidance_power: float = 1.8
+    prefix_tokens: int | None = _later(None)
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -164,7 +214,7 @@ class GeneratorConfig(Config):
 
     @property
     def num_prefix_tokens(self) -> int:
-        return 1 + self.grid
+        return 1 + self.grid if self.prefix_tokens is None else self.prefix_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -205,6 +255,17 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         decoder_layers=4,
         decoder_heads=4,
         num_buffer_tokens=8,
+    ),
+    "photos-64": TokenizerConfig(
+        image_size=64,
+        patch_size=4,
+        encoder_width=128,
+        encoder_layers=3,
+        encoder_heads=2,
+        decoder_width=128,
+        decoder_layers=3,
+        decoder_heads=2,
+        num_buffer_tokens=16,
     ),
     "256": _ALITOK,
     "512": replace(_ALITOK, image_size=512),

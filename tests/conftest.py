@@ -84,12 +84,18 @@ def target(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def recipe(golden: Path):
-    """recipe(name) -> {key: tensor}: the weights behind the golden outputs, drawn from their names."""
+def recipe_module(golden: Path):
+    """recipe.py, which draws tensors from their names."""
     spec = importlib.util.spec_from_file_location("golden_recipe", golden / "recipe.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda name: {key: torch.from_numpy(value) for key, value in module.state_dict(name).items()}
+    return module
+
+
+@pytest.fixture(scope="session")
+def recipe(recipe_module):
+    """recipe(name) -> {key: tensor}: the weights behind the golden outputs, drawn from their names."""
+    return lambda name: {key: torch.from_numpy(value) for key, value in recipe_module.state_dict(name).items()}
 
 
 TINY_TOKENIZER = TokenizerConfig(

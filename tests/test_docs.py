@@ -12,6 +12,8 @@ from alitok_fast.cli.options import LoadOptions
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
 from alitok_fast.inference.params import SamplingParams
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
+from alitok_fast.training.phases import Phase
+from alitok_fast.training.run_settings import PARTS, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
@@ -59,14 +61,33 @@ def test_options_are_those_of_the_dataclass(title, settings):
 @pytest.mark.parametrize("column, settings", list(enumerate(TRAINING, start=1)))
 def test_training_settings_are_those_of_the_dataclass(column, settings):
     shown = table(section("Training"), column)
-    assert {name: value for name, value in shown.items() if value} == defaults(settings)
+    said = {name: value for name, value in defaults(settings).items() if value}
+    assert {name: value for name, value in shown.items() if value} == said
     assert set(shown) == {field.name for one in TRAINING for field in dataclasses.fields(one)}
+
+
+def test_fields_of_a_phase_are_those_of_the_dataclass():
+    expected = {f.name: "" if f.default is dataclasses.MISSING else str(f.default) for f in dataclasses.fields(Phase)}
+    assert table(section("Phases")) == expected
 
 
 def test_sizes_of_models_are_those_of_the_dataclasses():
     tokenizer, generator = section("Models").split("`GeneratorConfig` describes")
     assert table(tokenizer) == defaults(TokenizerConfig)
     assert table(generator) == defaults(GeneratorConfig)
+
+
+@pytest.mark.parametrize("column, kind", list(enumerate(PARTS, start=2)))
+def test_settings_of_run_files_are_those_there_are(column, kind):
+    settings = {path: s for path, s in settings_of(kind).items() if s.part in ("start", "data", "watch")}
+    shown = {cells[0].strip("`"): cells for cells in rows(section("Run files")) if "." in cells[0]}
+    assert {path: cells[column].strip("`") for path, cells in shown.items() if cells[column]} == {
+        path: str(setting.default) for path, setting in settings.items()
+    }
+    for path, setting in settings.items():
+        (option,) = [f for f in dataclasses.fields(PARTS[kind][setting.part]) if f.name == setting.name]
+        (name,) = option.metadata["names"] or [f"--{setting.name.replace('_', '-')}"]
+        assert quoted(shown[path][1]) == [name]
 
 
 def environment_variables(*places: str) -> set[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from alitok_fast.data.checks import require_count
+from alitok_fast.data.left_out import LeftOut, Reason
 
 FASHION_MNIST_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -108,6 +109,7 @@ class IdxImages:
         self._pads = [(half, half + odd) for half, odd in pads]
         self.class_names = _class_names(folder, labels, class_names)
         self.name = f"{folder.name}/{split}"
+        self.left_out, self._rows = LeftOut(), np.arange(len(labels))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -115,17 +117,28 @@ class IdxImages:
     def image(self, index: int) -> np.ndarray:
         return np.repeat(np.pad(self._images[index], self._pads)[:, :, None], 3, axis=2)
 
+    def sample_name(self, index: int) -> str:
+        """What a skip list calls an image: its number in the file."""
+        return f"image {int(self._rows[index])}"
+
+    def keep(self, wanted: np.ndarray, reason: Reason) -> None:
+        """Leave out the images where `wanted` (len,) is False, and count them under `reason`."""
+        for index in np.flatnonzero(~wanted):
+            self.left_out.add(reason, self.sample_name(int(index)))
+        self._images, self.labels, self._rows = self._images[wanted], self.labels[wanted], self._rows[wanted]
+
     def fingerprint(self) -> str:
         """A short hash of all pixels and labels."""
         digest = hashlib.sha256(repr((self._images.shape, self._pads)).encode())
-        digest.update(self._images.data)
+        digest.update(np.ascontiguousarray(self._images).data)
         digest.update(self.labels.data)
         return digest.hexdigest()[:16]
 
     @property
     def summary(self) -> str:
         """What was found, in one line."""
-        return f"{self.name}: {len(self):,} pictures in {len(np.unique(self.labels))} classes"
+        left = f"; left out: {self.left_out}" if self.left_out.counts else ""
+        return f"{self.name}: {len(self):,} pictures in {len(np.unique(self.labels))} classes{left}"
 
 
 def _class_names(folder: Path, labels: np.ndarray, names: list[str] | None) -> list[str]:

@@ -26,6 +26,9 @@ class DataOrder:
         self.size, self.batch_size, self.seed, self.rank, self.world = size, batch_size, seed, rank, world
         self._permutations: dict[int, np.ndarray] = {}
 
+    def __getstate__(self) -> dict:  # worker processes need the seed alone
+        return {**self.__dict__, "_permutations": {}}
+
     def at(self, step: int) -> list[tuple[int, int]]:
         """The (epoch, sample) pairs of one step."""
         positions = range(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)

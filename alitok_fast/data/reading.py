@@ -21,6 +21,12 @@ def default_workers() -> int:
     return max(1, min(MOST_WORKERS, cores))
 
 
+def default_processes() -> int:
+    """Worker processes for a `Loader`: one per core, at most 8; 0 where there is one core, which a thread fills too."""
+    workers = default_workers()
+    return workers if workers > 1 else 0
+
+
 def read_ahead(
     batches: Iterable[Sequence[Item]], read: Callable[[Item], Read], workers: int, ahead: int = 1
 ) -> Iterator[list[Read]]:

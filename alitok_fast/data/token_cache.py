@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,25 @@ from alitok_fast.storage.text import first_line, shown
 FORMAT = 2
 META_NAME, PROGRESS_NAME = "meta.json", "progress.json"
 TOKENS_NAME, LABELS_NAME = "tokens.npy", "labels.npy"
+SHARDS_NAME = "shards"  # folder in which several processes write theirs, until they are one
 _SAMPLED_IMAGES = 4096
 _PIECE = 1 << 16  # images looked at together
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a data set a shard holds: the images from `first` on, of `total`."""
+
+    first: int
+    total: int
 
 
 @dataclass(frozen=True)
 class TokenCacheMeta:
     """What the tokens are; compared before an interrupted cache is continued.
 
-    `tokenizer` and `data` are fingerprints of the encoder's weights and of the images; `data` is empty in caches that
-    do not know it.
+    `tokenizer` and `data` are fingerprints of the encoder's weights and of the images, empty in caches that do not know
+    them. `shard` is None in a cache of all images.
     """
 
     num_images: int
@@ -45,6 +54,37 @@ class TokenCacheMeta:
     tokenizer: str
     data: str = ""
     format: int = FORMAT
+    shard: Shard | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What meta.json holds; caches of all images do not speak of shards, and are as they always were."""
+        values = asdict(self)
+        return values if self.shard else {name: value for name, value in values.items() if name != "shard"}
+
+    def of_shard(self, images: range) -> TokenCacheMeta:
+        """The metadata of a shard with these consecutive images."""
+        return replace(self, num_images=len(images), shard=Shard(images.start, self.num_images))
+
+    @property
+    def whole(self) -> TokenCacheMeta:
+        """Of a shard, the metadata of the cache that it is a part of."""
+        return replace(self, num_images=self.shard.total, shard=None) if self.shard else self
+
+    @property
+    def images(self) -> range:
+        """The numbers of the images in the data set; a shard's do not begin at 0."""
+        first = self.shard.first if self.shard else 0
+        return range(first, first + self.num_images)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens on disk."""
+        return np.dtype(np.uint16 if self.codebook_size <= 1 << 16 else np.int32)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the tokens: images, crops, N."""
+        return self.num_images, self.num_crops, self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -64,8 +104,8 @@ class TokenCache:
 
     def fingerprint(self) -> str:
         """A short hash of the metadata, all labels, and the tokens of up to 4,096 images."""
-        meta = {field.name: getattr(self.meta, field.name) for field in fields(self.meta) if field.name != "format"}
-        digest = hashlib.sha256(repr(sorted(meta.items())).encode())
+        meta = sorted((name, value) for name, value in self.meta.to_dict().items() if name != "format")
+        digest = hashlib.sha256(repr(meta).encode())
         digest.update(np.ascontiguousarray(self.labels).data)
         digest.update(np.ascontiguousarray(self.tokens[:: -(-len(self) // _SAMPLED_IMAGES)]).data)
         return digest.hexdigest()[:16]
@@ -75,14 +115,11 @@ class TokenCache:
         """What it holds, in one line."""
         meta, classes = self.meta, len(self.meta.class_names)
         crops = "1 crop" if meta.num_crops == 1 else f"{meta.num_crops} crops"
+        part = f", from image {meta.shard.first} on of {meta.shard.total:,}" if meta.shard else ""
         return (
             f"{shown(meta.source)}: {meta.num_images:,} images x {crops} x {meta.num_tokens} tokens "
-            f"in {classes} {'class' if classes == 1 else 'classes'}"
+            f"in {classes} {'class' if classes == 1 else 'classes'}{part}"
         )
-
-
-def token_dtype(codebook_size: int) -> np.dtype:
-    return np.dtype(np.uint16 if codebook_size <= 1 << 16 else np.int32)
 
 
 def validate_token_cache(folder: str | Path, check_range: bool = True) -> TokenCache:
@@ -90,12 +127,11 @@ def validate_token_cache(folder: str | Path, check_range: bool = True) -> TokenC
     folder = Path(folder)
     if not (folder / META_NAME).is_file():
         reason = "no meta.json"
-        if (folder / PROGRESS_NAME).exists():
+        if (folder / PROGRESS_NAME).exists() or (folder / SHARDS_NAME).is_dir():
             reason = "an unfinished cache: run the same tokenize command again"
         raise ValueError(f"{folder}: expected a token cache, got {reason}")
     meta = read_meta(folder / META_NAME)
-    shape = (meta.num_images, meta.num_crops, meta.num_tokens)
-    tokens = _open_array(folder / TOKENS_NAME, shape, token_dtype(meta.codebook_size))
+    tokens = _open_array(folder / TOKENS_NAME, meta.shape, meta.dtype)
     labels = _open_array(folder / LABELS_NAME, (meta.num_images,), np.dtype(np.int64))
     if labels.min() < 0 or labels.max() >= len(meta.class_names):
         raise ValueError(
@@ -141,10 +177,23 @@ def checked_meta(raw: Any, path: Path) -> TokenCacheMeta:
             raise ValueError(f"{path}: {field.name}: expected a whole number of at least 1, got {shown(repr(value))}")
         if field.type == "str" and not isinstance(value, str):
             raise ValueError(f"{path}: {field.name}: expected text, got {shown(repr(value))}")
+    meta = replace(meta, shard=_checked_shard(meta, path))
     names = meta.class_names
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: class_names: expected a list of names, got {shown(repr(names))}")
     return meta
+
+
+def _checked_shard(meta: TokenCacheMeta, path: Path) -> Shard | None:
+    raw: Any = meta.shard
+    if raw is None:
+        return None
+    expected = f"{path}: shard: expected the first image and the total of images around {meta.num_images}"
+    if not isinstance(raw, dict) or set(raw) != {"first", "total"} or not all(type(v) is int for v in raw.values()):
+        raise ValueError(f"{expected}, got {shown(repr(raw))}")
+    if not 0 <= raw["first"] <= raw["total"] - meta.num_images < 1 << 31:
+        raise ValueError(f"{expected}, got {shown(repr(raw))}")
+    return Shard(**raw)
 
 
 def _renamed(meta: dict[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def main() -> None:
 
     tokenizer, generator = load_tokenizer(arguments.tokenizer), load_generator(arguments.generator)
     size = tokenizer.config.image_size
-    train_source, test_source = (open_source(arguments.data, split, size) for split in ("train", "test"))
+    train_source, test_source = (open_source(arguments.data, name, size, draft=False) for name in ("train", "test"))
     test_images, test_labels = all_images(test_source, size), torch.from_numpy(test_source.labels)
     print(json.dumps({"tokenizer": evaluate_tokenizer(tokenizer, test_images)}), flush=True)
 

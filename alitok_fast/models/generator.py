@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from alitok_fast.config import GeneratorConfig
 from alitok_fast.models.checks import check_range, check_tensor
+from alitok_fast.models.hub import HubModel
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.models.layers import NORM_EPS, Embedding, GeneratorBlock, Linear, RMSNorm, making
 from alitok_fast.models.rope import rope_table
@@ -39,11 +40,13 @@ def _after_loading(generator: Generator, _: object) -> None:
     generator._settle()
 
 
-class Generator(nn.Module):
+class Generator(HubModel):
     """Class label and tokens in, next-token logits out. Made in float32.
 
     The embedding holds the codes, one unused slot, the classes and "no condition".
     """
+
+    kind = "generator"
 
     def __init__(self, config: GeneratorConfig, device: torch.device | str | None = None) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The AliTok tokenizer (arXiv 2506.05289, section 3): images to tokens and back.
 
 A token sequence is `num_prefix_tokens` tokens that stand for the first patch and the
-first row of patches, then `num_image_tokens` tokens in raster order.
+first row of patches (`aux_target`), then `num_image_tokens` tokens in raster order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from alitok_fast.config import TokenizerConfig
 from alitok_fast.models.checks import check_finite, check_range, check_tensor
+from alitok_fast.models.hub import HubModel
+from alitok_fast.models.initialization import initialize
 from alitok_fast.models.layers import Conv2d, LayerNorm, Linear, PointwiseConv, TokenizerLayer, making, new_parameter
 from alitok_fast.models.vector_quantizer import VectorQuantizer
 from alitok_fast.ops.vq_lookup import VQLookup
@@ -24,8 +26,8 @@ from alitok_fast.storage.files import weights_fingerprint
 class TokenizerOutput(NamedTuple):
     """What a training step needs.
 
-    `reconstruction` (B, 3, H, W) in (0, 1); `aux` (B, 3, patch, num_prefix_tokens * patch) in (0, 1), stage 1 only;
-    `z` (B * N, code_dim) float32 features before quantizing; `vq` the lookup of those features.
+    `reconstruction` (B, 3, H, W) in (0, 1); `aux` (B, 3, patch, num_prefix_tokens * patch) in (0, 1), None where there
+    is no auxiliary head; `z` (B * N, code_dim) float32 features before quantizing; `vq` the lookup of those features.
     """
 
     reconstruction: Tensor
@@ -35,10 +37,15 @@ class TokenizerOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Bidirectional transformer over [patches, latent tokens]; the latents come out."""
+    """Transformer over [patches, latent tokens]; the latents come out.
+
+    Bidirectional, or, with `config.causal_encoder`, causal among the latents: patches see all patches and no latents,
+    and latent i sees all patches and the latents up to i. So token i does not depend on later ones.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
+        self.config = config
         width = config.encoder_width
         self.positional_embedding = new_parameter(config.num_image_tokens, width)
         self.latent_token_positional_embedding = new_parameter(config.num_tokens, width)
@@ -54,8 +61,9 @@ class Encoder(nn.Module):
         patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.positional_embedding
         latents = (latent_tokens + self.latent_token_positional_embedding).to(patches.dtype)
         x = self.ln_pre(torch.cat([patches, latents.expand(images.shape[0], -1, -1)], dim=1))
+        prefix_len = patches.shape[1] if self.config.causal_encoder else x.shape[1]
         for layer in self.transformer:
-            x = layer(x, prefix_len=x.shape[1])
+            x = layer(x, prefix_len)
         return self.conv_out(self.ln_post(x[:, patches.shape[1] :]))
 
 
@@ -63,13 +71,14 @@ class Decoder(nn.Module):
     """Transformer over [start tokens, prefix tokens, image tokens], then pixel heads.
 
     Stage 1: one start token, causal attention, an auxiliary head on the prefix. Stage 2: buffer tokens, bidirectional.
+    The configuration can say otherwise; what it leaves out (start tokens, the head) is in no file either.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
         width, start = config.decoder_width, config.num_start_tokens
-        self.class_embedding = new_parameter(start, width)
+        self.class_embedding = new_parameter(start, width) if start else None
         self.latent_token_positional_embedding = new_parameter(start + config.num_tokens, width)
         self.decoder_embed = Linear(config.code_dim, width)
         self.ln_pre = LayerNorm(width)
@@ -79,22 +88,22 @@ class Decoder(nn.Module):
         patch_values = 3 * config.patch_size**2
         self.ffn = nn.Sequential(PointwiseConv(width, patch_values))
         self.conv_out = PointwiseConv(3, 3)
-        if config.stage == 1:
+        if config.has_auxiliary_head:
             self.ffn_aux = nn.Sequential(PointwiseConv(width, patch_values))
             self.conv_out_aux = PointwiseConv(3, 3)
 
     def forward(self, codes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """codes (B, N, code_dim) -> images (B, 3, H, W) in (0, 1), and in stage 1 the auxiliary strip."""
+        """codes (B, N, code_dim) -> images (B, 3, H, W) in (0, 1), and the auxiliary strip where there is its head."""
         config = self.config
         x = self._trunk(codes)
         prefix, image = x.split([config.num_prefix_tokens, config.num_image_tokens], dim=1)
         images = self._pixels(self.ffn(image), self.conv_out, config.grid)
-        if config.stage == 2:
+        if not config.has_auxiliary_head:
             return images, None
         return images, self._pixels(self.ffn_aux(prefix), self.conv_out_aux, 1)
 
     def rows(self, codes: Tensor) -> Tensor:
-        """The whole image rows that the first n tokens hold (stage 1): (B, 3, rows * patch, W)."""
+        """The whole image rows that the first n tokens hold (a causal decoder): (B, 3, rows * patch, W)."""
         config = self.config
         rows = max(codes.shape[1] - config.num_prefix_tokens, 0) // config.grid
         image = self._trunk(codes)[:, config.num_prefix_tokens :][:, : rows * config.grid]
@@ -103,9 +112,10 @@ class Decoder(nn.Module):
     def _trunk(self, codes: Tensor) -> Tensor:
         """(B, n, code_dim) -> (B, n, width), the start tokens dropped."""
         x = self.decoder_embed(codes)
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(codes.shape[0], -1, -1), x], dim=1)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(codes.shape[0], -1, -1), x], dim=1)
         x = self.ln_pre(x + self.latent_token_positional_embedding[: x.shape[1]].to(x.dtype))
-        prefix_len = 0 if self.config.stage == 1 else x.shape[1]
+        prefix_len = 0 if self.config.decoder_is_causal else x.shape[1]
         for layer in self.transformer:
             x = layer(x, prefix_len)
         return self.ln_post(x)[:, self.config.num_start_tokens :]
@@ -118,8 +128,10 @@ class Decoder(nn.Module):
         return torch.sigmoid(values).permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, rows * p, columns * p)
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(HubModel):
     """Encoder, quantizer and decoder; `config.stage` says which decoder. Made in float32."""
+
+    kind = "tokenizer"
 
     def __init__(self, config: TokenizerConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -132,19 +144,8 @@ class Tokenizer(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        if self.latent_tokens.is_meta:
-            return
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for name, parameter in self.named_parameters():
-            if name.endswith(("latent_tokens", "positional_embedding", "class_embedding")):
-                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        for head in ("conv_out", "conv_out_aux"):  # start as the identity on colours
-            if hasattr(self.decoder, head):
-                nn.init.dirac_(getattr(self.decoder, head).weight)
+        if not self.latent_tokens.is_meta:
+            initialize(self)
 
     @property
     def device(self) -> torch.device:
@@ -193,9 +194,8 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode_rows(self, tokens: Tensor) -> Tensor:
-        """The image rows so far from the first n tokens, (B, n <= N) -> (B, 3, rows * patch, W); stage 1 only."""
-        if self.config.stage != 1:
-            raise ValueError(f"decode_rows: expected a stage-1 (causal) tokenizer, got stage {self.config.stage}")
+        """The image rows so far from the first n tokens, (B, n <= N) -> (B, 3, rows * patch, W); causal decoder."""
+        check_causal("decode_rows", self.config)
         check_tensor("tokens", tokens, torch.int64, ("B", f"n <= {self.config.num_tokens}"), self.device)
         if tokens.shape[1] > self.config.num_tokens:
             raise ValueError(f"tokens: expected at most {self.config.num_tokens} per row, got {tokens.shape[1]}")
@@ -209,12 +209,25 @@ def encoder_fingerprint(state: Mapping[str, Tensor]) -> str:
     return weights_fingerprint({name: value for name, value in state.items() if name.startswith(decisive)})
 
 
-def stage2_from_stage1(stage1: Tokenizer, num_buffer_tokens: int | None = None) -> Tokenizer:
-    """A stage-2 tokenizer with the encoder, latent tokens and codebook of `stage1`, frozen, and a fresh decoder."""
+def check_causal(name: str, config: TokenizerConfig) -> None:
+    """ValueError about the argument `name` unless the decoder can paint rows before it has all tokens."""
+    if not config.decoder_is_causal:
+        raise ValueError(f"{name}: expected a causal decoder, as of stage 1, got a bidirectional one")
+
+
+def stage2_from_stage1(
+    stage1: Tokenizer, num_buffer_tokens: int | None = None, causal_decoder: bool | None = None
+) -> Tokenizer:
+    """A stage-2 tokenizer with the encoder, latent tokens and codebook of `stage1`, frozen, and a fresh decoder.
+
+    `num_buffer_tokens` None is what the configuration of `stage1` says. The new decoder is bidirectional, whatever
+    that of `stage1` is, unless `causal_decoder`.
+    """
     if stage1.config.stage != 1:
         raise ValueError(f"stage1: expected a stage-1 tokenizer, got stage {stage1.config.stage}")
     buffers = stage1.config.num_buffer_tokens if num_buffer_tokens is None else num_buffer_tokens
-    model = Tokenizer(replace(stage1.config, stage=2, num_buffer_tokens=buffers)).to(stage1.device, stage1.dtype)
+    config = replace(stage1.config, stage=2, num_buffer_tokens=buffers, causal_decoder=causal_decoder)
+    model = Tokenizer(config).to(stage1.device, stage1.dtype)
     model.latent_tokens.data.copy_(stage1.latent_tokens)
     model.encoder.load_state_dict(stage1.encoder.state_dict())
     model.quantize.embedding.load_state_dict(stage1.quantize.embedding.state_dict())
@@ -225,9 +238,14 @@ def stage2_from_stage1(stage1: Tokenizer, num_buffer_tokens: int | None = None) 
 
 
 def aux_target(images: Tensor, config: TokenizerConfig) -> Tensor:
-    """What the prefix stands for: the first patch, then the first row of patches.
+    """What the prefix stands for: the first patch, then the first row of patches (section 3.2).
+
+    With as many prefix tokens as a row has patches it is the row alone, with fewer its beginning. Tokens beyond
+    1 + grid all stand for the first patch.
 
     images (B, 3, H, W) -> (B, 3, patch, num_prefix_tokens * patch).
     """
-    p = config.patch_size
-    return torch.cat([images[:, :, :p, :p], images[:, :, :p, :]], dim=3)
+    p, prefix = config.patch_size, config.num_prefix_tokens
+    repeated = max(prefix - config.grid, 0)
+    row = images[:, :, :p, : (prefix - repeated) * p]
+    return torch.cat([*[images[:, :, :p, :p]] * repeated, row], dim=3)

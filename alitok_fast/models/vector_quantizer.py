@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from alitok_fast.config import TokenizerConfig
 from alitok_fast.models.layers import Embedding
+from alitok_fast.models.spread import assign, whole
 from alitok_fast.ops.vq_lookup import VQLookup, vq_lookup
 
 
@@ -42,14 +43,15 @@ class VectorQuantizer(nn.Module):
         p <- decay p + (1 - decay) usage; d = exp(-p K 10 / (1 - decay) - 1e-3); e <- e (1 - d) + feature d.
         Usage and closest features are taken over all ranks where torch.distributed is initialised.
         """
-        usage = vq.usage.float()
+        usage, codebook = vq.usage.float(), whole(self.codebook)
         features = z[vq.closest].float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(usage)
-            features = _closest_over_ranks(features, self.codebook)
+            features = _closest_over_ranks(features, codebook)
         self.embed_prob.mul_(self.usage_decay).add_(usage / usage.sum(), alpha=1 - self.usage_decay)
-        exponent = self.embed_prob * self.codebook.shape[0] * 10 / (1 - self.usage_decay) + 1e-3
-        self.codebook.lerp_(features.to(self.codebook.dtype), torch.exp(-exponent).unsqueeze(1))
+        exponent = self.embed_prob * len(codebook) * 10 / (1 - self.usage_decay) + 1e-3
+        moved = torch.lerp(codebook, features.to(codebook.dtype), torch.exp(-exponent).unsqueeze(1))
+        assign(self.codebook, moved)
 
 
 def _closest_over_ranks(features: Tensor, codebook: Tensor) -> Tensor:

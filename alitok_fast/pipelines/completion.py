@@ -12,6 +12,7 @@ from alitok_fast.data.transforms import centre_crop, to_tensor
 from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.streaming import on_rows
 from alitok_fast.models import Tokenizer
+from alitok_fast.models.tokenizer import check_causal
 from alitok_fast.pipelines.class_names import Label
 from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.storage.images import grid, to_uint8
@@ -24,7 +25,7 @@ def complete(
 ) -> Image.Image:
     """Complete photographs (H, W, 3) uint8 from their upper part: a sheet with one line per photograph.
 
-    Each line shows the photograph (resized and cropped about its centre), what the generator is given of it, and
+    Each line shows the photograph (its centre crop, as ADM takes it), what the generator is given of it, and
     `variants` completions as pictures of class `label`. `rows` rows of patches are given, 0 <= rows <= grid (and the
     prefix tokens, which stand for the first row).
     """
@@ -50,9 +51,14 @@ def grow(pipe: Pipeline, stage1: Tokenizer, labels: Sequence[Label], params: Sam
     """Frames (B, H, W, 3) uint8: one after each row of patches, the last one decoded by `pipe`.
 
     `stage1` is the causal tokenizer that the pipeline's codes come from; what it has not painted yet is white.
-    Raises ValueError if its codebook is a different one.
+    Raises ValueError if its codebook is a different one, or its sequences are, or its decoder is bidirectional.
     """
     config = stage1.config
+    check_causal("stage1", config)
+    for name in ("grid", "num_prefix_tokens"):
+        want, have = getattr(pipe.tokenizer.config, name), getattr(config, name)
+        if have != want:
+            raise ValueError(f"stage1: expected {name} {want} as in the pipeline's tokenizer, got {have}")
     ours, theirs = (model.quantize.embedding.weight.float() for model in (pipe.tokenizer, stage1))
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs.to(ours.device), atol=1e-2, rtol=1e-2):
         raise ValueError("stage1: expected the tokenizer whose codebook the pipeline has, got one with other codes")

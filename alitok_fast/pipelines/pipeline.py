@@ -75,7 +75,7 @@ class Pipeline:
             TypeError, ValueError: the two models do not fit together, `class_names` do not name the generator's
                 classes, `weight_dtype` does not fit it, or `decode_dtype` is one that `ImageDecoder` does not take.
         """
-        for name in ("grid", "codebook_size"):
+        for name in ("grid", "num_prefix_tokens", "codebook_size"):
             have, want = getattr(generator.config, name), getattr(tokenizer.config, name)
             if have != want:
                 raise ValueError(f"generator: expected {name} {want} as in the tokenizer, got {have}")

@@ -42,8 +42,9 @@ class Reconstruction:
 def reconstruct(tokenizer: Tokenizer, photo: np.ndarray, tile: bool = False, batch_size: int = 16) -> Reconstruction:
     """Encode and decode one photograph (H, W, 3) uint8.
 
-    It is resized and cropped about its centre to the tokenizer's size; with `tile` it keeps its resolution instead,
-    and is cut into squares of that size, each a token sequence of its own (edges that fill no square are cropped off).
+    Its centre crop (`alitok_fast.data.transforms.centre_crop`, ADM's) has the tokenizer's size; with `tile` it keeps
+    its resolution instead, and is cut into squares of that size, each a token sequence of its own (edges that fill no
+    square are cropped off).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")

@@ -10,6 +10,8 @@ from typing import Any
 from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, TokenizerConfig
 from alitok_fast.storage.text import shown
 
+_AUXILIARY = "decoder.ffn_aux.0.weight"
+
 Config = TokenizerConfig | GeneratorConfig
 Shapes = Mapping[str, Any]
 """Tensors, or whatever has a `.shape`, by name."""
@@ -53,13 +55,52 @@ def _shape(state: Shapes, source: str, name: str, ndim: int) -> tuple[int, ...]:
 
 
 def _tokenizer_sizes(state: Shapes, source: str) -> dict[str, int]:
+    """Settings and derived sizes that shapes tell. Which attention is causal is in none, and the stage not always."""
+    start, auxiliary = _start_tokens(state, source), _AUXILIARY in state
+    told: dict[str, int] = {}
+    if auxiliary:
+        told = dict(stage=1, num_start_tokens=start)
+    elif start != 1:
+        told = dict(stage=2, num_buffer_tokens=start)
+    else:  # a class token, or one buffer token
+        told = dict(num_start_tokens=start)
+    prefix = _prefix_tokens(state, source)
+    return {**_widths(state, source), **told, "num_prefix_tokens": prefix, "has_auxiliary_head": auxiliary}
+
+
+def _recognise_tokenizer(state: Shapes, source: str) -> TokenizerConfig:
+    """What no shape tells is as published: attention as the stage has it."""
+    sizes, prefix, start = _widths(state, source), _prefix_tokens(state, source), _start_tokens(state, source)
+    tokens: dict[str, Any] = {}
+    if prefix != 1 + sizes["image_size"] // sizes["patch_size"]:
+        tokens["prefix_tokens"] = prefix
+    if _AUXILIARY in state:
+        tokens["stage"] = 1
+    elif start == 1 and "quantize.embed_prob" in state:  # statistics that stage 1 keeps
+        tokens |= {"stage": 1, "auxiliary_loss": not prefix}
+    else:
+        tokens |= {"stage": 2, "num_buffer_tokens": start}
+    for preset in TOKENIZERS.values():
+        if all(getattr(preset, name) == size for name, size in sizes.items()):
+            return _valid(TokenizerConfig, source, **{**preset.to_dict(), **tokens})
+    # No shape holds the number of heads; every released model has heads of 64.
+    return _valid(
+        TokenizerConfig,
+        source,
+        encoder_heads=max(sizes["encoder_width"] // 64, 1),
+        decoder_heads=max(sizes["decoder_width"] // 64, 1),
+        **sizes,
+        **tokens,
+    )
+
+
+def _widths(state: Shapes, source: str) -> dict[str, int]:
+    """Sizes of image, codebook, encoder and decoder."""
     encoder_width, _, _, patch = _shape(state, source, "encoder.patch_embed.weight", 4)
     patches, _ = _shape(state, source, "encoder.positional_embedding", 2)
     decoder_width, _ = _shape(state, source, "decoder.decoder_embed.weight", 2)
     codebook_size, code_dim = _shape(state, source, "quantize.embedding.weight", 2)
-    start, _ = _shape(state, source, "decoder.class_embedding", 2)
-    stage = 1 if "decoder.ffn_aux.0.weight" in state else 2
-    fields = dict(
+    return dict(
         image_size=math.isqrt(patches) * patch,
         patch_size=patch,
         codebook_size=codebook_size,
@@ -68,26 +109,18 @@ def _tokenizer_sizes(state: Shapes, source: str) -> dict[str, int]:
         encoder_layers=_count(state, r"encoder\.transformer\.(\d+)\."),
         decoder_width=decoder_width,
         decoder_layers=_count(state, r"decoder\.transformer\.(\d+)\."),
-        stage=stage,
     )
-    if stage == 2:
-        fields["num_buffer_tokens"] = start
-    return fields
 
 
-def _recognise_tokenizer(state: Shapes, source: str) -> TokenizerConfig:
-    fields = _tokenizer_sizes(state, source)
-    for preset in TOKENIZERS.values():
-        if all(getattr(preset, k) == v for k, v in fields.items() if k not in ("stage", "num_buffer_tokens")):
-            return _valid(TokenizerConfig, source, **{**preset.to_dict(), **fields})
-    # No shape holds the number of heads; every released model has heads of 64.
-    return _valid(
-        TokenizerConfig,
-        source,
-        encoder_heads=max(fields["encoder_width"] // 64, 1),
-        decoder_heads=max(fields["decoder_width"] // 64, 1),
-        **fields,
-    )
+def _prefix_tokens(state: Shapes, source: str) -> int:
+    tokens, _ = _shape(state, source, "latent_tokens", 2)
+    return tokens - _shape(state, source, "encoder.positional_embedding", 2)[0]
+
+
+def _start_tokens(state: Shapes, source: str) -> int:
+    """Positions of the decoder that no token has: there is no tensor of them where there are none."""
+    positions, _ = _shape(state, source, "decoder.latent_token_positional_embedding", 2)
+    return positions - _shape(state, source, "latent_tokens", 2)[0]
 
 
 def _generator_sizes(state: Shapes, source: str) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alitok_fast.models.spread import whole
 from alitok_fast.models.vector_quantizer import VectorQuantizer
 from alitok_fast.ops.vq_lookup import VQLookup
 
@@ -24,7 +25,7 @@ class Clusters(NamedTuple):
 def clusters_of(z: Tensor, lookup: VQLookup, codebook: Tensor) -> Clusters:
     """`z` (N, C) are the features that `lookup` looked up in `codebook` (K, C)."""
     features = z.detach()[lookup.closest]
-    return Clusters(lookup.usage, features, (features.float() - codebook.float()).square().sum(1))
+    return Clusters(lookup.usage, features, (features.float() - whole(codebook).float()).square().sum(1))
 
 
 def update_codebook(quantizer: VectorQuantizer, clusters: Sequence[Clusters]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
+from alitok_fast.training.ranks import Ranks
 
 _log = logging.getLogger(__name__)
 
@@ -17,32 +18,38 @@ _log = logging.getLogger(__name__)
 class Meter:
     """Means of the logged values, the codes' usage and the speed since the last log entry.
 
-    Sums stay on the device of the values until `summary`.
+    Sums stay on the device of the values until `summary`. Values need not be there in every step: each is the mean
+    over the times that it was.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._usage: Tensor | None = None
-        self._count = 0
         self._samples = 0
         self._began = time.perf_counter()
 
-    def add(self, loss: Tensor, values: dict[str, Tensor], usage: Tensor | None, samples: int) -> None:
-        for key, value in {"loss": loss, **values}.items():
+    def add(self, values: dict[str, Tensor], usage: Tensor | None, samples: int) -> None:
+        """`samples` counts those of all processes."""
+        for key, value in values.items():
             value = value.detach().double()
             self._sums[key] = self._sums[key] + value if key in self._sums else value
+            self._counts[key] = self._counts.get(key, 0) + 1
         if usage is not None:
             usage = usage.detach().long()
             self._usage = usage if self._usage is None else self._usage + usage
-        self._count += 1
         self._samples += samples
 
-    def summary(self) -> dict[str, float]:
-        """Plain numbers; `usage` is the share of codes seen, `perplexity` their effective number."""
-        result = {key: float(value) / self._count for key, value in self._sums.items()}
+    def summary(self, ranks: Ranks | None = None) -> dict[str, float]:
+        """Plain numbers, over all processes; `usage` is the share of codes seen, `perplexity` their effective number,
+        `dead_codes` the number of those not seen."""
+        ranks = ranks or Ranks()
+        result = {key: float(ranks.mean(value)) / self._counts[key] for key, value in self._sums.items()}
         if self._usage is not None:
-            result["usage"] = codebook_usage(self._usage)
-            result["perplexity"] = codebook_perplexity(self._usage)
+            usage = ranks.sum(self._usage)
+            result["usage"] = codebook_usage(usage)
+            result["perplexity"] = codebook_perplexity(usage)
+            result["dead_codes"] = int((usage == 0).sum())
         result["samples_per_second"] = self._samples / (time.perf_counter() - self._began)
         return result
 
@@ -51,20 +58,26 @@ class Meter:
         """Codes of the codebook whose usage is counted; 0 where none is."""
         return 0 if self._usage is None else len(self._usage)
 
-    def state(self) -> dict[str, Any]:
+    def state(self, ranks: Ranks | None = None) -> dict[str, Any]:
+        """What has been added so far in all processes."""
+        ranks = ranks or Ranks()
         return {
-            "sums": self._sums,
-            "usage": self._usage,
-            "count": self._count,
+            "sums": {key: ranks.mean(value) for key, value in self._sums.items()},
+            "counts": dict(self._counts),
+            "usage": None if self._usage is None else ranks.sum(self._usage),
             "samples": self._samples,
             "seconds": time.perf_counter() - self._began,
         }
 
-    def load(self, state: dict[str, Any], device: torch.device | str) -> None:
-        """Go on from `state()`, whose tensors may lie anywhere, with values that come from `device`."""
-        self._sums = {key: value.to(device) for key, value in state["sums"].items()}
-        self._usage = None if state["usage"] is None else state["usage"].to(device)
-        self._count, self._samples = state["count"], state["samples"]
+    def load(self, state: dict[str, Any], ranks: Ranks | None = None) -> None:
+        """Go on from `state()`, whose tensors may lie anywhere, with the values of this process's device."""
+        ranks = ranks or Ranks()
+        self._sums = {key: value.to(ranks.device) for key, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+        usage = state["usage"]
+        if usage is not None:  # a sum over the processes: one of them goes on with it
+            self._usage = usage.to(ranks.device) if ranks.main else torch.zeros_like(usage, device=ranks.device)
+        self._samples = state["samples"]
         self._began = time.perf_counter() - state["seconds"]
 
 

@@ -1,13 +1,13 @@
-"""Parameter groups and the learning-rate schedule."""
+"""Parameter groups, the optimizer, and the norms of gradients."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from alitok_fast.models.spread import whole
 from alitok_fast.training.config import TrainConfig
 
 # Learned tokens and positions are embeddings although they are plain parameters; so is the codebook.
@@ -30,14 +30,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Over the trainable parameters. `config.weight_decay_on` "all" decays biases, norms and embeddings too."""
     groups = parameter_groups(model, config.weight_decay)
+    if config.weight_decay_on == "all":
+        groups[0]["weight_decay"] = config.weight_decay
     groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups if g["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
-def learning_rate(step: int, lr: float, end_lr: float, warmup: int, total: int) -> float:
-    """Linear from 0 at step 0 to `lr` at step `warmup`, then a cosine to `end_lr` at step `total`, constant after."""
-    if step < warmup:
-        return lr * step / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return end_lr + (lr - end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+def gradient_norms(module: nn.Module, prefix: str) -> dict[str, float]:
+    """The norm of the gradient of each part of a module (encoder, quantize, blocks, ...), for the log."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            parts.setdefault(name.partition(".")[0], []).append(parameter.grad)
+    norms = {name: float(whole(torch.nn.utils.get_total_norm(gradients))) for name, gradients in parts.items()}
+    return {f"grad_norm/{prefix}.{name}": norm for name, norm in norms.items()}

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, log.jsonl, checkpoint/state.pt (to go on from) and model/ (to use).
+"""A run's folder: config.json, run.toml, log.jsonl, checkpoint/state.pt (to go on from) and model/ (to use).
 
 Every file but the log is written under a temporary name, flushed and renamed,
 so that a kill or a full disk leaves the previous one whole. The log is cut
@@ -22,19 +22,35 @@ from alitok_fast.storage.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from alitok_fast.storage.files import differences, leftovers, locked, read_json, write_atomically, write_json
 from alitok_fast.storage.text import first_line
 from alitok_fast.training.config import TrainConfig
+from alitok_fast.training.ranks import Ranks
+from alitok_fast.training.run_config import RUN_FILE
 
 LOCK_NAME = ".train.lock"
 STATE_NAME = Path("checkpoint", "state.pt")
-# These change what is written when, how long a run goes on, or what its data are called.
-_FREE_KEYS = {"log_every", "save_every", "steps", "name"}
-_STATE_KEYS = {"step", "model", "optimizer", "ema", "meter", "rng", "cuda_rng"}
+# These change what is written when, how long a run goes on, how it is computed, or what its data are called.
+_FREE_KEYS = {"log_every", "save_every", "pictures_every", "steps", "name", "parallel", "activation_checkpointing"}
+_FREE_KEYS |= {"compile", "perceptual_weights", "lpips_weights"}  # the networks' own fingerprints are compared
+_STATE_KEYS = {"step", "model", "optimizer", "ema", "meter", "rng", "task", "scaler", "plateau", "discriminator"}
 _SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w{6}")
 
 
 @contextlib.contextmanager
-def open_run(path: str | Path, *arguments: Any, **options: Any) -> Iterator[RunFolder]:
-    """`RunFolder(path, ...)`, held against other processes inside the block; ValueError where one writes into it."""
-    path = Path(path)
+def open_run(path: str | Path, *arguments: Any, ranks: Ranks | None = None, **options: Any) -> Iterator[RunFolder]:
+    """`RunFolder(path, ...)`, held against other runs inside the block; ValueError where one writes into it.
+
+    Of the processes of one run the main one writes, and the others read.
+    """
+    ranks = ranks or Ranks()
+    with contextlib.ExitStack() as stack:
+        run = None
+        with ranks.main_first():
+            if ranks.main:
+                run = stack.enter_context(_writing(Path(path), *arguments, **options))
+        yield run or RunFolder(path, *arguments, **{**options, "writes": False})
+
+
+@contextlib.contextmanager
+def _writing(path: Path, *arguments: Any, **options: Any) -> Iterator[RunFolder]:
     if path.exists() and not path.is_dir():
         raise ValueError(f"out: expected a folder, got the file {path}")
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -63,13 +79,23 @@ def read_settings(path: str | Path) -> dict[str, Any] | None:
     return saved
 
 
+def begun_with(path: str | Path, *keys: str) -> dict[str, Any]:
+    """Those fingerprints of the weights that the run in a folder began with; its checkpoint has the weights. None where
+    there is no run: whether there may be one, opening it decides."""
+    with contextlib.suppress(ValueError):
+        inputs = (read_settings(path) or {}).get("inputs", {})
+        return {key: inputs[key] for key in keys if key in inputs}
+    return {}
+
+
 class RunFolder:
     """Creates the folder, or with `resume` reopens it.
 
     Whatever decides the result must then be as at the run's beginning: `kind`, the settings `train` but for `steps`
     (which may be extended) and what is written when, the sizes `model`, and `inputs`, the fingerprints of the data and
     of the weights to start from. Raises ValueError for a difference, for a folder that holds a run when not resuming,
-    and for files that no run wrote, unless `force` removes these two.
+    and for files that no run wrote, unless `force` removes these two. Without `writes`, for the other processes of a
+    run, nothing is checked or written. `run_file` is the text of run.toml (`run_config`), kept beside config.json.
     """
 
     def __init__(
@@ -81,7 +107,11 @@ class RunFolder:
         resume: bool,
         inputs: dict[str, Any] | None = None,
         force: bool = False,
+        writes: bool = True,
+        run_file: str | None = None,
     ) -> None:
+        self._writes = writes
+        self._run_file = run_file
         self.path = Path(path)
         self.state_file = self.path / STATE_NAME
         self.log_file = self.path / "log.jsonl"
@@ -90,6 +120,8 @@ class RunFolder:
         self._steps = train.steps
         description = {"kind": kind, "train": train.to_dict(), "model": model, "inputs": inputs or {}}
         self._description = json.loads(json.dumps(description))
+        if not writes:
+            return
         if force and not resume:
             for file in self._files():
                 file.unlink(missing_ok=True)
@@ -101,12 +133,18 @@ class RunFolder:
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
         if not self.state_file.exists():
-            write_json(self._config_file, self._description)
+            self._describe()
             write_atomically(self.log_file, lambda file: file.write_text(""))
 
     def _files(self) -> list[Path]:
         model = [self.model_folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)]
-        return [self._config_file, self.log_file, self.state_file, *model]
+        return [self._config_file, self.path / RUN_FILE, self.log_file, self.state_file, *model]
+
+    def _describe(self) -> None:
+        write_json(self._config_file, self._description)
+        text = self._run_file
+        if text is not None:
+            write_atomically(self.path / RUN_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
     def _check_own(self) -> dict[str, Any] | None:
         """The settings of the run in the folder; ValueError where its files are not those of a run."""
@@ -155,9 +193,11 @@ class RunFolder:
             raise ValueError(
                 f"steps: expected at least {state['step']}, the steps of {self.state_file}, got {self._steps}"
             )
+        if not self._writes:
+            return state
         lines = [line for line in self._log_lines() if _log_step(line, state["step"])]
         write_atomically(self.log_file, lambda file: file.write_text("".join(line + "\n" for line in lines)))
-        write_json(self._config_file, self._description)  # the free settings may be new
+        self._describe()  # the free settings may be new
         return state
 
     def _log_lines(self) -> list[str]:

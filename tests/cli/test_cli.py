@@ -266,7 +266,7 @@ def test_info(run):
         (("sample", "--grid", "g.png", "--model", "b"), "got the preset 'b', whose weights are not shipped"),
         (("sample", "--grid", "g.png", "--dtype", "int3", "--model", "TINY"), "dtype: expected one of float32"),
         (("sample", "--grid", "g.png", "--decode-dtype", "int4", "--model", "TINY"), "decode_dtype: expected one of"),
-        (("watch", "1", "--stage1", "TINY", "--out", "g.png", "--model", "TINY"), "got stage 2"),
+        (("watch", "1", "--stage1", "TINY", "--out", "g.png", "--model", "TINY"), "stage1: expected a causal decoder"),
         (("sample", "c1", "1", "--grid", "g.png", "--model", "TINY"), "labels: expected each class once, got 1 again"),
         (("sample", "--seed", str(2**64), "--grid", "g.png"), "seed: expected an integer in [-2**63, 2**63)"),
         (("sample", "--device", "gpu", "--grid", "g.png"), "device: expected cpu, cuda or cuda:N, got 'gpu'"),

@@ -19,7 +19,7 @@ from alitok_fast.data import (
     IdxImages,
     UnreadableImageError,
     cache_crops,
-    folders,
+    encoded,
     open_source,
     read_image,
     to_tensor,
@@ -153,9 +153,9 @@ def test_train_crop_is_a_flipped_window_and_repeats() -> None:
 def test_ten_crops() -> None:
     image = np.random.default_rng(0).integers(0, 256, (22, 22, 3), np.uint8)
     crops = cache_crops(image, 20, 10)  # 1.1 * 20 = 22: no resize
-    expected = [image[:20, :20], image[:20, 2:], image[2:, :20], image[2:, 2:], image[1:21, 1:21]]
-    assert (crops[:5] == np.stack(expected)).all()
-    assert (crops[5:] == crops[:5, :, ::-1]).all()
+    for half, whole in ((crops[:5], image), (crops[5:], image[:, ::-1])):
+        expected = [whole[:20, :20], whole[:20, 2:], whole[2:, :20], whole[2:, 2:], whole[1:21, 1:21]]
+        assert (half == np.stack(expected)).all()
     assert (cache_crops(image, 22, 1) == image[None]).all()
     assert (cache_crops(image, 22, 2)[1] == image[:, ::-1]).all()
     assert cache_crops(image[:, :13], 32, 10).shape == (10, 32, 32, 3)
@@ -298,8 +298,8 @@ def test_counts_are_checked_by_name(pictures: Path, wrong: object) -> None:
 
 def test_every_thread_goes_through_one_gate(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gates = []
-    monkeypatch.setattr(folders, "check_image", lambda path, gate: gates.append(gate))
+    monkeypatch.setattr(encoded, "check_image", lambda picture, name, gate: gates.append(gate))
     source = FolderImages(pictures, on_error="skip")
-    monkeypatch.setattr(folders, "read_image", lambda path, gate, **_: gates.append(gate))
+    monkeypatch.setattr(encoded, "decode_image", lambda picture, name, gate, **_: gates.append(gate))
     source.image(0)
     assert len(gates) == 7 and len(set(gates)) == 1 and isinstance(gates[0], PixelGate)

@@ -68,7 +68,7 @@ def test_tokens_that_are_not_there_are_encoded_again(begun: Path, whole, image: 
     (begun / "tokens.partial.npy").write_bytes(raw)
     calls: list[int] = []
     write(begun, encoder=counting(calls))
-    assert len(calls) == again and "damaged: encoded again" in caplog.text
+    assert len(calls) == again and "damaged: written again" in caplog.text
     assert (validate_token_cache(begun).tokens == whole).all()
 
 
@@ -285,3 +285,9 @@ def test_the_shape_in_a_header_is_not_believed(tmp_path: Path, whole, shape: tup
     path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(60))
     with pytest.raises(ValueError, match="tokens.npy: expected "):
         validate_token_cache(path.parent)
+
+
+def test_the_fingerprint_is_that_of_earlier_versions(tmp_path: Path, whole) -> None:
+    """Runs that were begun on a cache go on with it."""
+    assert validate_token_cache(tmp_path / "whole").fingerprint() == "f974c7671ed8d63c"  # by alitok_fast 0.2.0
+    assert "shard" not in json.loads((tmp_path / "whole" / "meta.json").read_text())

@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 from noise import META, Source, encode
 
 from alitok_fast.data import IdxImages, open_source, validate_token_cache, write_token_cache
+from alitok_fast.data.parquet import import_parquet
+from alitok_fast.data.parquet_export import export_parquet
+from alitok_fast.data.parquet_facts import TokenFacts
 from alitok_fast.training.config import GeneratorTrainConfig
 from alitok_fast.training.run_folder import RunFolder, read_settings
 
@@ -181,6 +184,47 @@ def test_damaged_caches(caches: Path, state: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_much_damaged_caches(caches: Path, state: str, data: st.DataObject) -> None:
     run_cache(caches, state, data)
+
+
+# ---- parquet files ----
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("pyarrow")
+    folder = tmp_path_factory.mktemp("exported")
+    write_token_cache(folder / "cache", Source(), encode, META, batch_size=1, workers=1)
+    export_parquet(validate_token_cache(folder / "cache"), folder / "parquet", rows_per_file=3)
+    return folder
+
+
+PARQUET_DAMAGE = damage(("tokens-00000-of-00002.parquet", "tokens-00001-of-00002.parquet"))
+
+
+def check_parquet(exported: Path, steps) -> None:
+    """Pages have checksums, so that no token is another one unnoticed."""
+    folder, out = copy(exported / "parquet", exported / "damaged"), exported / "out"
+    apply(folder, steps)
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        found = import_parquet([folder], out, facts=TokenFacts(codebook_size=50, image_size=4))
+    except ValueError as error:
+        names_it(error, folder)
+        return
+    assert (found.tokens == validate_token_cache(exported / "cache").tokens).all()
+
+
+@settings(max_examples=150, **COMMON)
+@given(PARQUET_DAMAGE)
+def test_damaged_parquet(exported: Path, steps) -> None:
+    check_parquet(exported, steps)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, **COMMON)
+@given(PARQUET_DAMAGE)
+def test_much_damaged_parquet(exported: Path, steps) -> None:
+    check_parquet(exported, steps)
 
 
 # ---- run folders ----

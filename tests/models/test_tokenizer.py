@@ -125,7 +125,9 @@ def test_causal_decoder_draws_the_rows_so_far(tiny_tokenizer):
 
 
 def test_decode_rows_needs_the_causal_decoder(tiny_tokenizer):
-    with pytest.raises(ValueError, match=r"expected a stage-1 \(causal\) tokenizer, got stage 2"):
+    with pytest.raises(
+        ValueError, match="decode_rows: expected a causal decoder, as of stage 1, got a bidirectional one"
+    ):
         tiny_tokenizer(2).decode_rows(torch.zeros(1, 5, dtype=torch.int64))
 
 

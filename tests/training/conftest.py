@@ -7,9 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision_here import import_or_skip
 
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
+from alitok_fast.data.loader import stack
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
+from alitok_fast.training.perceptual import logit_distance, lpips_distance
 
 TOKENIZER = TokenizerConfig(
     image_size=8, patch_size=4, codebook_size=16, code_dim=8, encoder_width=16, encoder_layers=1, encoder_heads=2,
@@ -31,6 +37,14 @@ TOKENIZER_TRAINING = TokenizerTrainConfig(steps=12, lr=1e-2, **_COMMON)
 GENERATOR_TRAINING = GeneratorTrainConfig(steps=12, lr=1e-2, **_COMMON)
 
 
+FIRST = TOKENIZER_TRAINING.schedule.at(0)  # where the first step lies
+
+
+def batch_of(task, index: int) -> tuple[torch.Tensor, ...]:
+    """Micro-batch `index` of a task, as the loop hands it over."""
+    return stack([task.read(*at) for at in task.order().at(index)])
+
+
 @pytest.fixture(scope="session")
 def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_stripes(tmp_path_factory.mktemp("stripes"))
@@ -46,3 +60,36 @@ def write_stripes(folder: Path) -> Path:
     (folder / "train-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, *images.shape) + images.tobytes())
     (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 24) + labels.tobytes())
     return folder
+
+
+@pytest.fixture(scope="session")
+def convnext_file(recipe, tmp_path_factory) -> Path:
+    """The golden weights, as torchvision's file holds its own."""
+    import_or_skip("torchvision")
+    path = tmp_path_factory.mktemp("convnext") / "convnext_small-0c510722.pth"
+    torch.save(recipe("convnext_small"), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def convnext(convnext_file) -> nn.Module:
+    return logit_distance("convnext_small", convnext_file)
+
+
+@pytest.fixture(scope="session")
+def vgg_file(recipe, tmp_path_factory) -> Path:
+    """The golden trunk under torchvision's names; its classifier is not needed."""
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
+    trunk = {name.split(".", 2)[2]: value for name, value in recipe("lpips_vgg").items() if name.startswith("net.")}
+    save_file({f"features.{name}": value for name, value in trunk.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lpips(recipe, vgg_file) -> nn.Module:
+    import_or_skip("lpips")
+    distance = lpips_distance("vgg", vgg_file)
+    heads = {name: value for name, value in recipe("lpips_vgg").items() if name.startswith("lin")}
+    found = distance.network.load_state_dict(heads, strict=False)
+    assert not found.unexpected_keys
+    return distance

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.conftest import TOKENIZER, TOKENIZER_TRAINING
+from training.conftest import FIRST, TOKENIZER, TOKENIZER_TRAINING, batch_of
 
 from alitok_fast.data import open_source
 from alitok_fast.models.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def test_on_a_tie_the_first_micro_batch_counts() -> None:
 def test_what_is_kept_between_the_calls_has_no_graph(idx_folder: Path) -> None:
     torch.manual_seed(0)
     task = TokenizerTask(Tokenizer(TOKENIZER), open_source(idx_folder, image_size=8), TOKENIZER_TRAINING)
-    outputs = [task.loss(*task.batch(index)) for index in range(2)]
+    outputs = [task.loss(FIRST, *batch_of(task, index)) for index in range(2)]
     state = dict(vars(task))
     for output in outputs:
         assert not any(part.requires_grad for part in output.kept)
@@ -77,12 +77,3 @@ def test_what_is_kept_between_the_calls_has_no_graph(idx_folder: Path) -> None:
     before = task.model.quantize.codebook.detach().clone()
     task.after_backward(outputs)
     assert vars(task) == state and not torch.equal(before, task.model.quantize.codebook)
-
-
-def test_workers_do_not_change_the_batches(idx_folder: Path) -> None:
-    source = open_source(idx_folder, image_size=8)
-    one, four = (TokenizerTask(Tokenizer(TOKENIZER), source, TOKENIZER_TRAINING, workers) for workers in (1, 4))
-    for index in (0, 7):
-        assert torch.equal(one.batch(index)[0], four.batch(index)[0])
-    with pytest.raises(ValueError, match="workers: expected a whole number of at least 1, got 0"):
-        TokenizerTask(Tokenizer(TOKENIZER), source, TOKENIZER_TRAINING, 0)

@@ -13,20 +13,21 @@ from training.conftest import TOKENIZER, TOKENIZER_TRAINING
 
 from alitok_fast.data import open_source
 from alitok_fast.training.meter import Meter
+from alitok_fast.training.ranks import Ranks
 from alitok_fast.training.tokenizer import TokenizerTask, train_tokenizer
 
 
 def filled() -> Meter:
     meter = Meter()
-    meter.add(torch.tensor(2.0), {"mse": torch.tensor(1.0)}, torch.tensor([3, 0, 1, 0]), samples=4)
+    meter.add({"loss": torch.tensor(2.0), "mse": torch.tensor(1.0)}, torch.tensor([3, 0, 1, 0]), samples=4)
     return meter
 
 
 def test_a_window_goes_on_after_loading():
     whole, resumed = filled(), Meter()
-    resumed.load(filled().state(), "cpu")
+    resumed.load(filled().state())
     for meter in (whole, resumed):
-        meter.add(torch.tensor(4.0), {"mse": torch.tensor(3.0)}, torch.tensor([0, 2, 0, 0]), samples=4)
+        meter.add({"loss": torch.tensor(4.0), "mse": torch.tensor(3.0)}, torch.tensor([0, 2, 0, 0]), samples=4)
     one, two = ({**meter.summary(), "samples_per_second": 0} for meter in (whole, resumed))
     assert one == two and one["loss"] == 3 and one["usage"] == 0.75
 
@@ -38,9 +39,9 @@ def test_what_comes_back_from_the_cpu_goes_to_the_device():
         on_cpu = fake.from_tensor
         state = {**state, "usage": on_cpu(state["usage"]), "sums": {k: on_cpu(v) for k, v in state["sums"].items()}}
         meter = Meter()
-        meter.load(state, "cuda:0")
+        meter.load(state, Ranks(device=torch.device("cuda:0")))
         usage = torch.ones(4, dtype=torch.int64, device="cuda:0")
-        meter.add(torch.ones((), device="cuda:0"), {"mse": torch.ones((), device="cuda:0")}, usage, samples=4)
+        meter.add({"mse": torch.ones((), device="cuda:0")}, usage, samples=4)
         after = meter.state()
         tensors = [after["usage"], *after["sums"].values()]
     assert [tensor.device.type for tensor in tensors] == ["cuda"] * 3
@@ -59,7 +60,10 @@ def test_a_run_resumed_inside_a_window_logs_the_same(device, idx_folder: Path, t
         options = dict(device=str(device), resume=resume, progress=False)
         train_tokenizer(source, folder, 1, TOKENIZER, config, **options)
         entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in entry.items() if key != "samples_per_second"} for entry in entries]
+        return [
+            {key: value for key, value in entry.items() if key not in ("samples_per_second", "waited")}
+            for entry in entries
+        ]
 
     whole = run(tmp_path / "whole")
     after_backward, steps = TokenizerTask.after_backward, iter(range(config.steps))

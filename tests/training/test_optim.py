@@ -11,7 +11,8 @@ import torch
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.tokenizer import Tokenizer
-from alitok_fast.training.optim import learning_rate, parameter_groups
+from alitok_fast.training.optim import parameter_groups
+from alitok_fast.training.phases import Phase, Schedule
 
 
 def test_optimizer_groups_match_the_reference(golden) -> None:
@@ -24,8 +25,9 @@ def test_optimizer_groups_match_the_reference(golden) -> None:
 
 def test_learning_rate_matches_the_reference(golden) -> None:
     data = np.load(golden / "lr_schedule.npz")
-    settings = [float(data[key]) for key in ("base_lr", "end_lr", "warmup", "total")]
-    ours = [learning_rate(int(step), *settings) for step in data["steps"]]
+    lr, end_lr, warmup, total = (float(data[key]) for key in ("base_lr", "end_lr", "warmup", "total"))
+    schedule = Schedule([Phase(int(total), lr, end_lr)], int(total), int(warmup))
+    ours = [schedule.lr(int(step)) for step in data["steps"]]
     np.testing.assert_allclose(ours, data["lr"], rtol=1e-8)
 
 
@@ -33,7 +35,8 @@ def test_learning_rate_matches_the_reference(golden) -> None:
     ("step", "warmup", "expected"), [(0, 0, 1.0), (5, 0, 0.55), (10, 0, 0.1), (99, 0, 0.1), (1, 4, 0.25), (10, 10, 0.1)]
 )
 def test_learning_rate_edges(step: int, warmup: int, expected: float) -> None:
-    assert learning_rate(step, 1.0, 0.1, warmup, 10) == pytest.approx(expected if warmup < 10 else 1.0)
+    schedule = Schedule([Phase(10, 1.0, 0.1)], 10, warmup)
+    assert schedule.lr(step) == pytest.approx(expected if warmup < 10 else 1.0)
 
 
 def test_tokenizer_groups() -> None:

@@ -149,9 +149,9 @@ def test_a_run_is_extended_and_not_shortened(cache, tmp_path: Path) -> None:
 
 
 def test_killed_between_a_checkpoint_and_its_model(cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop._save_model
+    real = loop._Trainer._save_model
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_save_model", lambda *a: 1 / 0 if a[-1] == 4 else real(*a))
+        patch.setattr(loop._Trainer, "_save_model", lambda *a: 1 / 0 if a[-1] == 4 else real(*a))
         with pytest.raises(ZeroDivisionError):
             train(cache, tmp_path / "a")
     assert step_of(tmp_path / "a") == 2
@@ -192,18 +192,20 @@ def test_damaged_checkpoints_name_the_file(cache, tmp_path: Path, change, messag
 
 
 def test_weights_that_are_no_numbers_are_never_saved(cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop._update_ema
+    real = loop.MovingAverage.update
 
-    def poison(ema, model, decay) -> None:
-        real(ema, model, decay)
+    def poison(average, model) -> None:
+        real(average, model)
         poison.calls += 1
         if poison.calls == 4:
             with torch.no_grad():
                 model.output.weight[0, 0] = float("inf")
 
     poison.calls = 0
-    monkeypatch.setattr(loop, "_update_ema", poison)
-    with pytest.raises(FloatingPointError, match="weight .*: expected a finite number, got inf at step 3; the last"):
+    monkeypatch.setattr(loop.MovingAverage, "update", poison)
+    with pytest.raises(
+        FloatingPointError, match="weight .*: expected a finite number, got inf at step 3 of phase 1; the last"
+    ):
         train(cache, tmp_path, replace(SHORT, ema_decay=0.5))
     assert step_of(tmp_path) == 2
     assert torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)["step"] == 2

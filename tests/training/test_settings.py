@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from alitok_fast.cli.train import with_settings
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.training.config import GENERATOR_PRESETS, TOKENIZER_PRESETS, GeneratorTrainConfig, TokenizerTrainConfig
+from alitok_fast.training.run_config import combine
+from alitok_fast.training.run_layers import preset_layer, set_layer
+
+
+def with_settings(settings: list[str]) -> GeneratorTrainConfig:
+    """The generator's settings with those of `--set`; "b" has the defaults."""
+    training = combine(
+        "generator", [preset_layer("generator", {"training": "b"}), set_layer("generator", settings)]
+    ).training
+    assert isinstance(training, GeneratorTrainConfig)
+    return training
 
 
 def test_round_trip_and_unknown_key() -> None:
     config = TokenizerTrainConfig(steps=20_000, lr=3e-4)
     assert TokenizerTrainConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="GeneratorTrainConfig: unknown key 'aux_weight'"):
+    with pytest.raises(ValueError, match="GeneratorTrainConfig: unknown key 'adaptive_adversarial'"):
         GeneratorTrainConfig.from_dict(config.to_dict())
 
 
@@ -24,7 +34,7 @@ def test_round_trip_and_unknown_key() -> None:
         ({"warmup": -1}, "warmup: expected 0 to steps"),
         ({"lr": 0.0}, "lr: expected a positive number"),
         ({"end_lr": 1.0}, "end_lr: expected 0 to lr"),
-        ({"precision": "fp16"}, "precision: expected one of"),
+        ({"precision": "fp8"}, "precision: expected one of"),
         ({"ema_decay": 1.0}, "ema_decay: expected 0 to 1"),
     ],
 )
@@ -34,7 +44,7 @@ def test_bad_settings(changes: dict, message: str) -> None:
 
 
 def test_settings_from_the_command_line() -> None:
-    config = with_settings(GeneratorTrainConfig(), ["steps=70000", "lr=1e-3", "betas=[0.8, 0.9]", "precision=fp32"])
+    config = with_settings(["steps=70000", "lr=1e-3", "betas=[0.8, 0.9]", "precision=fp32"])
     assert (config.steps, config.lr, config.betas, config.precision) == (70_000, 1e-3, (0.8, 0.9), "fp32")
     wrong = [
         ("steps", "name=value"),
@@ -43,7 +53,7 @@ def test_settings_from_the_command_line() -> None:
     ]
     for text, message in wrong:
         with pytest.raises(ValueError, match=message):
-            with_settings(GeneratorTrainConfig(), [text])
+            with_settings([text])
 
 
 def test_every_model_preset_has_training_settings() -> None:
@@ -53,7 +63,7 @@ def test_every_model_preset_has_training_settings() -> None:
 
 @pytest.mark.parametrize("text", ["[0.9, 0.95]", "(0.9, 0.95)", "0.9,0.95", " 0.9 , 0.95 "])
 def test_forms_of_betas(text: str) -> None:
-    assert with_settings(GeneratorTrainConfig(), [f"betas={text}"]).betas == (0.9, 0.95)
+    assert with_settings([f"betas={text}"]).betas == (0.9, 0.95)
 
 
 @pytest.mark.parametrize(
@@ -64,14 +74,14 @@ def test_forms_of_betas(text: str) -> None:
 )  # fmt: skip
 def test_settings_without_a_meaning_are_refused_by_name(setting: str) -> None:
     with pytest.raises(ValueError, match=setting.partition("=")[0]):
-        with_settings(GeneratorTrainConfig(), [setting])
+        with_settings([setting])
 
 
 def test_the_form_in_a_message_is_accepted() -> None:
     with pytest.raises(ValueError, match="such as (.*), got") as error:
-        with_settings(GeneratorTrainConfig(), ["betas=x"])
+        with_settings(["betas=x"])
     shown = str(error.value).partition("such as ")[2].partition(", got")[0]
-    assert with_settings(GeneratorTrainConfig(), [f"betas={shown}"]).betas == GeneratorTrainConfig().betas
+    assert with_settings([f"betas={shown}"]).betas == GeneratorTrainConfig().betas
 
 
 @pytest.mark.parametrize("changes", [{"steps": 10.0}, {"seed": True}, {"lr": "1"}, {"betas": [0.9, 0.95]}])

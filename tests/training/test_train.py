@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training.conftest import GENERATOR, GENERATOR_TRAINING, TOKENIZER, TOKENIZER_TRAINING
+from training.conftest import FIRST, GENERATOR, GENERATOR_TRAINING, TOKENIZER, TOKENIZER_TRAINING, batch_of
 
 from alitok_fast.data import open_source, to_tensor
+from alitok_fast.data.loader import to_floats
 from alitok_fast.models.loading import load_generator, load_tokenizer
 from alitok_fast.training import loop
 from alitok_fast.training.generator import GeneratorTask, train_generator
-from alitok_fast.training.run_folder import RunFolder
+from alitok_fast.training.run_folder import _STATE_KEYS, RunFolder
 from alitok_fast.training.tokenize import tokenize
 from alitok_fast.training.tokenizer import TokenizerTask, train_tokenizer
 
@@ -83,7 +84,8 @@ def test_stage1_loss_is_the_stated_sum(idx_folder: Path) -> None:
     torch.manual_seed(0)
     model = Tokenizer(TOKENIZER)
     task = TokenizerTask(model, open_source(idx_folder, image_size=8), TOKENIZER_TRAINING)
-    (images,) = task.batch(0)
+    (pixels,) = batch_of(task, 0)
+    images = to_floats(pixels)
     output = model(images)
     strip = torch.cat([images[:, :, :4, :4], images[:, :, :4, :]], 3)
     expected = (
@@ -91,7 +93,7 @@ def test_stage1_loss_is_the_stated_sum(idx_folder: Path) -> None:
         + 10 * (3 / 4) * (strip - output.aux).square().mean()  # 3 prefix tokens stand beside 4 image tokens
         + output.vq.loss
     )
-    torch.testing.assert_close(task.loss(images).loss, expected)
+    torch.testing.assert_close(task.loss(FIRST, pixels).loss, expected)
 
 
 def test_batches_depend_on_the_index_alone(idx_folder: Path) -> None:
@@ -100,9 +102,9 @@ def test_batches_depend_on_the_index_alone(idx_folder: Path) -> None:
     source = open_source(idx_folder, image_size=8)
     one, two = (TokenizerTask(Tokenizer(TOKENIZER), source, TOKENIZER_TRAINING) for _ in range(2))
     for index in range(9):
-        one.batch(index)
-    assert torch.equal(one.batch(9)[0], two.batch(9)[0])
-    assert not torch.equal(one.batch(9)[0], two.batch(10)[0])
+        batch_of(one, index)
+    assert torch.equal(batch_of(one, 9)[0], batch_of(two, 9)[0])
+    assert not torch.equal(batch_of(one, 9)[0], batch_of(two, 10)[0])
 
 
 def test_accumulation_equals_one_large_batch(runs: Path, tmp_path: Path) -> None:
@@ -146,15 +148,17 @@ def test_nan_stops_and_keeps_the_last_checkpoint(runs: Path, tmp_path: Path) -> 
     from alitok_fast.models.generator import Generator
 
     class Poisoned(GeneratorTask):
-        def loss(self, tokens, labels):
-            output = super().loss(tokens, labels)
+        def loss(self, place, tokens, labels):
+            output = super().loss(place, tokens, labels)
             self.calls = getattr(self, "calls", 0) + 1
             return output._replace(loss=output.loss * float("nan")) if self.calls == 8 else output
 
     config = GENERATOR_TRAINING
     run = RunFolder(tmp_path, "generator", config, GENERATOR.to_dict(), resume=False)
     task = Poisoned(Generator(GENERATOR), validate_token_cache(runs / "tokens"), config)
-    with pytest.raises(FloatingPointError, match="a finite number, got nan .* at step 7; the last checkpoint is"):
+    with pytest.raises(
+        FloatingPointError, match="a finite number, got nan .* at step 7 of phase 1; the last checkpoint is"
+    ):
         loop.train(task, config, run, progress=False)
     state = torch.load(run.state_file, weights_only=True)
     assert state["step"] == 6 and all(v.isfinite().all() for v in state["model"].values())
@@ -177,7 +181,7 @@ def test_damaged_checkpoint_is_refused(runs: Path, tmp_path: Path) -> None:
 
 def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(tmp_path, "x", GENERATOR_TRAINING, {}, resume=False)
-    rest = {key: {} for key in ("model", "optimizer", "ema", "meter", "rng", "cuda_rng")}
+    rest = {key: {} for key in _STATE_KEYS - {"step"}}
     run.save_state({"step": 1, **rest})
 
     def full(value, file) -> None:
