@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -44,10 +45,17 @@ def random_tokens() -> TokenCache:
 
 def main(kind: str, data: str, out: str, resume: bool, settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    pause = settings.pop("pause", 0.0)
+    pause, last, steps = settings.pop("pause", 0.0), settings.pop("leave_in_step", -1), itertools.count()
     for task in (GeneratorTask, TokenizerTask):
         after = task.after_backward
-        task.after_backward = lambda self, outputs, after=after: (time.sleep(pause), after(self, outputs))
+
+        def after_backward(self, outputs, after=after):
+            time.sleep(pause)
+            if next(steps) == last:
+                sys.exit(0)
+            after(self, outputs)
+
+        task.after_backward = after_backward
     options: dict[str, Any] = dict(resume=resume, progress=False, workers=0)
     if kind == "generator":
         model = replace(GENERATOR, dropout=0.0, class_dropout=0.0)
