@@ -135,11 +135,14 @@ void pack_steps(const T* x, int64_t stride, int64_t outer, int64_t depth, uint16
 // ---- multiplying ----
 
 // Each has `Setup`, which a thread constructs before it calls `multiply`: the product of a block and a panel, both of
-// `steps` steps, as (kBlock, kBlock) float32.
+// `steps` steps, as (kBlock, kBlock) float32. `between(row)` is called for each of kBlock rows: what is to be done with the
+// product before, which other units of the processor do while the tiles multiply.
 
 struct PlainBlocks {
   struct Setup {};
-  static void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps, float* product) {
+  template <class F>
+  static void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps, float* product, const F& between) {
+    for (int64_t r = 0; r < kBlock; ++r) between(r);
     std::fill(product, product + kBlock * kBlock, 0.0f);
     for (int64_t step = 0; step < steps; ++step, block += kStep, panel += kStep)
       for (int64_t r = 0; r < kBlock; ++r) {
@@ -160,7 +163,9 @@ struct PlainBlocks {
 
 struct DotBlocks {
   struct Setup {};
-  static void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps, float* product) {
+  template <class F>
+  static void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps, float* product, const F& between) {
+    for (int64_t r = 0; r < kBlock; ++r) between(r);
     for (int64_t r = 0; r < kBlock; r += 8) eight_rows(block + r * kBlock, panel, steps, product + r * kBlock);
   }
 
@@ -192,7 +197,10 @@ struct DotBlocks {
 
 struct AmxBlocks {
   using Setup = AmxTiles;
-  ALITOK_AMX static void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps, float* product) {
+  template <class F>
+  ALITOK_AMX static void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps, float* product,
+                                  const F& between) {
+    int64_t row = 0;
     constexpr int64_t kRow = 64, kProductRow = kBlock * sizeof(float);
     asm volatile("" ::: "memory");  // the tile loads below do not tell the compiler what they read
     _tile_zero(0);
@@ -208,7 +216,9 @@ struct AmxBlocks {
       _tile_stream_loadd(5, block + kTile, kRow);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
+      for (; row < kBlock && row * steps < (step + 1) * kBlock; ++row) between(row);
     }
+    for (; row < kBlock; ++row) between(row);
     _tile_stored(0, product, kProductRow);
     _tile_stored(1, product + kHalf, kProductRow);
     _tile_stored(2, product + kHalf * kBlock, kProductRow);
@@ -218,6 +228,19 @@ struct AmxBlocks {
 };
 
 #endif
+
+// The products of blocks `begin` to `end` with a panel, one after the other: `block(i)` gives a block, `store(i, row, products)`
+// gets each row of its product.
+template <class Blocks, class Block, class Store>
+void multiply_each(int64_t begin, int64_t end, const uint16_t* panel, int64_t steps, const Block& block,
+                   const Store& store) {
+  alignas(64) float products[2][kBlock * kBlock];
+  for (int64_t i = begin; i < end; ++i)
+    Blocks::multiply(block(i), panel, steps, products[i % 2], [&](int64_t r) {
+      if (i > begin) store(i - 1, r, products[(i - 1) % 2] + r * kBlock);
+    });
+  for (int64_t r = 0; r < kBlock && begin < end; ++r) store(end - 1, r, products[(end - 1) % 2] + r * kBlock);
+}
 
 // f.run<Blocks>() with the fastest of them that this machine has.
 template <class F>

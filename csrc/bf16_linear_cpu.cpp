@@ -46,13 +46,13 @@ struct Run {
           });
         },
         [&](int64_t panel, int64_t first, int64_t begin, int64_t end) {
-          alignas(64) float product[kBlock * kBlock];
-          for (int64_t slot = begin; slot < end; ++slot) {
-            Blocks::multiply(packed + slot * size, weight + panel * size, steps, product);
-            const int64_t row = (first + slot) * kBlock, column = panel * kBlock;
-            for (int64_t r = 0; r < std::min(kBlock, p.rows - row); ++r)
-              store_row<Out>(p, row + r, column, std::min(kBlock, p.outputs - column), stream, product + r * kBlock);
-          }
+          const int64_t column = panel * kBlock, columns = std::min(kBlock, p.outputs - column);
+          bf16::multiply_each<Blocks>(
+              begin, end, weight + panel * size, steps, [&](int64_t slot) { return packed + slot * size; },
+              [&](int64_t slot, int64_t r, const float* products) {
+                const int64_t row = (first + slot) * kBlock + r;
+                if (row < p.rows) store_row<Out>(p, row, column, columns, stream, products);
+              });
         });
   }
 };

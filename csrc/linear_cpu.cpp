@@ -81,14 +81,13 @@ struct Product {
           pack(first * kBlock, std::min(slots * kBlock, rows - first * kBlock), chunk);
         },
         [&](int64_t panel, int64_t first, int64_t begin, int64_t end) {
-          alignas(64) float product[kBlock * kBlock];
-          const int64_t column = panel * kBlock;
-          for (int64_t slot = begin; slot < end; ++slot) {
-            Blocks::multiply(chunk.at(slot), panels.at(panel), size / kStep, product);
-            const int64_t row = (first + slot) * kBlock;
-            for (int64_t r = 0; r < std::min(kBlock, rows - row); ++r)
-              store(row + r, column, std::min(kBlock, columns - column), product + r * kBlock);
-          }
+          const int64_t column = panel * kBlock, count = std::min(kBlock, columns - column);
+          bf16::multiply_each<Blocks>(
+              begin, end, panels.at(panel), size / kStep, [&](int64_t slot) { return chunk.at(slot); },
+              [&](int64_t slot, int64_t r, const float* products) {
+                const int64_t row = (first + slot) * kBlock + r;
+                if (row < rows) store(row, column, count, products);
+              });
         });
   }
 };

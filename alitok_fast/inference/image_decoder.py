@@ -11,8 +11,8 @@ from torch import Tensor
 
 from alitok_fast import _library
 from alitok_fast.inference.cuda_graph import Turn, capture, storage
-from alitok_fast.inference.int8_twin import int8_twin
 from alitok_fast.inference.origin import Origin
+from alitok_fast.inference.packed_twin import has_twin, packed_twin
 from alitok_fast.models.checks import check_plain, check_range, check_tensor
 from alitok_fast.models.tokenizer import Tokenizer
 
@@ -56,7 +56,8 @@ class ImageDecoder:
         if name not in allowed:
             raise ValueError(f"decode_dtype: expected {', '.join(allowed)} on {tokenizer.device.type}, got {name}")
         self.config, self.device, self.dtype = tokenizer.config, tokenizer.device, dtype
-        self._activations = torch.float32 if dtype == torch.int8 else dtype
+        self._packed = dtype != tokenizer.dtype and has_twin(dtype, self.device)
+        self._activations = torch.float32 if self._packed else dtype
         self._take(tokenizer)
         self._begin()
 
@@ -67,8 +68,8 @@ class ImageDecoder:
         if self.dtype != tokenizer.dtype:
             with torch.inference_mode(False), torch.no_grad():
                 self._embedding = copy.deepcopy(self._embedding)
-                if self.dtype == torch.int8:
-                    self._decoder = int8_twin(self._decoder)
+                if self._packed:
+                    self._decoder = packed_twin(self._decoder, self.dtype)
                 else:
                     self._decoder = copy.deepcopy(self._decoder).to(self.dtype)
 

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
-from alitok_fast.inference.int8_twin import int8_twin
 from alitok_fast.inference.origin import Origin
+from alitok_fast.inference.packed_twin import has_twin, packed_twin
 from alitok_fast.models.checks import check_finite, check_plain, check_range, check_tensor
 from alitok_fast.models.tokenizer import Tokenizer
 
@@ -36,7 +36,8 @@ class ImageEncoder:
         if name not in allowed:
             raise ValueError(f"encode_dtype: expected {', '.join(allowed)} on {tokenizer.device.type}, got {name}")
         self.tokenizer, self.dtype = tokenizer, dtype
-        self._activations = torch.float32 if dtype == torch.int8 else dtype
+        self._packed = dtype != tokenizer.dtype and has_twin(dtype, tokenizer.device)
+        self._activations = torch.float32 if self._packed else dtype
         self._take()
 
     def _take(self) -> None:
@@ -45,8 +46,8 @@ class ImageEncoder:
         self._encoder, self._latent_tokens = self.tokenizer.encoder, self.tokenizer.latent_tokens.detach()
         if self.dtype != self.tokenizer.dtype:
             with torch.inference_mode(False), torch.no_grad():
-                if self.dtype == torch.int8:
-                    self._encoder = int8_twin(self._encoder)
+                if self._packed:
+                    self._encoder = packed_twin(self._encoder, self.dtype)
                 else:
                     self._encoder = copy.deepcopy(self._encoder).to(self.dtype)
                 self._latent_tokens = self._latent_tokens.to(self._activations)

@@ -7,7 +7,7 @@ import torch
 
 from alitok_fast import _library, load_tokenizer
 from alitok_fast.inference.image_decoder import ImageDecoder, fast_dtype
-from alitok_fast.inference.int8_twin import Int8Linear
+from alitok_fast.inference.packed_twin import PackedLinear
 from alitok_fast.models.loading import build
 from alitok_fast.storage.checkpoint import Checkpoint, recognise
 from alitok_fast.testing import ReadsBack
@@ -66,7 +66,7 @@ def grey_levels(tokenizer, dtype, tokens) -> float:
 def test_int8_keeps_the_residual_stream_in_float32(tiny_tokenizer):
     decoder = ImageDecoder(tiny_tokenizer().bfloat16(), torch.int8)
     assert decoder.dtype == torch.int8
-    linears = [m for m in decoder._decoder.transformer.modules() if isinstance(m, Int8Linear)]
+    linears = [m for m in decoder._decoder.transformer.modules() if isinstance(m, PackedLinear)]
     assert len(linears) == 4 * len(decoder._decoder.transformer)
     assert {p.dtype for p in decoder._decoder.parameters()} == {torch.float32}
 
