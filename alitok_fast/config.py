@@ -256,6 +256,17 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
         decoder_heads=4,
         num_buffer_tokens=8,
     ),
+    "photos-64": TokenizerConfig(
+        image_size=64,
+        patch_size=4,
+        encoder_width=128,
+        encoder_layers=3,
+        encoder_heads=2,
+        decoder_width=128,
+        decoder_layers=3,
+        decoder_heads=2,
+        num_buffer_tokens=16,
+    ),
     "256": _ALITOK,
     "512": replace(_ALITOK, image_size=512),
 }

@@ -7,7 +7,7 @@ import torch
 
 from alitok_fast.config import GENERATORS
 from alitok_fast.ops.add_rms_norm import add_rms_norm
-from alitok_fast.ops.fused_linear import LinearWeights, fused_linear_reference, linear, norm_linear
+from alitok_fast.ops.fused_linear import LinearWeights, fused_linear_reference, norm_linear, whole_linear
 from alitok_fast.ops.swiglu import swiglu
 from alitok_fast.testing import relative_error
 
@@ -30,7 +30,7 @@ def bench_fused_linear(rows, mode, device, compare):
 
     def apart():
         normed = add_rms_norm(x, None, norm, 1e-5)[1]
-        return swiglu(linear(normed, gate), linear(normed, up))
+        return swiglu(whole_linear(normed, gate), whole_linear(normed, up))
 
     read = gate.weight.nbytes + up.weight.nbytes
     compare(lambda: norm_linear(x, None, norm, 1e-5, up, gate), {"separate operators": apart}, read, "read_bytes")

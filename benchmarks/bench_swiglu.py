@@ -14,7 +14,7 @@ from alitok_fast.testing import relative_error
 CONFIG = GENERATORS["b"]
 
 
-@pytest.mark.quick("2-fp32", "16-bf16")
+@pytest.mark.quick("16-bf16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rows", [2, 16, 2048])
 def bench_swiglu(rows, dtype, mode, device, compare):

@@ -29,8 +29,10 @@ class AmxTiles {
   AmxTiles& operator=(const AmxTiles&) = delete;
 };
 
-// C (rows, columns) float32 = A (rows, depth) B (depth, columns). A is bfloat16, row-major; B lies in pairs of rows:
-// element (k, n) is half k % 2 of 32-bit word (k / 2, n). Strides from row to row (of words for B), in bytes.
+// C (rows, columns) float32 = A (rows, depth) B (depth, columns), added to C when Accumulate. A is bfloat16, row-major; B
+// lies in pairs of rows: element (k, n) is half k % 2 of 32-bit word (k / 2, n). Strides from row to row (of words for B),
+// in bytes.
+template <bool Accumulate = false>
 ALITOK_AMX inline void multiply_amx(int64_t rows, int64_t columns, int64_t depth, const void* a, int64_t a_stride,
                                     const void* b, int64_t b_stride, void* c, int64_t c_stride) {
   const auto at = [](const void* base, int64_t row, int64_t stride, int64_t byte) {
@@ -39,10 +41,17 @@ ALITOK_AMX inline void multiply_amx(int64_t rows, int64_t columns, int64_t depth
   asm volatile("" ::: "memory");  // the tile loads below do not tell the compiler what they read
   for (int64_t n = 0; n < columns; n += 32) {
     for (int64_t m = 0; m < rows; m += 32) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      if constexpr (Accumulate) {
+        _tile_loadd(0, at(c, m, c_stride, n * 4), c_stride);
+        _tile_loadd(1, at(c, m, c_stride, n * 4 + 64), c_stride);
+        _tile_loadd(2, at(c, m + 16, c_stride, n * 4), c_stride);
+        _tile_loadd(3, at(c, m + 16, c_stride, n * 4 + 64), c_stride);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
       for (int64_t k = 0; k < depth; k += 32) {
         _tile_loadd(4, at(a, m, a_stride, k * 2), a_stride);
         _tile_loadd(5, at(a, m + 16, a_stride, k * 2), a_stride);
@@ -59,6 +68,7 @@ ALITOK_AMX inline void multiply_amx(int64_t rows, int64_t columns, int64_t depth
       _tile_stored(3, at(c, m + 16, c_stride, n * 4 + 64), c_stride);
     }
   }
+  asm volatile("" ::: "memory");  // nor the tile stores what they write
 }
 
 }  // namespace alitok::ALITOK_ISA

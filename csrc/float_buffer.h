@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <utility>
 
 namespace alitok::ALITOK_ISA {
 
@@ -13,8 +14,8 @@ class FloatBuffer {
   explicit FloatBuffer(int64_t size)
       : size_(size), data_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))) {}
   ~FloatBuffer() { ::operator delete(data_, kAlignment); }
-  FloatBuffer(const FloatBuffer&) = delete;
-  FloatBuffer& operator=(const FloatBuffer&) = delete;
+  FloatBuffer(FloatBuffer&& other) noexcept : size_(other.size_), data_(std::exchange(other.data_, nullptr)) {}
+  FloatBuffer& operator=(FloatBuffer&&) = delete;
 
   void zero() { std::memset(data_, 0, size_ * sizeof(float)); }
   operator float*() { return data_; }

@@ -23,9 +23,19 @@ STABLE_TORCH_LIBRARY(alitok, m) {
       "fused_linear(Tensor x, Tensor? norm_weight, float norm_eps, Tensor weight, Tensor? scale, Tensor? gate, "
       "Tensor? gate_scale, Tensor? bias) -> Tensor");
   m.def("fused_linear_add(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor(a!) residual) -> ()");
-  m.def("int8_linear(Tensor x, Tensor weight, Tensor? bias, int outputs, ScalarType dtype) -> Tensor");
+  m.def(
+      "bf16_linear(Tensor x, Tensor weight, Tensor? bias, int outputs, ScalarType dtype, Tensor? norm_weight=None, "
+      "Tensor? norm_bias=None, float norm_eps=1e-5, bool gelu=False, Tensor? residual=None) -> Tensor");
+  m.def(
+      "int8_linear(Tensor x, Tensor weight, Tensor? bias, int outputs, ScalarType dtype, Tensor? norm_weight=None, "
+      "Tensor? norm_bias=None, float norm_eps=1e-5, bool gelu=False, Tensor? residual=None) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor weight, bool[3] wanted) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def("quantized_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)");
   m.def(
       "vq_lookup(Tensor z, Tensor codebook, float commitment, bool with_closest) "
       "-> (Tensor quantized, Tensor indices, Tensor loss, Tensor usage, Tensor closest)");

@@ -109,6 +109,10 @@ inline Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
+inline Vec reciprocal(Vec a) {  // to an ulp, of numbers whose reciprocal is normal
+  const Vec x = _mm512_rcp14_ps(a.v);
+  return fma(x, fnma(a, x, Vec(1.0f)), x);
+}
 inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }  // a 2^n, integer n
@@ -205,6 +209,7 @@ inline Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }
 inline Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
+inline Vec reciprocal(Vec a) { return Vec(1.0f) / a; }
 inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec power_of_two(__m256i n) {  // n in -126..127
@@ -294,6 +299,7 @@ inline Vec fnma(Vec a, Vec b, Vec c) { return c.v - a.v * b.v; }
 inline Vec min(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 inline Vec max(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 inline Vec sqrt(Vec a) { return std::sqrt(a.v); }
+inline Vec reciprocal(Vec a) { return 1.0f / a.v; }
 inline Vec abs(Vec a) { return std::fabs(a.v); }
 inline Vec round(Vec a) { return std::nearbyint(a.v); }
 inline Vec scale_by_power_of_two(Vec a, Vec n) {  // as for AVX2
@@ -342,6 +348,21 @@ inline Vec exp(Vec x) {
   p = fma(p, r, Vec(1.0f));
   p = fma(p, r, Vec(1.0f));
   return select(x < lowest, Vec(), scale_by_power_of_two(p, n));
+}
+
+// 2^x for x <= 0, to 2 units in the last place, and 2^-126 below (so that nothing is subnormal); NaN at NaN.
+// x = n + r with |r| <= 1/2; 2^r by a minimax polynomial.
+inline Vec exp2_of_negative(Vec x) {
+  const Vec bounded = max(Vec(-126.0f), x);  // NaN passes: it is the second argument
+  const Vec n = round(bounded), r = bounded - n;
+  Vec p = Vec(1.534580999e-04f);
+  p = fma(p, r, Vec(1.339993185e-03f));
+  p = fma(p, r, Vec(9.618488970e-03f));
+  p = fma(p, r, Vec(5.550328775e-02f));
+  p = fma(p, r, Vec(2.402264689e-01f));
+  p = fma(p, r, Vec(6.931472057e-01f));
+  p = fma(p, r, Vec(1.0f));
+  return scale_by_power_of_two(p, n);
 }
 
 }  // namespace ALITOK_ISA

@@ -18,7 +18,15 @@ struct SwigluParams {
   void* out;
 };
 
+struct SwigluBackwardParams {
+  SwigluParams forward;  // its out is not used
+  const void* grad;
+  void *grad_gate, *grad_up;
+};
+
 ALITOK_DECLARE_PER_ISA(void swiglu_cpu(const SwigluParams&, const Parallel&));
+ALITOK_DECLARE_PER_ISA(void swiglu_backward_cpu(const SwigluBackwardParams&, const Parallel&));
 void swiglu_cuda(const SwigluParams&, void* stream);
+void swiglu_backward_cuda(const SwigluBackwardParams&, void* stream);
 
 }  // namespace alitok

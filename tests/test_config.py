@@ -17,7 +17,8 @@ from alitok_fast.config import (
 
 
 @pytest.mark.parametrize(
-    "name, grid, prefix, tokens", [("256", 16, 17, 273), ("512", 32, 33, 1057), ("demo", 8, 9, 73)]
+    "name, grid, prefix, tokens",
+    [("256", 16, 17, 273), ("512", 32, 33, 1057), ("demo", 8, 9, 73), ("photos-64", 16, 17, 273)],
 )
 def test_lengths_derive_from_the_image(name, grid, prefix, tokens):
     config = tokenizer_preset(name)

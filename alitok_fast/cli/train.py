@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from alitok_fast.cli.data import SourceOptions
 from alitok_fast.cli.options import MaybeInt, MaybeText, Progress, with_options
 from alitok_fast.cli.run_options import RunOptions, given_layer
 from alitok_fast.training.run_config import combine
@@ -38,6 +39,7 @@ Examples:
   alitok-fast train tokenizer --config run.toml --data PHOTOS --out runs/own
 """
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
+PLACES = ("skip_list", "root", "labels", "class_names", "image_column", "label_column", "index_folder")
 
 
 def _device(name: str) -> str:
@@ -47,10 +49,6 @@ def _device(name: str) -> str:
 
 
 Out = Annotated[Path, typer.Option(help="Run folder: config.json, run.toml, log.jsonl, checkpoint/ and model/.")]
-Data = Annotated[
-    Path, typer.Option(help="Folder with IDX files (Fashion-MNIST), or of pictures (one folder per class).")
-]
-Split = Annotated[str, typer.Option(help="IDX files: train or test. Pictures: a folder in DATA, such as val.")]
 OnError = Annotated[str, typer.Option(help="Unreadable pictures: 'stop' at them, or 'skip' them by name.")]
 Orientation = Annotated[bool, typer.Option(help="Turn pictures as their EXIF data say, as viewers do.")]
 Profile = Annotated[bool, typer.Option(help="Convert the colours of pictures with a colour profile to sRGB.")]
@@ -95,7 +93,8 @@ def tokenizer_command(
         raise ValueError("data: expected --data, or path in [data] of the run file, got none")
     size = run.model.image_size
     how = read.on_error, read.orientation, read.profile
-    source = open_source(read.path, read.split, size, *how, typer.echo, read.draft)
+    places = {name: getattr(read, name) for name in PLACES}
+    source = open_source(read.path, read.split, size, *how, typer.echo, read.draft, **places)
     model = train_tokenizer(
         source,
         out,
@@ -184,12 +183,12 @@ def presets_command(
     typer.echo(combine(having[0], [layer]).to_toml(), nl=False)
 
 
+@with_options(source=SourceOptions)
 def tokenize_command(
-    data: Data,
+    source: Any,
     out: Annotated[Path, typer.Option(help="Folder of the token cache.")],
     tokenizer: Annotated[str, typer.Option(help="Tokenizer: 'demo', a model folder or a checkpoint file.")] = "demo",
     crops: Annotated[int, typer.Option(help="1: centre, 2: and its mirror image, 10: with the corners too.")] = 10,
-    split: Split = "train",
     batch_size: Annotated[int, typer.Option(help="Images encoded together.")] = 64,
     on_error: OnError = "stop",
     orientation: Orientation = True,
@@ -199,6 +198,10 @@ def tokenize_command(
     force: Force = False,
     device: Device = "cpu",
     progress: Progress = True,
+    encode_dtype: Annotated[
+        MaybeText,
+        typer.Option(help="Precision of the encoder: float32, bfloat16, float16 or, on a CPU, int8."),
+    ] = None,
     shard: Annotated[
         MaybeText, typer.Option(help="I/N: write the I-th of N shards, for `alitok-fast tokens merge`.")
     ] = None,
@@ -213,17 +216,17 @@ def tokenize_command(
     """
     import torch
 
-    from alitok_fast.data import open_source
     from alitok_fast.data.cache_shards import parse_shard
     from alitok_fast.data.checks import require_choice, require_count
     from alitok_fast.data.transforms import CROP_COUNTS
     from alitok_fast.device import local_device
-    from alitok_fast.models.loading import load_tokenizer
+    from alitok_fast.models.loading import dtype_from_name, load_tokenizer
     from alitok_fast.pipelines.bulk import process_group
     from alitok_fast.training.ranks import Ranks
     from alitok_fast.training.tokenize import tokenize
 
     part = None if shard is None else parse_shard(shard)
+    precision = dtype_from_name(encode_dtype, "encode_dtype")
     require_count("batch_size", batch_size)
     require_choice("crops", crops, CROP_COUNTS)
     if workers is not None:
@@ -231,6 +234,8 @@ def tokenize_command(
     with process_group() as (rank, world):
         say: Callable[[str], object] = typer.echo if rank == 0 else lambda line: None
         model = load_tokenizer(tokenizer, local_device(device), torch.float32)
-        source = open_source(data, split, model.config.image_size, on_error, orientation, profile, say, draft)
-        found = tokenize(model, source, out, crops, batch_size, progress, workers, force, part, Ranks(rank, world)).meta
+        how = dict(on_error=on_error, apply_orientation=orientation, convert_profile=profile, draft=draft)
+        pictures = source.open(say, image_size=model.config.image_size, **how)
+        ranks = Ranks(rank, world)
+        found = tokenize(model, pictures, out, crops, batch_size, progress, workers, force, part, ranks, precision).meta
     say(f"{out}: {found.num_images} images x {found.num_crops} crops x {found.num_tokens} tokens")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,8 +65,8 @@ class EncodedImages:
         """What errors call the sample: where it is."""
         return self.sample_name(index)
 
-    def stored_size(self, index: int) -> int:
-        """Bytes of the encoded picture."""
+    def entries(self) -> Iterator[bytes]:
+        """What identifies all samples together: their names, stored sizes and labels, for the fingerprint."""
         raise NotImplementedError
 
     def keep(self, wanted: np.ndarray, reason: Reason) -> None:
@@ -95,11 +95,10 @@ class EncodedImages:
             self.keep(np.fromiter(pool.map(readable, range(len(self))), bool, len(self)), UNREADABLE)
 
     def fingerprint(self) -> str:
-        """A short hash of the files' names, sizes and classes, of how they are read, and of up to 64 files' bytes."""
+        """A short hash of the samples' names, sizes and classes, of how they are read, and of the bytes of up to 64."""
         digest = hashlib.sha256(repr((sorted(self._reading.items()), self._image_size, self.class_names)).encode())
-        for index, label in enumerate(self.labels):
-            entry = (self.sample_name(index), self.stored_size(index), int(label))
-            digest.update(repr(entry).encode("utf-8", "surrogateescape"))
+        for entry in self.entries():
+            digest.update(entry)
         for index in range(0, len(self), max(1, -(-len(self) // _SAMPLED))):
             digest.update(_beginning(self, index))
         return digest.hexdigest()[:16]
@@ -134,8 +133,10 @@ class PictureFiles(EncodedImages):
     def location(self, index: int) -> str:
         return str(self.encoded(index))
 
-    def stored_size(self, index: int) -> int:
-        return self.encoded(index).stat().st_size
+    def entries(self) -> Iterator[bytes]:
+        for index, label in enumerate(self.labels):
+            entry = (self.sample_name(index), self.encoded(index).stat().st_size, int(label))
+            yield repr(entry).encode("utf-8", "surrogateescape")
 
 
 def _beginning(source: EncodedImages, index: int) -> bytes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,10 @@ class HuggingFaceImages(EncodedImages):
     def location(self, index: int) -> str:
         return f"{self._path}: {self.sample_name(index)}"
 
-    def stored_size(self, index: int) -> int:
-        return int(self._sizes[self._rows[index]])
+    def entries(self) -> Iterator[bytes]:
+        for array in (self._sizes(), self._rows, self.labels):
+            yield array.tobytes()
 
-    @functools.cached_property
     def _sizes(self) -> np.ndarray:
         """(rows,) bytes of each picture, 0 where it is a file elsewhere. The pictures themselves are not read."""
         arrow = optional("pyarrow.compute", "a data set of Hugging Face")

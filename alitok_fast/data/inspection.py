@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,9 @@ class _Inspect:
             return content_digest(repr(picture.shape).encode() + picture.tobytes()), []
         try:
             encoded = self._source.encoded(index)
-            return content_digest(encoded), picture_faults(encoded, self._source.location(index), self._tiny)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's about damaged files, without their names
+                return content_digest(encoded), picture_faults(encoded, self._source.location(index), self._tiny)
         except (UnreadableImageError, OSError) as error:
             return b"", [Fault("unreadable", shown(error, limit=300))]
 

@@ -10,7 +10,7 @@ from alitok_fast.data.checks import require_choice
 from alitok_fast.data.faults import KINDS
 from alitok_fast.data.inspection import TINY, Inspection, inspect_source
 from alitok_fast.data.inspection_log import is_inspection_log
-from alitok_fast.data.reading import default_workers
+from alitok_fast.data.reading import default_processes
 from alitok_fast.data.skip_list import is_skip_list, write_skip_list
 from alitok_fast.data.sources import ImageSource
 from alitok_fast.storage.files import locked
@@ -29,13 +29,13 @@ def check_data(
 ) -> tuple[Inspection, int]:
     """Inspect a source, and write the samples with a fault of `kinds` to the skip list `out`; how many there are.
 
-    `workers` processes read (one per core, at most 8, if not given; 0: this one). While it runs, what was seen is
+    `workers` processes read (`default_processes` if not given; 0: this one). While it runs, what was seen is
     beside `out`, in out.progress, and a further run of the same data goes on from there. Raises ValueError where `out`
     or that file is somebody else's (`force` writes over `out`), or another process is writing it.
     """
     for kind in kinds:
         require_choice("skip", kind, KINDS)
-    workers = default_workers() if workers is None else workers
+    workers = default_processes() if workers is None else workers
     if out is None:
         found = inspect_source(source, None, workers, tiny, progress)
         return found, len(_chosen(found, kinds))

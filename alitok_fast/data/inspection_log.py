@@ -13,7 +13,7 @@ from alitok_fast.data.faults import DIGEST, KINDS, Fault
 
 _log = logging.getLogger(__name__)
 Seen = tuple[bytes, list[Fault]]  # the digest of a picture's bytes, empty where there are none, and its faults
-_BLOCK, _BLOCK_SECONDS = 4096, 5.0
+_BLOCK, _BLOCK_SECONDS = 1024, 5.0
 
 
 class InspectionLog:
@@ -28,6 +28,7 @@ class InspectionLog:
         self.faults: dict[int, list[Fault]] = {}
         self._file: BinaryIO | None = None
         self._waiting: list[Seen] = []
+        self._logged = 0
         self._written = monotonic()
 
     @property
@@ -63,9 +64,12 @@ class InspectionLog:
             self.digests.append(digest)
 
     def _flush(self) -> None:
-        if self._file is not None and self._waiting:
-            self._line([[digest.hex(), faults] for digest, faults in self._waiting])
-        self._waiting, self._written = [], monotonic()
+        waiting, self._waiting = self._waiting, []  # first: Ctrl-C may come while they are written
+        if self._file is not None and waiting:
+            entries = [[digest.hex(), faults] for digest, faults in waiting]
+            self._line({"first": self._logged, "seen": entries})
+            self._logged += len(waiting)
+        self._written = monotonic()
 
     def _line(self, value: Any) -> None:
         if self._file is not None:
@@ -80,15 +84,20 @@ class InspectionLog:
             if not lines or json.loads(lines[0]) != self._identity:
                 _log.warning("%s is of other data or settings: everything is read again", path)
                 return 0
-            blocks = [[_seen(*entry) for entry in json.loads(line)] for line in lines[1:]]
-        except (ValueError, TypeError, RecursionError) as error:
+            for line in lines[1:]:
+                block = json.loads(line)
+                if block["first"] != self.done:
+                    raise ValueError(f"pictures from {block['first']} on after {self.done}")
+                self._keep([_seen(*entry) for entry in block["seen"]])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            self.digests, self.faults = [], {}
             _log.warning("%s is damaged (%s): everything is read again", path, type(error).__name__)
             return 0
-        if sum(map(len, blocks)) > self._identity["count"]:
+        if self.done > self._identity["count"]:
             _log.warning("%s has more pictures than the data: everything is read again", path)
+            self.digests, self.faults = [], {}
             return 0
-        for block in blocks:
-            self._keep(block)
+        self._logged = self.done
         return sum(len(line) + 1 for line in lines)
 
 

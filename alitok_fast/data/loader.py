@@ -33,7 +33,8 @@ def stack(samples: list[tuple[np.ndarray | int, ...]]) -> tuple[Tensor, ...]:
 
 
 def _contiguous(part: np.ndarray | int) -> np.ndarray | int:
-    return np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part  # torch takes no mirrored views
+    # torch takes no mirrored views, and warns of arrays that may not be written.
+    return np.require(part, requirements=["C", "W"]) if isinstance(part, np.ndarray) else part
 
 
 class Loader:

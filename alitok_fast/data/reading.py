@@ -21,6 +21,15 @@ def default_workers() -> int:
     return max(1, min(MOST_WORKERS, cores))
 
 
+def default_processes() -> int:
+    """Worker processes for a `Loader`: one per core, at most 8; 0 where there is one core, which a thread fills too.
+
+    The processes that torchrun starts on a machine (LOCAL_WORLD_SIZE) share its cores.
+    """
+    workers = default_workers() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return workers if workers > 1 else 0
+
+
 def read_ahead(
     batches: Iterable[Sequence[Item]], read: Callable[[Item], Read], workers: int, ahead: int = 1
 ) -> Iterator[list[Read]]:

@@ -124,8 +124,10 @@ class ShardImages(EncodedImages):
         row = int(self._rows[index])
         return f"{self._shards[self._shard(row)]}: {shown(self._members[row], limit=1000)}"
 
-    def stored_size(self, index: int) -> int:
-        return int(self._sizes[self._rows[index]])
+    def entries(self) -> Iterator[bytes]:
+        yield repr([shard.name for shard in self._shards]).encode("utf-8", "surrogateescape")
+        for array in (self._first, *self._members.arrays, self._sizes, self._rows, self.labels):
+            yield array.tobytes()
 
     def _shard(self, row: int) -> int:
         return int(np.searchsorted(self._first, row, side="right")) - 1
@@ -222,6 +224,10 @@ def _shards_in(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
+def _count(shards: list[Path]) -> str:
+    return "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
+
+
 def _expanded(pattern: str) -> list[Path]:
     """The shards that a name or braces stand for, each once; ValueError for those that are not there, or packed."""
     names = [pattern]
@@ -235,5 +241,5 @@ def _expanded(pattern: str) -> list[Path]:
         )
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
-        raise ValueError(f"data: expected {len(shards)} shards in {pattern}, got none called {missing[0]}")
+        raise ValueError(f"data: expected {_count(shards)} in {pattern}, got no file {missing[0]}")
     return shards

@@ -40,7 +40,8 @@ class ImageSource(Protocol):
     """Pictures with classes, by index. `check_source` says what an object of your own lacks; plain attributes will do.
 
     A method `fingerprint() -> str`, a hash of all that decides the pictures, is used where there is one; otherwise
-    `source_fingerprint` hashes labels, names and a few pictures. `image` is called from several threads.
+    `source_fingerprint` hashes labels, names and a few pictures. `image` is called from several threads, and, where it
+    is read by worker processes, of copies of the source, which is then pickled.
     """
 
     @property

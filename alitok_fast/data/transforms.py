@@ -15,6 +15,8 @@ from torch import Tensor
 
 from alitok_fast.data.checks import require_choice, require_count
 
+PREPARATION = 2
+"""Counts up where the same picture gives other crops: 1 was alitok_fast's own, 2 is the published one."""
 CACHE_SCALE = 1.1  # the cached crops are cut from an image this much larger than the crop
 CROP_COUNTS = (1, 2, 10)
 LONGEST = 64  # of the shorter side; longer pictures are cropped before they are resized

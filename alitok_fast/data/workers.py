@@ -8,6 +8,7 @@ each. So what workers call must be picklable, and a script that starts them need
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import multiprocessing
 import os
@@ -69,9 +70,14 @@ class WorkerResults(Generic[Item, Result]):
                 worker_init_fn=partial(_begin, context.Lock()),
                 generator=torch.Generator(),  # else torch's own, whose state a run resumes with, would move on
             )
-            results: Any = iter(loader)
-        self._results = results
-        self._processes: list[Any] = list(results._workers)
+            self._results: Any = None
+            try:
+                with _interrupts_later():
+                    self._results = iter(loader)
+            except BaseException:
+                self.close()
+                raise
+        self._processes: list[Any] = list(self._results._workers)
 
     def __enter__(self) -> WorkerResults[Item, Result]:
         return self
@@ -152,6 +158,20 @@ def _gathered(collate: Callable[[list], Any], items: list) -> Any:
         return collate(items)
     except Exception as error:
         return _Failure(error)
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C waits until the block is over: half-started workers would complain. The fork server and its children
+    inherit that, so that it never reaches them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(turn: Any, number: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alitok_fast import _library
 from alitok_fast.inference.cuda_graph import Turn, capture, storage
-from alitok_fast.inference.int8_decoder import int8_decoder
+from alitok_fast.inference.int8_twin import int8_twin
 from alitok_fast.inference.origin import Origin
 from alitok_fast.models.checks import check_plain, check_range, check_tensor
 from alitok_fast.models.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ class ImageDecoder:
             with torch.inference_mode(False), torch.no_grad():
                 self._embedding = copy.deepcopy(self._embedding)
                 if self.dtype == torch.int8:
-                    self._decoder = int8_decoder(self._decoder)
+                    self._decoder = int8_twin(self._decoder)
                 else:
                     self._decoder = copy.deepcopy(self._decoder).to(self.dtype)
 

@@ -18,16 +18,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alitok_fast.models.layers import SelfAttention, TokenizerLayer
-
-if TYPE_CHECKING:
-    from alitok_fast.models.tokenizer import Decoder, Encoder, Tokenizer
 
 STD = 0.02  # of what begins as noise
 
@@ -47,8 +44,8 @@ _steps = partial(torch.arange, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
-def initialize(model: Tokenizer) -> None:
-    """Draw the weights of a new tokenizer, in float32 and with values, from torch's generators.
+def initialize(model: Any) -> None:
+    """Draw the weights of a new `Tokenizer`, in float32 and with values, from torch's generators.
 
     With fewer than 4 channels all are noise.
     """
@@ -85,7 +82,7 @@ class PatchCode:
     patches that the tokens stand for.
     """
 
-    def __init__(self, model: Tokenizer) -> None:
+    def __init__(self, model: Any) -> None:
         config = model.config
         channels = min(config.encoder_width, config.decoder_width) // 2 - 1
         self.grid = config.grid
@@ -104,7 +101,7 @@ class PatchCode:
         return torch.linalg.qr(columns - columns.mean(0))[0], gains
 
 
-def _initialize_encoder(encoder: Encoder, code: PatchCode) -> None:
+def _initialize_encoder(encoder: Any, code: PatchCode) -> None:
     width = encoder.positional_embedding.shape[1]
     where, what = width // 2, width - width // 2
     first = _layers(encoder)[0].attn
@@ -153,7 +150,7 @@ def _fetch(attention: SelfAttention, axes: Tensor, mark: Tensor) -> None:
     attention.out_proj.weight.zero_()[where:].copy_(copy.T)
 
 
-def _initialize_decoder(decoder: Decoder, code: PatchCode) -> None:
+def _initialize_decoder(decoder: Any, code: PatchCode) -> None:
     width = decoder.latent_token_positional_embedding.shape[1]
     where, what = width // 2, width - width // 2
     places = F.pad(place_codes(code.grid, where), (0, what))[code.places]

@@ -19,15 +19,26 @@ from torch.overrides import TorchFunctionMode
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
 from alitok_fast.ops.fused_linear import LinearWeights, linear_add, norm_linear
+from alitok_fast.ops.linear import mixed_linear
 from alitok_fast.ops.prefix_attention import prefix_attention
+from alitok_fast.ops.swiglu import swiglu
 
 NORM_EPS = 1e-5
 
 # Models are made in float32 whatever torch's default dtype is; `.to(dtype)` is how another is chosen.
-Linear = partial(nn.Linear, dtype=torch.float32)
 LayerNorm = partial(nn.LayerNorm, eps=NORM_EPS, dtype=torch.float32)
 Embedding = partial(nn.Embedding, dtype=torch.float32)
 Conv2d = partial(nn.Conv2d, dtype=torch.float32)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, whose products in bfloat16 on a CPU are this library's."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mixed_linear(x, self.weight, self.bias)
 
 
 def new_parameter(*shape: int) -> nn.Parameter:
@@ -129,7 +140,7 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 def dropout_seed(x: Tensor, dropout: float) -> Tensor | None:
@@ -234,7 +245,7 @@ class GeneratorBlock(nn.Module):
 def weights_of(layer: Any) -> LinearWeights:
     """Of a linear layer, or of one with 8-bit weights. Raises ValueError for one that is more than its weights."""
     scale = getattr(layer, "scale", None)
-    if (scale is None and type(layer) is not nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
+    if (scale is None and type(layer) not in (Linear, nn.Linear)) or layer._forward_hooks or layer._forward_pre_hooks:
         raise ValueError(
             f"gen: expected plain linear layers, whose weights a step reads, got a {type(layer).__name__} or hooks; "
             "merge or remove adapters"

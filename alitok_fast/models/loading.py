@@ -40,6 +40,7 @@ _NAMED = {  # by argument
         "float8_e4m3fn": torch.float8_e4m3fn,
     },
     "decode_dtype": MODEL_DTYPES | {"int8": torch.int8},
+    "encode_dtype": MODEL_DTYPES | {"int8": torch.int8},
 }
 _CLASSES: dict[str, type[Tokenizer] | type[Generator]] = {"tokenizer": Tokenizer, "generator": Generator}
 

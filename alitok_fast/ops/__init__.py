@@ -12,7 +12,9 @@
 | `swiglu` | silu(gate) * up | CPU, CUDA |
 | `sample_tokens` | guidance, temperature, top-k, top-p, and one sample per image | CPU, CUDA |
 | `quantized_linear` | a linear layer with 8-bit weights (`quantize_weight`, `dequantize_weight`) | CPU, CUDA |
-| `int8_linear` | a linear layer with 8-bit weights and activations (`pack_int8`, `unpack_int8`) | CPU |
+| `linear` | a linear layer in bfloat16 over float32 weights, forward and backward | CPU |
+| `bf16_linear` | one with packed bfloat16 weights (`pack_bf16`, `unpack_bf16`), for inference | CPU |
+| `int8_linear` | one with 8-bit weights and activations (`pack_int8`, `unpack_int8`), for inference | CPU |
 | `decode`, `decode_tokens` | whole steps of the generator (`pack_weights`, `unpack_weights`) | CPU |
 
 `fused_linear` is no function here: its module has the layers of a sampling step on a GPU. The CUDA kernels have run on
@@ -24,10 +26,13 @@ module as an attribute of this package; `from alitok_fast.ops.vq_lookup import v
 """
 
 from alitok_fast.ops.add_rms_norm import add_rms_norm
+from alitok_fast.ops.bf16_linear import bf16_linear, pack_bf16, unpack_bf16
 from alitok_fast.ops.cached_attention import cached_attention
 from alitok_fast.ops.decode import decode, decode_tokens
 from alitok_fast.ops.decode_weights import LayerWeights, PackedWeights, pack_weights, unpack_weights
 from alitok_fast.ops.int8_linear import int8_linear, pack_int8, unpack_int8
+from alitok_fast.ops.linear import linear
+from alitok_fast.ops.packed_linear import RowNorm
 from alitok_fast.ops.prefix_attention import prefix_attention
 from alitok_fast.ops.quantized_linear import dequantize_weight, quantize_weight, quantized_linear
 from alitok_fast.ops.sample_tokens import sample_tokens
@@ -37,13 +42,17 @@ from alitok_fast.ops.vq_lookup import VQLookup, vq_lookup
 __all__ = [
     "LayerWeights",
     "PackedWeights",
+    "RowNorm",
     "VQLookup",
     "add_rms_norm",
+    "bf16_linear",
     "cached_attention",
     "decode",
     "decode_tokens",
     "dequantize_weight",
     "int8_linear",
+    "linear",
+    "pack_bf16",
     "pack_int8",
     "pack_weights",
     "prefix_attention",
@@ -51,6 +60,7 @@ __all__ = [
     "quantized_linear",
     "sample_tokens",
     "swiglu",
+    "unpack_bf16",
     "unpack_int8",
     "unpack_weights",
     "vq_lookup",

@@ -73,8 +73,8 @@ def norm_linear(
         refuse_gradients("norm_linear", NO_GRADIENTS, x=x, norm_weight=norm_weight, **layer._asdict())
         return x, torch.ops.alitok.fused_linear(x, norm_weight, eps, *layer[:2], *gated, layer.bias)
     x, normed = add_rms_norm(x, delta, norm_weight, eps)
-    out = linear(normed, layer)
-    return x, out if gate is None else swiglu(linear(normed, gate), out)
+    out = whole_linear(normed, layer)
+    return x, out if gate is None else swiglu(whole_linear(normed, gate), out)
 
 
 def linear_add(residual: Tensor, x: Tensor, layer: LinearWeights) -> tuple[Tensor, Tensor | None]:
@@ -95,10 +95,10 @@ def linear_add(residual: Tensor, x: Tensor, layer: LinearWeights) -> tuple[Tenso
         refuse_gradients("linear_add", NO_GRADIENTS, residual=residual, x=x, **layer._asdict())
         torch.ops.alitok.fused_linear_add(x, *layer, residual)
         return residual, None
-    return residual, linear(x, layer)
+    return residual, whole_linear(x, layer)
 
 
-def linear(x: Tensor, layer: LinearWeights) -> Tensor:
+def whole_linear(x: Tensor, layer: LinearWeights) -> Tensor:
     """The layer by itself."""
     weight, scale, bias = layer
     return F.linear(x, weight, bias) if scale is None else quantized_linear(x, weight, scale, bias)
@@ -129,9 +129,9 @@ def fused_linear_reference(
     """The definition, in the precision of the arguments: the result, or `residual` with it added."""
     if norm_weight is not None:
         x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)).to(norm_weight.dtype) * norm_weight
-    out = linear(x, layer)
+    out = whole_linear(x, layer)
     if gate is not None:
-        out = F.silu(linear(x, gate)) * out
+        out = F.silu(whole_linear(x, gate)) * out
     return out if residual is None else residual + out
 
 

@@ -1,4 +1,4 @@
-"""A linear layer with weights and activations in 8 bits, for the many rows of an image decoder's pass on the CPU."""
+"""A linear layer with weights and activations in 8 bits, for the many rows of a tokenizer's pass on the CPU."""
 
 from __future__ import annotations
 
@@ -6,22 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alitok_fast._library import native_enabled, register_autograd, register_fake
-from alitok_fast.ops.arguments import (
-    as_rows,
-    check_dtype,
-    check_matrix,
-    check_one_device,
-    check_optional_tensors,
-    check_tensors,
-    integer,
-    without_autocast,
-)
+from alitok_fast._library import register_autograd, register_fake
+from alitok_fast.ops.arguments import check_matrix, check_one_device, without_autocast
 from alitok_fast.ops.decode_weights import PANEL_OUTPUTS, grouped_by_four_bytes, one_output_a_row
-from alitok_fast.ops.derivatives import refuse_transforms
+from alitok_fast.ops.packed_linear import RowNorm, packed_linear, refuse_backward, with_ends
 from alitok_fast.ops.quantized_linear import GROUP_INPUTS
 
-NO_GRADIENTS = "8-bit products are for decoding"
 LARGEST = 127
 OFFSET = 128  # stored weights are unsigned, and exceed the signed ones by this number
 
@@ -74,9 +64,20 @@ def round_groups(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, dtype: torch.dtype = torch.float32
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    norm: RowNorm | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Return x W^T + bias, with x and W in 8 bits: 64 neighbouring inputs of a row share a scale (W8A8).
+
+    What stands before and after such a product in a transformer can be part of the call:
+    residual + gelu(norm(x) W^T + bias), all but the product in float32.
 
     Source: no paper; the rounding is described and measured in docs/precision.md.
 
@@ -90,7 +91,10 @@ def int8_linear(
         weight: the result of `pack_int8` for W, (ceil(outputs / 32), ceil(inputs / 64), 2176) uint8.
         bias: (outputs,) float32, or None.
         outputs: the number of rows of W, >= 0.
-        dtype: the dtype of the result, float32 or bfloat16.
+        dtype: the dtype of the result, float32 or bfloat16; float32 with a residual.
+        norm: a LayerNorm over each row of x, before it is rounded, or None.
+        gelu: whether to apply the exact GELU, x Phi(x).
+        residual: (..., outputs) float32, which is added, or None.
 
     Returns:
         (..., outputs) in `dtype`. Sums are float32. A row of x with NaN or an infinity gives a row of NaN.
@@ -102,27 +106,30 @@ def int8_linear(
         RuntimeError: where a derivative is asked for.
         ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
-    check_tensors(x=x, weight=weight)
-    check_optional_tensors(bias=bias)
-    check_dtype("dtype", dtype)
-    outputs, rows = integer("outputs", outputs), as_rows("x", x)
-    shape = (*x.shape[:-1], outputs)
-    refuse_transforms("int8_linear", NO_GRADIENTS, x=x, bias=bias)
-    if native_enabled():
-        return torch.ops.alitok.int8_linear(rows, weight, bias, outputs, dtype).view(shape)
-    out = int8_linear_reference(rows, weight, bias, outputs, dtype)
-    if out.requires_grad:
-        out.register_hook(_refuse)  # the derivative of rounding is not the one that anybody wants
-    return out.view(shape)
+    return packed_linear("int8_linear", int8_linear_reference, x, weight, bias, outputs, dtype, norm, gelu, residual)
 
 
 @without_autocast
-def int8_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, dtype: torch.dtype) -> Tensor:
+def int8_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    dtype: torch.dtype,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
     """The definition of `int8_linear` for (rows, inputs). With `dtype` float64, sums are float64 too."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    rounded = _scaled(*round_groups(F.pad(x, (0, -x.shape[1] % GROUP_INPUTS))), compute)
-    out = rounded @ _scaled(*unpack_int8(weight, outputs, x.shape[1]), compute).T
-    return (out if bias is None else out + bias).to(dtype)
+
+    def product(rows: Tensor) -> Tensor:
+        rounded = _scaled(*round_groups(F.pad(rows.float(), (0, -rows.shape[1] % GROUP_INPUTS))), compute)
+        return rounded @ _scaled(*unpack_int8(weight, outputs, rows.shape[1]), compute).T
+
+    return with_ends(x, product, bias, dtype, norm_weight, norm_bias, norm_eps, gelu, residual)
 
 
 def _scaled(whole: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,13 +137,9 @@ def _scaled(whole: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @register_fake("int8_linear")
-def _(x, weight, bias, outputs, dtype):
-    check_one_device(x=x, weight=weight, bias=bias)
+def _(x, weight, bias, outputs, dtype, norm_weight=None, norm_bias=None, norm_eps=1e-5, gelu=False, residual=None):
+    check_one_device(x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual)
     return x.new_empty(x.shape[0], outputs, dtype=dtype)
 
 
-def _refuse(*_):
-    raise RuntimeError(f"int8_linear: expected inputs without gradients, got some to differentiate; {NO_GRADIENTS}")
-
-
-register_autograd("int8_linear", _refuse, lambda ctx, inputs, output: None)
+register_autograd("int8_linear", refuse_backward("int8_linear"), lambda ctx, inputs, output: None)

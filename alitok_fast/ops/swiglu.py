@@ -1,7 +1,4 @@
-"""The gate of a SwiGLU layer, silu(gate) * up, in one pass: one of the small kernels of a sampling step.
-
-Training leaves this element-wise chain to torch.compile, which fuses it as well.
-"""
+"""The gate of a SwiGLU layer, silu(gate) * up, in one pass, and its gradients in another."""
 
 from __future__ import annotations
 
@@ -22,8 +19,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Devices: CPU and CUDA. The dtype of the result is that of `gate`, also under autocast.
 
-    Gradients: with respect to both arguments, any number of times, by PyTorch's own operators. Forward-mode derivatives
-    and those of `torch.func` are refused; `torch.vmap` runs the operator once per element.
+    Gradients: with respect to both arguments, any number of times; from the second on by PyTorch's own operators.
+    Forward-mode derivatives and those of `torch.func` are refused; `torch.vmap` runs the operator once per element.
 
     Args:
         gate: (...) float32, bfloat16 or float16, contiguous. Any shape, empty ones among them.
@@ -58,16 +55,31 @@ def _(gate, up):
     return torch.empty_like(gate)
 
 
+@register_fake("swiglu_backward")
+def _(grad, gate, up):
+    check_one_device(gate=gate, up=up, grad=grad)
+    return torch.empty_like(gate), torch.empty_like(gate)
+
+
 def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, grad):
-    gate, up = ctx.saved_tensors
-    gate, up, grad, dtype = gate.float(), up.float(), grad.float(), gate.dtype
+    return torch.ops.alitok.swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+def _second_backward(ctx, grad_gate, grad_up):
+    """Of grad up s (1 + gate (1 - s)) and grad gate s, with s = sigmoid(gate); by torch, which goes on from here."""
+    grad, gate, up = (tensor.float() for tensor in ctx.saved_tensors)
+    dtype, along_gate, along_up = ctx.saved_tensors[0].dtype, grad_gate.float(), grad_up.float()
     sigmoid = torch.sigmoid(gate)
     slope = sigmoid * (1 + gate * (1 - sigmoid))
-    return (grad * up * slope).to(dtype), (grad * gate * sigmoid).to(dtype)
+    curvature = sigmoid * (1 - sigmoid) * (2 + gate * (1 - 2 * sigmoid))
+    of_grad = along_gate * up * slope + along_up * gate * sigmoid
+    of_gate = grad * (along_gate * up * curvature + along_up * slope)
+    return of_grad.to(dtype), of_gate.to(dtype), (along_gate * grad * slope).to(dtype)
 
 
 register_autograd("swiglu", _backward, _save_for_backward)
+register_autograd("swiglu_backward", _second_backward, _save_for_backward)

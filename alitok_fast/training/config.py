@@ -196,11 +196,13 @@ _DEMO_TOKENIZER: dict[str, Any] = dict(
 _DEMO_STAGE1 = TokenizerTrainConfig(steps=2400, batch_size=64, **_DEMO_TOKENIZER)
 _DEMO_STAGE2 = TokenizerTrainConfig(steps=2000, batch_size=32, **_DEMO_TOKENIZER)
 _DEMO_GENERATOR = GeneratorTrainConfig(steps=4000, batch_size=32, lr=1.5e-3, **_DEMO)
+# A few hundred photographs in 20 minutes on two cores (docs/training.md).
+_PHOTOS = TokenizerTrainConfig(steps=2000, batch_size=16, **_DEMO_TOKENIZER)
 _STAGE1, _STAGE2 = _published(50_000, 200_000, 100_000), _published(50_000, 150_000, 100_000)
 
 TOKENIZER_PRESETS: dict[int, dict[str, TokenizerTrainConfig]] = {
-    1: {"demo": _DEMO_STAGE1, "256": _STAGE1, "512": _STAGE1},
-    2: {"demo": _DEMO_STAGE2, "256": _STAGE2, "512": _STAGE2},
+    1: {"demo": _DEMO_STAGE1, "photos-64": _PHOTOS, "256": _STAGE1, "512": _STAGE1},
+    2: {"demo": _DEMO_STAGE2, "photos-64": _PHOTOS, "256": _STAGE2, "512": _STAGE2},
 }
 _GENERATOR = GeneratorTrainConfig()
 _XL = replace(_GENERATOR, steps=250_000)

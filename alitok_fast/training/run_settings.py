@@ -34,11 +34,18 @@ class PictureData(Config):
 
     path: str | None = _option(
         None,
-        "Folder with IDX files (Fashion-MNIST), or of pictures (one folder per class).",
+        "Folder of class folders, IDX files or shards; list (.txt, .csv); shards (x-{000..146}.tar); hf:NAME[:SPLIT].",
         "--data",
         path=True,
     )
-    split: str = _option("train", "IDX files: train or test. Pictures: a folder in DATA, such as val.")
+    split: str = _option("train", "IDX files: train or test. Otherwise a split of the data, such as val.")
+    skip_list: str | None = _option(None, "Samples to leave out, by `alitok-fast data check --out`.", path=True)
+    root: str | None = _option(None, "Of a list: the folder of its pictures; the list's own, if not given.", path=True)
+    labels: str | None = _option(None, "Classes of a split without class folders (ImageNet's val).", path=True)
+    class_names: str | None = _option(None, "File that names the classes, one a line, or 'wnid name'.", path=True)
+    image_column: str | None = _option(None, "Column (datasets) or suffix (shards) of the pictures.")
+    label_column: str | None = _option(None, "Column of the labels; of shards cls, txt, json or json.KEY; 'none'.")
+    index_folder: str | None = _option(None, "Where the index of shards is kept; beside them, if not given.", path=True)
     on_error: str = _option("stop", "Unreadable pictures: 'stop' at them, or 'skip' them by name.")
     orientation: bool = _option(True, "Turn pictures as their EXIF data say, as viewers do.")
     profile: bool = _option(True, "Convert the colours of pictures with a colour profile to sRGB.")

@@ -23,7 +23,8 @@ from alitok_fast.data.cache_shards import ShardOfImages, copy_shards, shard_imag
 from alitok_fast.data.cache_writer import begin_cache, writer_lock
 from alitok_fast.data.checks import require_choice, require_count
 from alitok_fast.data.token_cache import SHARDS_NAME, TokenCacheMeta
-from alitok_fast.data.transforms import CROP_COUNTS
+from alitok_fast.data.transforms import CROP_COUNTS, PREPARATION
+from alitok_fast.inference.image_encoder import ImageEncoder
 from alitok_fast.models.tokenizer import Tokenizer, encoder_fingerprint
 from alitok_fast.progress import tracked
 from alitok_fast.training.ranks import Ranks
@@ -40,6 +41,7 @@ def tokenize(
     force: bool = False,
     shard: tuple[int, int] | None = None,
     ranks: Ranks | None = None,
+    dtype: torch.dtype | None = None,
 ) -> TokenCache:
     """Write the token cache of an image source (alitok_fast.data.open_source) to the folder `out`, or finish it.
 
@@ -50,6 +52,7 @@ def tokenize(
     `shard` (I, N) with I from 1 writes the I-th of N shards only, for `alitok_fast.data.merge_shards`. With `ranks`
     every process of the torch.distributed group makes the same call and writes its share; the cache is that of a single
     process.
+    `dtype` is that of `ImageEncoder`: less precise ones are faster and change some tokens (docs/precision.md).
     Raises as `write_token_cache`; `force` writes over what it would refuse.
     """
     require_count("batch_size", batch_size)
@@ -60,7 +63,7 @@ def tokenize(
         raise ValueError(
             f"shard: expected none where {ranks.world} processes write together, got {shard[0]}/{shard[1]}"
         )
-    config = tokenizer.config
+    config, encoder = tokenizer.config, ImageEncoder(tokenizer.eval(), dtype)
     meta = TokenCacheMeta(
         num_images=len(source),
         num_crops=crops,
@@ -70,12 +73,11 @@ def tokenize(
         class_names=list(source.class_names),
         source=source.name,
         tokenizer=encoder_fingerprint(tokenizer.state_dict()),
-        data=source_fingerprint(source),
+        data=_data(source, encoder),
     )
-    tokenizer.eval()
 
     def encode(images: Tensor) -> Tensor:
-        return tokenizer.encode(images.to(tokenizer.device))
+        return encoder(images.to(tokenizer.device))
 
     def write(folder: Path, images: range | None, title: str, force: bool = False) -> None:
         write_token_cache(
@@ -98,6 +100,12 @@ def tokenize(
         else:
             write(out, None, "tokenize", force)
     return validate_token_cache(out, check_range=ranks.main)
+
+
+def _data(source: ImageSource, encoder: ImageEncoder) -> str:
+    """What decides the tokens besides the weights: the images, their preparation, the encoder's precision."""
+    precision = "" if encoder.dtype == torch.float32 else f"-{str(encoder.dtype).removeprefix('torch.')}"
+    return f"{source_fingerprint(source)}-{PREPARATION}{precision}"
 
 
 def _together(out: Path, meta: TokenCacheMeta, batch_size: int, write: Callable, force: bool, ranks: Ranks) -> None:

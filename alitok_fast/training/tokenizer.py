@@ -15,7 +15,7 @@ from alitok_fast.config import TokenizerConfig
 from alitok_fast.data import DataOrder, ImageSource, check_source, source_fingerprint, to_tensor, train_crop
 from alitok_fast.data.checks import require_count
 from alitok_fast.data.loader import to_floats
-from alitok_fast.data.reading import default_workers
+from alitok_fast.data.reading import default_processes
 from alitok_fast.data.sources import check_picture
 from alitok_fast.data.transforms import centre_crop
 from alitok_fast.models.loading import load_tokenizer
@@ -184,7 +184,7 @@ def train_tokenizer(
         raise ValueError(
             f"stage1: expected {'a stage-1 checkpoint' if stage == 2 else 'nothing'} for stage {stage}, got {stage1!r}"
         )
-    workers = default_workers() if workers is None else require_count("workers", workers, least=0)
+    workers = default_processes() if workers is None else require_count("workers", workers, least=0)
     check_source(source)
     data = {"name": source.name, "images": len(source), "fingerprint": source_fingerprint(source)}
     torch.manual_seed(config.seed)

@@ -102,8 +102,8 @@ def same(one: Path, other: Path) -> bool:
 
 def test_presets_are_listed_and_shown(run) -> None:
     listed = run("train", "presets")
-    assert listed == "tokenizer: demo, 256, 512\ngenerator: demo, b, l, xl, b-512, l-512, xl-512\n"
-    assert run("train", "presets", "--kind", "tokenizer") == "tokenizer: demo, 256, 512\n"
+    assert listed == "tokenizer: demo, photos-64, 256, 512\ngenerator: demo, b, l, xl, b-512, l-512, xl-512\n"
+    assert run("train", "presets", "--kind", "tokenizer") == "tokenizer: demo, photos-64, 256, 512\n"
     for kind in ("tokenizer", "generator"):
         for name in preset_names(kind):
             text = run("train", "presets", "--show", name, *(["--kind", kind] if name == "demo" else []))
@@ -117,7 +117,7 @@ def test_presets_are_listed_and_shown(run) -> None:
     [
         (["--show", "demo"], "kind: expected --kind tokenizer or --kind generator, since both have 'demo'"),
         (["--show", "25"], "show: unknown preset '25'; the nearest is '256'"),
-        (["--show", "b", "--kind", "tokenizer"], "show: unknown preset 'b'; expected one of demo, 256, 512"),
+        (["--show", "b", "--kind", "tokenizer"], "show: unknown preset 'b'; expected one of demo, photos-64, 256, 512"),
         (["--show", "b", "--stage", "1"], "stage: expected none of a generator, got 1"),
         (["--show", "256", "--stage", "3"], "stage: expected 1 or 2, got 3"),
         (["--kind", "x"], "kind: expected tokenizer or generator, got 'x'"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,30 @@ def test_several_processes_give_the_same_report(photos: Path) -> None:
     ]
     assert reports[0].stdout == reports[1].stdout and json.loads(reports[0].stdout)["counts"]["duplicate"] == 100
     assert reports[0].returncode == reports[1].returncode == 1
+
+
+@pytest.mark.slow
+def test_after_ctrl_c_a_check_goes_on(tmp_path: Path, jpegs) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    for number in range(5000):
+        (tmp_path / "photos" / "cat" / f"{number}.jpg").write_bytes(
+            jpegs[number % 4] * (number % 7 > 0) + b"%d" % (number % 4900)
+        )
+    command = [sys.executable, "-m", "alitok_fast.cli", "data", "check", "--data", tmp_path / "photos", "--no-progress"]
+    command += ["--workers", "2", "--out"]
+    log = tmp_path / "bad.txt.progress"
+    process = subprocess.Popen([*command, tmp_path / "bad.txt"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not log.exists() or log.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and process.stderr.read() == b"alitok-fast: interrupted\n"
+    process.stderr.close()
+    lines = log.read_text().splitlines()
+    assert len(lines) > 1 and 0 < sum(len(json.loads(line)["seen"]) for line in lines[1:]) < 5000
+    results = [subprocess.run([*command, tmp_path / name], capture_output=True) for name in ("bad.txt", "again.txt")]
+    assert results[0].stdout.replace(b"bad.txt", b"again.txt") == results[1].stdout and not log.exists()
+    assert (tmp_path / "bad.txt").read_bytes() == (tmp_path / "again.txt").read_bytes()
 
 
 def test_other_commands_take_the_same_options(photos: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_pictures_elsewhere_and_missing_ones(tmp_path: Path, jpegs) -> None:
 
 def test_fingerprints_and_sizes(save, jpegs) -> None:
     first = open_source(save([0, 1, 1]))
-    assert [first.stored_size(i) for i in range(3)] == [len(jpegs[i]) for i in range(3)]
+    assert first._sizes().tolist() == [len(jpegs[i]) for i in range(3)]
     assert source_fingerprint(first) == source_fingerprint(open_source(first._path))
     assert source_fingerprint(first) != source_fingerprint(open_source(save([0, 0, 1])))
 
@@ -149,5 +149,5 @@ def test_the_order_of_rows_is_that_of_a_shuffled_set(tmp_path: Path, jpegs) -> N
     data.shuffle(seed=1).save_to_disk(tmp_path / "set")
     source = open_source(tmp_path / "set")
     for index, label in enumerate(source.labels):
-        assert source.encoded(index) == jpegs[label] and source.stored_size(index) == len(jpegs[label])
+        assert source.encoded(index) == jpegs[label] and source._sizes()[index] == len(jpegs[label])
     assert np.bincount(source.labels).tolist() == [1, 1, 1, 1]

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alitok_fast.data import find_source, inspection, open_source, skip_samples
+from alitok_fast.data import find_source, inspection, inspection_log, open_source, skip_samples
 from alitok_fast.data.faults import picture_faults
 from alitok_fast.data.inspection import inspect_source
 from alitok_fast.data.inspection_files import check_data
+from alitok_fast.data.inspection_log import InspectionLog
 from alitok_fast.data.pictures import take_turns
 from alitok_fast.data.skip_list import HEADING, read_skip_list, write_skip_list
 
@@ -196,7 +197,27 @@ def test_an_interrupted_inspection_goes_on(photos: Path, tmp_path: Path, counted
     assert [finding for finding in found.findings if finding.kind != "truncated"] == FOUND
 
 
-@pytest.mark.parametrize("change", ["data", "tiny", "damage", "longer", "kind"])
+def test_ctrl_c_while_the_log_is_written_counts_nothing_twice(
+    photos: Path, tmp_path: Path, counted, monkeypatch
+) -> None:
+    read, log, line = counted(), tmp_path / "log", InspectionLog._line
+    monkeypatch.setattr(inspection_log, "_BLOCK", 4)
+
+    def interrupted(self, value) -> None:
+        line(self, value)
+        if "seen" in value:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(InspectionLog, "_line", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        inspect_source(open_source(photos), log, progress=False)
+    monkeypatch.setattr(InspectionLog, "_line", line)
+    read.clear()
+    found = inspect_source(open_source(photos), log, progress=False)
+    assert read == [4, 5, 6] and [finding for finding in found.findings if finding.kind != "truncated"] == FOUND
+
+
+@pytest.mark.parametrize("change", ["data", "tiny", "damage", "longer", "twice", "kind"])
 def test_a_log_of_something_else_is_not_believed(photos: Path, tmp_path: Path, counted, change: str, caplog) -> None:
     log = tmp_path / "log"
     counted(5)
@@ -206,11 +227,14 @@ def test_a_log_of_something_else_is_not_believed(photos: Path, tmp_path: Path, c
     if change == "data":
         (photos / "dog" / "h.jpg").write_bytes(b"none")
     elif change == "longer":
-        log.write_text("\n".join([lines[0], *lines[1:] * 9]) + "\n")
+        seen = json.loads(lines[1])["seen"]
+        log.write_text("\n".join([lines[0], json.dumps({"first": 0, "seen": seen * 9})]) + "\n")
+    elif change == "twice":
+        log.write_text("\n".join([lines[0], lines[1], lines[1]]) + "\n")
     elif change == "kind":
-        log.write_text("\n".join([lines[0], json.dumps([["", [["ugly", ""]]]])]) + "\n")
+        log.write_text("\n".join([lines[0], json.dumps({"first": 0, "seen": [["", [["ugly", ""]]]]})]) + "\n")
     elif change == "damage":
-        log.write_text("\n".join([lines[0], "[[1]]"]) + "\n")
+        log.write_text("\n".join([lines[0], '{"first": 0, "seen": [[1]]}']) + "\n")
     read = counted()
     source = open_source(photos)
     found = inspect_source(source, log, tiny=5 if change == "tiny" else 32, progress=False)

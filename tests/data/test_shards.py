@@ -121,7 +121,7 @@ def test_braces_name_shards(tmp_path: Path, jpegs, write_shard) -> None:
     for number in range(3):
         write_shard(f"x-{number:03d}.tar", *samples(jpegs, [number]))
     assert open_source(f"{tmp_path}/x-{{000..001}}.tar").labels.tolist() == [0, 1]
-    with pytest.raises(ValueError, match="data: expected 4 shards in .* got none called .*x-003.tar"):
+    with pytest.raises(ValueError, match="data: expected 4 shards in .* got no file .*x-003.tar"):
         open_source(f"{tmp_path}/x-{{000..003}}.tar")
     with pytest.raises(ValueError, match="split: expected 'train', since .* names its shards, got 'val'"):
         open_source(f"{tmp_path}/x-{{000..001}}.tar", "val")

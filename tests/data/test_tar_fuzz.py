@@ -104,3 +104,29 @@ def test_hostile_archives(folder: Path, data: bytes) -> None:
 @given(archives())
 def test_many_hostile_archives(folder: Path, data: bytes) -> None:
     check(folder, data)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, bytes]:
+    """A shard of samples that are no pictures, its index, and what is in that."""
+    path = tmp_path_factory.mktemp("stored") / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, data in (("a.jpg", b"one"), ("a.txt", b"cat"), ("b.jpg", b"two"), ("b.txt", b"dog"), ("c.md", b"x")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    find_source(path)
+    (index,) = (path.parent / ".alitok-index").iterdir()
+    return path, index, index.read_bytes()
+
+
+@settings(max_examples=60, **COMMON)
+@given(st.lists(st.tuples(st.integers(0, 4000), st.binary(max_size=6), st.booleans()), min_size=1, max_size=4))
+def test_damaged_indices_are_made_again(stored, changes: list[tuple[int, bytes, bool]]) -> None:
+    path, index, raw = stored
+    for at, data, insert in changes:
+        raw = raw[:at] + data + raw[at + (0 if insert else len(data)) :]
+    index.write_bytes(raw)
+    source = find_source(path)
+    assert [source.encoded(number) for number in range(2)] == [b"one", b"two"]
+    assert source.class_names == ["cat", "dog"] and "1 file of another kind" in source.summary

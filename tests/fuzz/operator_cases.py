@@ -14,11 +14,11 @@ from alitok_fast._library import use_reference
 from alitok_fast.ops.decode_weights import LayerWeights, PackedWeights, pack_weights
 
 # By import_module: `alitok_fast.ops` has functions of the same names.
-norm, cached, dec, int8, prefix, quantized, sampling, gated, vq = (
+norm, bf16, cached, dec, int8, dense, prefix, quantized, sampling, gated, vq = (
     import_module(f"alitok_fast.ops.{name}")
     for name in (
-        "add_rms_norm", "cached_attention", "decode", "int8_linear", "prefix_attention", "quantized_linear",
-        "sample_tokens", "swiglu", "vq_lookup",
+        "add_rms_norm", "bf16_linear", "cached_attention", "decode", "int8_linear", "linear", "prefix_attention",
+        "quantized_linear", "sample_tokens", "swiglu", "vq_lookup",
     )
 )  # fmt: skip
 
@@ -118,6 +118,47 @@ def int8_arguments(s, g):
         "bias": randn(outputs, generator=g) if s[3] % 4 < 2 else None,
         "outputs": outputs, "dtype": FLOATS[s[3] // 4 % 2],
     }  # fmt: skip
+
+
+def bf16_arguments(s, g):
+    rows, inputs, outputs = s[0], 8 * s[1], 5 * s[2]
+    return {
+        "x": randn(rows, inputs, generator=g, dtype=FLOATS[s[3] % 2]),
+        "weight": bf16.pack_bf16(randn(outputs, inputs, generator=g)),
+        "bias": randn(outputs, generator=g) if s[3] % 4 < 2 else None,
+        "outputs": outputs, "dtype": FLOATS[s[3] // 4 % 2],
+    }  # fmt: skip
+
+
+def linear_arguments(s, g):
+    rows, inputs, outputs = s[0], 8 * s[1], 5 * s[2]
+    return {
+        "x": randn(rows, inputs, generator=g, dtype=torch.bfloat16),
+        "weight": randn(outputs, inputs, generator=g, dtype=FLOATS[s[3] % 2]),
+        "bias": randn(outputs, generator=g) if s[3] % 4 < 2 else None,
+    }
+
+
+def linear_backward_arguments(s, g):
+    a = linear_arguments(s, g)
+    grad = randn(len(a["x"]), len(a["weight"]), generator=g, dtype=torch.bfloat16)
+    return {"grad": grad, "x": a["x"], "weight": a["weight"], "wanted": [True, True, True]}
+
+
+def linear_backward(a):
+    grad, x, weight = (a[name].float() for name in ("grad", "x", "weight"))
+    return (grad @ weight.bfloat16().float()).bfloat16(), grad.T @ x, grad.sum(0)
+
+
+def swiglu_backward_arguments(s, g):
+    a = swiglu_arguments(s, g)
+    return {"grad": randn(*a["gate"].shape, generator=g, dtype=a["gate"].dtype), **a}
+
+
+def swiglu_backward(a):
+    leaves = [a[name].float().requires_grad_() for name in ("gate", "up")]
+    grads = torch.autograd.grad(gated.swiglu_reference(*leaves), leaves, a["grad"].float())
+    return tuple(grad.to(a["gate"].dtype) for grad in grads)
 
 
 def quantized_arguments(s, g):
@@ -273,9 +314,13 @@ def decode_tokens(a):
 
 CASES = [
     Case("swiglu", swiglu_arguments, operator("swiglu"), positional(gated.swiglu_reference)),
+    Case("swiglu_backward", swiglu_backward_arguments, operator("swiglu_backward"), swiglu_backward, compare=near),
     Case("add_rms_norm", norm_arguments, operator("add_rms_norm"), positional(norm.add_rms_norm_reference)),
     Case("add_rms_norm_backward", norm_backward_arguments, operator("add_rms_norm_backward"), norm_backward,
          compare=near),
+    Case("bf16_linear", bf16_arguments, operator("bf16_linear"), positional(bf16.bf16_linear_reference)),
+    Case("linear", linear_arguments, operator("linear"), positional(dense.linear_reference)),
+    Case("linear_backward", linear_backward_arguments, operator("linear_backward"), linear_backward, compare=near),
     Case("int8_linear", int8_arguments, operator("int8_linear"), positional(int8.int8_linear_reference)),
     Case("quantized_linear", quantized_arguments, operator("quantized_linear"),
          positional(quantized.quantized_linear_reference)),
@@ -311,6 +356,8 @@ def public(name: str, make: Callable[..., Arguments], call: Callable[[Arguments]
 PUBLIC = [
     public("swiglu", swiglu_arguments, lambda a: gated.swiglu(**a)),
     public("add_rms_norm", norm_arguments, lambda a: norm.add_rms_norm(**a)),
+    public("bf16_linear", bf16_arguments, lambda a: bf16.bf16_linear(**a)),
+    public("linear", linear_arguments, lambda a: dense.linear(**a)),
     public("int8_linear", int8_arguments, lambda a: int8.int8_linear(**a)),
     public("quantized_linear", quantized_arguments, lambda a: quantized.quantized_linear(**a)),
     public("sample_tokens", sample_arguments, lambda a: sampling.sample_tokens(**a), compare=same_shape),

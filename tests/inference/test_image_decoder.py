@@ -7,7 +7,7 @@ import torch
 
 from alitok_fast import _library, load_tokenizer
 from alitok_fast.inference.image_decoder import ImageDecoder, fast_dtype
-from alitok_fast.inference.int8_decoder import Int8Linear
+from alitok_fast.inference.int8_twin import Int8Linear
 from alitok_fast.models.loading import build
 from alitok_fast.storage.checkpoint import Checkpoint, recognise
 from alitok_fast.testing import ReadsBack

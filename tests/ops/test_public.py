@@ -15,7 +15,7 @@ from alitok_fast import ops
 
 FUNCTIONS = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
 OPERATORS = ["vq_lookup", "prefix_attention", "cached_attention", "add_rms_norm", "swiglu", "sample_tokens",
-             "quantized_linear", "int8_linear"]  # fmt: skip
+             "quantized_linear", "bf16_linear", "int8_linear", "linear"]  # fmt: skip
 X, Z, CODES = torch.ones(2, 16), torch.ones(4, 8), torch.ones(5, 8)
 QKV, STEP, CACHE = torch.ones(1, 4, 3, 2, 8), torch.ones(1, 3, 2, 8), torch.zeros(1, 2, 4, 8)
 HUGE = 12345678901234567890
@@ -65,7 +65,11 @@ def cached(*arguments, **changes):
     return ops.cached_attention(*arguments, *given[len(arguments) :], **changes)
 
 
-INT8, (WEIGHT, SCALE) = ops.pack_int8(torch.ones(6, 16)), ops.quantize_weight(torch.ones(6, 16), torch.int8)
+BF16, INT8, (WEIGHT, SCALE) = (
+    ops.pack_bf16(torch.ones(6, 16)),
+    ops.pack_int8(torch.ones(6, 16)),
+    ops.quantize_weight(torch.ones(6, 16), torch.int8),
+)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,8 @@ def test_numbers_of_numpy_are_numbers():
         lambda m: ops.quantized_linear(X, m(WEIGHT), SCALE),
         lambda m: ops.quantized_linear(torch.ones(40, 16), WEIGHT, m(SCALE)),
         lambda m: ops.int8_linear(X, m(INT8), None, 6),
+        lambda m: ops.bf16_linear(X, m(BF16), None, 6),
+        lambda m: ops.linear(X.bfloat16(), m(torch.ones(6, 16))),
     ],
 )
 def test_a_meta_tensor_among_others_is_refused(call):

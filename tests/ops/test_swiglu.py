@@ -35,10 +35,11 @@ def test_misaligned_view_is_refused_on_cuda(cuda):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0, 3), (1,), (3, 17)])
-def test_gradients(device, dtype, shape):
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (3, 17), (2, 2048)])
+def test_gradients(target, dtype, shape):
+    device = target
     generator = torch.Generator().manual_seed(5)
-    gate, up, direction = (4 * torch.randn(3, *shape, generator=generator)).to(device, dtype).unbind(0)
+    gate, up, direction = (x.clone() for x in (4 * torch.randn(3, *shape, generator=generator)).to(device, dtype))
     leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
     found = torch.autograd.grad(swiglu(*leaves), leaves, direction)
     with use_reference():
@@ -66,6 +67,15 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.alitok.swiglu.default, (x, x.clone()))
     leaves = (x.clone().requires_grad_(), x.clone().requires_grad_())
     torch.library.opcheck(torch.ops.alitok.swiglu.default, leaves)
+    torch.library.opcheck(torch.ops.alitok.swiglu_backward.default, (x.clone(), *leaves))
+
+
+def test_the_gradients_operator_checks_its_arguments():
+    x = torch.ones(3, 8)
+    with pytest.raises(ValueError, match=r"grad: expected shape \(3, 8\), got \(1, 8\)"):
+        torch.ops.alitok.swiglu_backward(x[:1], x, x)
+    with pytest.raises(ValueError, match="grad: expected float32, got float16"):
+        torch.ops.alitok.swiglu_backward(x.half(), x, x)
 
 
 @pytest.mark.parametrize(

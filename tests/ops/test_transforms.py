@@ -14,9 +14,12 @@ from alitok_fast._library import use_reference
 from alitok_fast.ops import (
     LayerWeights,
     add_rms_norm,
+    bf16_linear,
     cached_attention,
     decode,
     int8_linear,
+    linear,
+    pack_bf16,
     pack_int8,
     pack_weights,
     prefix_attention,
@@ -34,6 +37,7 @@ def random(*shape: int) -> Tensor:
 
 CODEBOOK, WEIGHT, BIAS, NORM = random(5, 8), 1 + 0.1 * random(16), random(6), torch.ones(8)
 ROPE = random(4, 4, 2)
+MATRIX, BF16 = random(6, 16), pack_bf16(random(6, 16))
 INT8, (QUANTIZED, SCALE) = pack_int8(random(6, 16)), quantize_weight(random(6, 16), torch.int8)
 
 
@@ -57,7 +61,9 @@ class Case(NamedTuple):
 CASES = {
     "add_rms_norm": Case(lambda x: add_rms_norm(x, 2 * x, WEIGHT, dropout=0.3, seed=4)[1], (16,)),
     "cached_attention": Case(cached, (3, 2, 8)),
+    "bf16_linear": Case(lambda x: bf16_linear(x, BF16, BIAS, 6), (16,)),
     "int8_linear": Case(lambda x: int8_linear(x, INT8, BIAS, 6), (16,)),
+    "linear": Case(lambda x: linear(x, MATRIX, BIAS).float(), (16,)),
     "prefix_attention": Case(
         lambda qkv: prefix_attention(qkv, 1, q_norm_weight=NORM, k_norm_weight=NORM, rope=ROPE, dropout=0.2, seed=5),
         (4, 3, 2, 8),
@@ -68,7 +74,7 @@ CASES = {
     "vq_lookup": Case(lambda z: vq_lookup(z, CODEBOOK).quantized, (8,)),
     "vq_lookup loss": Case(lambda z: vq_lookup(z, CODEBOOK).loss, (8,)),
 }
-DIFFERENTIABLE = ["add_rms_norm", "prefix_attention", "swiglu", "vq_lookup loss"]
+DIFFERENTIABLE = ["add_rms_norm", "linear", "prefix_attention", "swiglu", "vq_lookup loss"]
 ALL = pytest.mark.parametrize("name", CASES)
 
 

@@ -126,3 +126,18 @@ def test_swiglu(simt, dtype, size):
         {"gate": gate, "up": up, "size": size, "dtype": DTYPES.index(dtype)}, {"out": ((size,), dtype)}, schedules=2
     )
     torch.testing.assert_close(result["out"], swiglu_reference(gate, up), rtol=TOLERANCE[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 8, 2049, 4100])
+def test_swiglu_backward(simt, dtype, size):
+    generator = torch.Generator().manual_seed(size)
+    gate, up, grad = (2 * torch.randn(3, size, generator=generator)).to(dtype).unbind(0)
+    result = simt.program("swiglu").run(
+        {"dtype": DTYPES.index(dtype), "size": size, "gate": gate, "up": up, "grad": grad, "backward": 1},
+        {"grad_gate": ((size,), dtype), "grad_up": ((size,), dtype)},
+    )
+    leaves = [x.double().requires_grad_() for x in (gate, up)]
+    expected = torch.autograd.grad(swiglu_reference(*leaves), leaves, grad.double())
+    for name, gradient in zip(("grad_gate", "grad_up"), expected, strict=True):
+        torch.testing.assert_close(result[name].double(), gradient, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])

@@ -77,7 +77,7 @@ def test_generator_size_is_recognised(name):
     assert recognise(meta_state(Generator, generator_preset(name))) == generator_preset(name)
 
 
-@pytest.mark.parametrize("name", ["demo", "256", "512"])
+@pytest.mark.parametrize("name", ["demo", "photos-64", "256", "512"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_tokenizer_size_and_stage_are_recognised(name, stage):
     config = replace(tokenizer_preset(name), stage=stage)

@@ -55,7 +55,7 @@ def main(kind: str, data: str, out: str, resume: bool, settings: dict[str, Any])
         return
     adversary.Discriminator = lambda: Discriminator(32, 2)  # the published one is large
     config = TokenizerTrainConfig.from_dict({**TOKENIZER_TRAINING.to_dict(), **settings})
-    model = replace(TOKENIZER, codebook_size=64)
+    model = replace(TOKENIZER, codebook_size=8)  # all in use: of unused codes drawn to one feature, rounding chooses
     train_tokenizer(open_source(data, image_size=8), out, 1, model, config, **options)
 
 

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("processes.py")
 BOTH = dict(
-    steps=20, batch_size=8, lr=3e-4, warmup=4, log_every=1, save_every=5, pictures_every=10, ema_decay=0.9,
-    phases=[{"steps": 6, "lr": 3e-4}, {"steps": 14, "lr": 3e-4, "end_lr": 1e-4, "adversarial": 0.05}],
+    steps=20, batch_size=8, lr=3e-5, warmup=4, log_every=1, save_every=5, pictures_every=10, ema_decay=0.9,
+    phases=[{"steps": 6, "lr": 3e-5}, {"steps": 14, "lr": 3e-5, "end_lr": 1e-5, "adversarial": 0.05}],
     adaptive_adversarial=True, r1=0.1, lecam=0.1,
 )  # fmt: skip
 GENERATOR = dict(steps=20, batch_size=8, lr=1e-3, warmup=4, log_every=1, save_every=5, grad_accumulation=2)

@@ -293,7 +293,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 def test_the_stage_is_checked_before_the_preset(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run.toml: stage: expected 1 or 2, got 3"):
         of_file(tmp_path, "[model]\nstage = 3\n")
-    with pytest.raises(ValueError, match=r"preset: expected one of \['256', '512', 'demo'\], got 'b'"):
+    with pytest.raises(ValueError, match=r"preset: expected one of \['256', '512', 'demo', 'photos-64'\], got 'b'"):
         of_file(tmp_path, '[training]\npreset = "b"\n')
     with pytest.raises(ValueError, match="name: expected a tokenizer preset out of .*, got 'b'"):
         of_file(tmp_path, '[model]\npreset = "b"\n')

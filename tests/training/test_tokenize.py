@@ -14,6 +14,7 @@ from training.conftest import GENERATOR, GENERATOR_TRAINING, TOKENIZER, write_st
 
 from alitok_fast.data import cache_writer, merge_shards, open_source, validate_token_cache
 from alitok_fast.data.cache_progress import begun_cache
+from alitok_fast.inference.image_encoder import ImageEncoder
 from alitok_fast.models import Generator, Tokenizer, save_model
 from alitok_fast.training import tokenize as module
 from alitok_fast.training.generator import GeneratorTask
@@ -77,10 +78,10 @@ def test_one_process_finishes_what_several_began(tmp_path: Path, stripes: Path, 
 def test_what_one_process_began_is_not_begun_anew(tmp_path: Path, stripes: Path, single, monkeypatch) -> None:
     monkeypatch.setattr(cache_writer, "_BATCHES_PER_BLOCK", 1)
     out, calls = tmp_path / "out", []
-    real = Tokenizer.encode
+    real = ImageEncoder.__call__
     with monkeypatch.context() as patch:
         patch.setattr(
-            Tokenizer, "encode", lambda self, x: (calls.append(1), real(self, x) if len(calls) < 3 else 1 / 0)[1]
+            ImageEncoder, "__call__", lambda self, x: (calls.append(1), real(self, x) if len(calls) < 3 else 1 / 0)[1]
         )
         with pytest.raises(ZeroDivisionError):
             run(stripes, out)

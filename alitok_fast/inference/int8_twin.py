@@ -1,14 +1,17 @@
-"""A tokenizer's decoder with int8 products, for the CPU."""
+"""A tokenizer's encoder or decoder with int8 products, for the CPU."""
 
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from alitok_fast.models.tokenizer import Decoder
+from alitok_fast.models.tokenizer import Decoder, Encoder
 from alitok_fast.ops.int8_linear import int8_linear, pack_int8
+
+Half = TypeVar("Half", Encoder, Decoder)
 
 
 class Int8Linear(nn.Module):
@@ -27,9 +30,9 @@ class Int8Linear(nn.Module):
         return int8_linear(x, self.weight, self.bias, self.outputs, torch.bfloat16)
 
 
-def int8_decoder(decoder: Decoder) -> Decoder:
+def int8_twin(half: Half) -> Half:
     """A copy whose transformer multiplies in int8 and attends in bfloat16, around a float32 residual stream."""
-    twin = copy.deepcopy(decoder).float()
+    twin = copy.deepcopy(half).float()
     for layer in twin.transformer:
         parts: list[nn.Module] = [layer.get_submodule("attn"), layer.get_submodule("mlp")]
         for module in parts:
