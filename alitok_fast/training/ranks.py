@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,8 @@ def joined(device: torch.device | str) -> Iterator[Ranks]:
         dist.barrier()  # what the main process still writes, the others wait for
     finally:
         if not given:
+            # The end of a group waits, holding Python's lock, for gloo's threads, which need it to drop what they sent.
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 
