@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alitok_fast.data.loader import Loader
+from alitok_fast.data.loader import Loader, throughput_line
 from alitok_fast.progress import Bar
 from alitok_fast.storage.checkpoint import Checkpoint, write_checkpoint
 from alitok_fast.storage.images import write_image
@@ -79,7 +80,15 @@ def train(
             bar.advance(trainer.finish(step + 1, loader, stopping))
             if stopping and step + 1 < config.steps:
                 raise KeyboardInterrupt
+        if progress and ranks.main and start < config.steps:
+            print(_pace(config, start, loader), file=sys.stderr)
     return run.model_folder
+
+
+def _pace(config: TrainConfig, start: int, loader: Loader) -> str:
+    """Who waited for whom."""
+    seconds = max(loader.seconds, 1e-9)
+    return throughput_line((config.steps - start) * config.batch_size / seconds, loader.waited / seconds)
 
 
 class _Trainer:
