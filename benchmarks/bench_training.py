@@ -155,6 +155,7 @@ def bench_generator_step(size, generator, tokenizer, measure, mode, device, ceil
         gen.eval().requires_grad_(False)  # it is every benchmark's
 
 
+@pytest.mark.quick("1")
 @pytest.mark.parametrize("stage", [1, 2])
 def bench_tokenizer_step(stage, measure, mode, device, ceilings):
     """Mean squared error, and in stage 1 the auxiliary and the quantizer's loss: what the recipe always has."""
