@@ -25,7 +25,7 @@ from alitok_fast.training.meter import CodebookWatch, Meter
 from alitok_fast.training.optim import gradient_norms
 from alitok_fast.training.part import Part
 from alitok_fast.training.phases import GENERATOR_TURN, Place, Plateau
-from alitok_fast.training.ranks import Ranks, parallelized, without_sync
+from alitok_fast.training.ranks import Ranks, parallelized, settle, without_sync
 from alitok_fast.training.run_folder import RunFolder
 from alitok_fast.training.state import (
     MovingAverage,
@@ -141,6 +141,7 @@ class _Trainer:
             outputs.append(output._replace(loss=output.loss.detach()))
             values = output.values if place.turn != GENERATOR_TURN else {"loss": output.loss, **output.values}
             self.meter.add(values, output.usage, samples=len(batch[0]) * self.ranks.world)
+        settle(self.task.model)
         self.task.after_backward(outputs)
         norm = part.norm()
         own = torch.stack([torch.stack([o.loss for o in outputs]).mean(), norm.new_tensor(float(interrupted))])

@@ -145,3 +145,9 @@ def without_sync(module: nn.Module, last: bool) -> Iterator[None]:
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
         spread.set_requires_gradient_sync(last)
     yield
+
+
+def settle(module: Any) -> None:
+    """Spread weights (FSDP2) that a pass without gradients has left whole: what is written to them would be lost."""
+    if hasattr(module, "reshard"):
+        module.reshard()
