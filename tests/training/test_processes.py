@@ -55,14 +55,14 @@ def state_of(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoint" / "state.pt", weights_only=True)
 
 
-def same_losses(one: Path, other: Path, keys: tuple[str, ...], within: float = 1e-5) -> None:
+def same_losses(one: Path, other: Path, keys: tuple[str, ...]) -> None:
     first, second = log_of(one), log_of(other)
     assert [entry["step"] for entry in first] == [entry["step"] for entry in second] == list(range(1, 21))
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         for key in keys:
             if key in a:
-                assert b[key] == pytest.approx(a[key], rel=within, abs=1e-7), (a["step"], key)
+                assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-7), (a["step"], key)
 
 
 @pytest.fixture(scope="module")
@@ -80,22 +80,17 @@ def tokenizer_alone(photographs: Path, tmp_path_factory: pytest.TempPathFactory)
 LOSSES = ("loss", "mse", "aux", "discriminator", "logits_real", "logits_fake", "r1", "lecam", "adversarial")
 
 
-def compared(*parallel: str) -> tuple[tuple[str, ...], float]:
-    """Figures and how near they are. FSDP2 adds gradients up in another order, which Adam's first steps magnify."""
-    return (LOSSES, 1e-5) if set(parallel) == {"ddp"} else (("loss", "mse", "aux"), 1e-4)
-
-
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_four_processes_train_the_tokenizer_as_one(photographs, tokenizer_alone, tmp_path, parallel: str) -> None:
     """Codebook update, discriminator, regularisers and adaptive weight included."""
     run(4, "tokenizer", photographs, tmp_path / "four", **BOTH, parallel=parallel)
-    same_losses(tokenizer_alone, tmp_path / "four", *compared(parallel))
+    same_losses(tokenizer_alone, tmp_path / "four", LOSSES)
     one, four = state_of(tokenizer_alone), state_of(tmp_path / "four")
     for part in ("model", "discriminator", "ema"):
         assert one[part].keys() == four[part].keys()
         for name, value in one[part].items():
             if not name.startswith("quantize."):  # of codes drawn to one feature, rounding chooses
-                torch.testing.assert_close(four[part][name], value, rtol=1e-2, atol=1e-3)
+                torch.testing.assert_close(four[part][name], value, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -116,7 +111,7 @@ def test_another_number_of_processes_goes_on(photographs, tokenizer_alone, tmp_p
     run(begun[1], "tokenizer", photographs, out, **BOTH, parallel=begun[0], leave_in_step=12)
     assert state_of(out)["step"] == 10
     run(goes_on[1], "tokenizer", photographs, out, True, **BOTH, parallel=goes_on[0])
-    same_losses(tokenizer_alone, out, *compared(begun[0], goes_on[0]))
+    same_losses(tokenizer_alone, out, LOSSES)
 
 
 def test_killed_processes_go_on_to_the_last_bit(photographs: Path, tmp_path: Path) -> None:
