@@ -22,24 +22,29 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "lowest"
+EXTRAS = ["data", "parquet"]
 TESTS = ["cli", "data", "storage", "pipelines", "test_progress.py"]
 
 
-def bounds() -> dict[str, str]:
-    """The lowest release of each requirement, by name. Raises ValueError for a requirement that names none."""
+def bounds() -> dict[str, str | None]:
+    """The lowest release of each requirement, by name; None for those of an extra that name none.
+
+    Raises ValueError for a requirement of the package itself that names none.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    found = {}
-    for requirement in project["dependencies"]:
-        match = re.fullmatch(r"([\w-]+) *>= *([\d.]+)", requirement)
-        if match is None:
-            raise ValueError(f"dependencies: expected NAME>=RELEASE, got {requirement!r}")
+    optional = [requirement for extra in EXTRAS for requirement in project["optional-dependencies"][extra]]
+    found: dict[str, str | None] = {}
+    for requirement in project["dependencies"] + optional:
+        match = re.fullmatch(r"([\w-]+)(?: *>= *([\d.]+))?", requirement)
+        if match is None or (match[2] is None and requirement not in optional):
+            raise ValueError(f"pyproject.toml: expected NAME>=RELEASE, got {requirement!r}")
         found[match[1]] = match[2]
     return found
 
 
 def environment() -> Path:
     """The interpreter of an environment with the lowest releases, this one's torch and the test tools."""
-    pins = [f"{name}=={release}" for name, release in bounds().items() if name != "torch"]
+    pins = [f"{name}=={release}" if release else name for name, release in bounds().items() if name != "torch"]
     wanted = "\n".join([sys.version, sys.prefix, *pins])
     python, stamp = FOLDER / "bin" / "python", FOLDER / "complete"
     if not stamp.is_file() or stamp.read_text() != wanted:
