@@ -27,8 +27,7 @@ def reference_encoder(checkout, generator, tokenizer, autocast: bool):
     def encode(images: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
             _, result = model.encode(images, model.latent_tokens)
-        found = result if isinstance(result, Tensor) else result["min_encoding_indices"]
-        return found.view(len(images), -1)
+        return result["min_encoding_indices"].view(len(images), -1)
 
     return encode
 

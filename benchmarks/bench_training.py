@@ -97,8 +97,9 @@ def agree(own: Step, other: Step) -> None:
         step.model.eval()
     losses = own.backward(), other.backward()
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-2, atol=1e-3)
-    pairs = zip(own.model.parameters(), other.model.parameters(), strict=True)
-    norms = [(a.grad.float(), b.grad.float()) for a, b in pairs if a.grad is not None and b.grad is not None]
+    theirs = dict(other.model.named_parameters())
+    pairs = [(parameter.grad, theirs[name].grad) for name, parameter in own.model.named_parameters()]
+    norms = [(a.float(), b.float()) for a, b in pairs if a is not None and b is not None]
     error = sum(float((a - b).square().sum()) for a, b in norms) ** 0.5
     assert norms and error < 0.1 * sum(float(a.square().sum()) for a, _ in norms) ** 0.5
     for step in (own, other):
@@ -126,6 +127,15 @@ def plain_step(model: nn.Module, loss, config: TrainConfig, mode) -> Step | Miss
     return Step(plain(model, compiled=mode.timed), loss, config)
 
 
+def reference_models(checkout, mode, generator, tokenizer: Tokenizer, size: str = "b") -> tuple | Missing:
+    """The reference's generator and tokenizer with our weights, or why they are not there."""
+    if checkout is None:
+        return Missing("no checkout of the reference: --reference-repo PATH")
+    if not mode.timed or mode.quick:
+        return Missing("its models have full size only: not with --quick")
+    return load_reference(checkout, size, generator(size), tokenizer)
+
+
 @pytest.mark.quick("b")
 @pytest.mark.parametrize("size", ["b", "l", "xl"])
 def bench_generator_step(size, generator, tokenizer, measure, mode, device, ceilings, reference_repo):
@@ -139,16 +149,10 @@ def bench_generator_step(size, generator, tokenizer, measure, mode, device, ceil
         return generator_loss(model(tokens, labels), tokens)
 
     others: dict = {COMPILED: plain_step(gen, loss, config, mode)}
-    if reference_repo is None:
-        others[REFERENCE] = Missing("no checkout of the reference: --reference-repo PATH")
-    elif not mode.timed or mode.quick:
-        others[REFERENCE] = Missing("its models have full size only: not with --quick")
-    else:
-        loaded = load_reference(reference_repo, size, gen, tokenizer)
-        others[REFERENCE] = loaded
-        if not isinstance(loaded, Missing):
-            conditions = gen.condition_ids(labels, batch)
-            others[REFERENCE] = Step(loaded[0], lambda model: generator_loss(model(tokens, conditions), tokens), config)
+    others[REFERENCE] = reference = reference_models(reference_repo, mode, generator, tokenizer, size)
+    if not isinstance(reference, Missing):
+        conditions = gen.condition_ids(labels, batch)
+        others[REFERENCE] = Step(reference[0], lambda model: generator_loss(model(tokens, conditions), tokens), config)
     try:
         timed(measure, mode, ceilings, Step(gen, loss, config), others, generator_flops(gen.config, batch), batch, size)
     finally:
@@ -157,8 +161,11 @@ def bench_generator_step(size, generator, tokenizer, measure, mode, device, ceil
 
 @pytest.mark.quick("1")
 @pytest.mark.parametrize("stage", [1, 2])
-def bench_tokenizer_step(stage, measure, mode, device, ceilings):
-    """Mean squared error, and in stage 1 the auxiliary and the quantizer's loss: what the recipe always has."""
+def bench_tokenizer_step(stage, generator, measure, mode, device, ceilings, reference_repo):
+    """Mean squared error, and in stage 1 the auxiliary and the quantizer's loss: what the recipe always has.
+
+    The reference publishes the network of stage 2 alone.
+    """
     full = TOKENIZERS["256"]
     layers = mode.pick(check=1, quick=2, full=None)
     small = {} if layers is None else {"encoder_layers": layers, "decoder_layers": layers}
@@ -170,6 +177,8 @@ def bench_tokenizer_step(stage, measure, mode, device, ceilings):
 
     def loss(model: nn.Module) -> Tensor:
         output = model(images)
+        if not isinstance(model, Tokenizer):  # the reference's: reconstruction, losses, tokens
+            return reconstruction_loss(images, output[0])
         total = reconstruction_loss(images, output.reconstruction)
         if output.aux is not None:
             total = total + auxiliary_loss(aux_target(images, model_config), output.aux, model_config, 10.0)
@@ -187,5 +196,10 @@ def bench_tokenizer_step(stage, measure, mode, device, ceilings):
     other: Step | Missing = Missing("compiling takes longer than a quick run may")
     if not (mode.timed and mode.quick):
         other = step(plain(model, compiled=mode.timed))
+    others = {COMPILED: other}
+    if stage == 2:
+        others[REFERENCE] = reference = reference_models(reference_repo, mode, generator, model)
+        if not isinstance(reference, Missing):
+            others[REFERENCE] = step(reference[1])
     work = tokenizer_flops(model_config, batch)
-    timed(measure, mode, ceilings, step(model), {COMPILED: other}, work, batch, f"tokenizer, stage {stage}")
+    timed(measure, mode, ceilings, step(model), others, work, batch, f"tokenizer, stage {stage}")

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from timing import Contender, Missing, Turns
 MOST_ROUNDS, MOST_QUICK_ROUNDS = 9, 3
 BUDGET, QUICK_BUDGET = 1.0, 0.2  # seconds of one contender
 COLD_BYTES = 2**28  # several times the last-level cache of today's machines
+PATHS = tuple(map(int, version("pytest-benchmark").split(".")[:2])) >= (5, 3)  # before, its JSON was an open file
 SESSION = pytest.StashKey[Session]()
 HERE = Path(__file__).parent
 
@@ -71,7 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"the report's plots need matplotlib: {install_hint('bench')}") from None
         if option.benchmark_json is None:
             session.scratch = tempfile.TemporaryDirectory()
-            option.benchmark_json = Path(session.scratch.name) / "report.json"
+            report = Path(session.scratch.name) / "report.json"
+            option.benchmark_json = report if PATHS else report.open("wb")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -99,16 +102,13 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
     output_json["alitok_fast"] = config.stash[SESSION].to_dict()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    own = session.config.stash[SESSION]
-    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
-        own.write(session.config.option.benchmark_json, asked_for=session.config.option.report_dir is not None)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+@pytest.hookimpl(trylast=True)  # pytest-benchmark has written its JSON by then
+def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
     session = config.stash[SESSION]
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
+        measured = config.option.benchmark_json
+        path = None if measured is None else Path(measured if PATHS else measured.name)
+        session.write(path, asked_for=config.option.report_dir is not None)
     if session.lines:
         terminalreporter.section("alitok_fast")
         terminalreporter.write_line("\n".join(session.lines))

@@ -62,12 +62,16 @@ class Session:
 
     def write(self, measured: Path | None, asked_for: bool) -> None:
         """The report from pytest-benchmark's JSON, if there is one to write: of all benchmarks, or where asked for."""
-        if self.folder is not None and measured is not None and measured.is_file() and (asked_for or not self.partial):
+        if self.folder is not None and measured is not None and _filled(measured) and (asked_for or not self.partial):
             from report.pages import write_report
 
             self.written = write_report(json.loads(measured.read_text()), self.folder)
         if self.scratch is not None:
             self.scratch.cleanup()
+
+
+def _filled(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _name(nodeid: str) -> str:
