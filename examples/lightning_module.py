@@ -20,10 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from alitok_fast import Tokenizer, save_model
 from alitok_fast.config import tokenizer_preset
 from alitok_fast.data import open_source, to_tensor, train_crop
-from alitok_fast.models.tokenizer import aux_target
-from alitok_fast.training.clusters import clusters_of, update_codebook
-from alitok_fast.training.layers import layers_of
-from alitok_fast.training.losses import auxiliary_loss, reconstruction_loss
+from alitok_fast.models import aux_target
+from alitok_fast.training import auxiliary_loss, clusters_of, layers_of, reconstruction_loss, update_codebook
 
 
 class Crops(Dataset):

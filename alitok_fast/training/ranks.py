@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import time
 from collections.abc import Iterator
@@ -131,7 +132,10 @@ def parallelized(module: nn.Module, ranks: Ranks, parallel: str, layers: list[nn
         fully_shard(module, mesh=mesh)
         return module
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+    # The name that torch 2.13 gave what was `broadcast_buffers`.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    kept: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(module, device_ids=devices, **kept)
 
 
 @contextlib.contextmanager
