@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from alitok_fast.models import Generator, Tokenizer, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_ISAS = ("scalar", "avx2", "avx512", "amx")
+
+
+def pytest_configure() -> None:
+    """Started in the background by a script, a process ignores Ctrl-C, and so do those that it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiler_cache
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,6 +169,7 @@ def test_cuda_kernels_compile_where_they_are_asked_for(tmp_path: Path, monkeypat
         "ALITOK_CUDA": "1",
         "CMAKE_CUDA_ARCHITECTURES": "90-virtual",
         "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0",
+        **compiler_cache.SETTINGS,
     }
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=tmp_path / "source", env=os.environ | settings, capture_output=True, text=True)

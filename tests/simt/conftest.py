@@ -95,7 +95,8 @@ class Simt:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             sources = _patched(folder / "csrc", patches) if patches else CSRC
-            _compile(HERE / f"{op}.cpp", executable, [f"-I{HERE}", f"-I{sources}"], SANITIZERS[sanitizer])
+            flags = ["-O0" if patches else "-O1", *SANITIZERS[sanitizer]]  # patched ones are compiled to run once
+            _compile(HERE / f"{op}.cpp", executable, [f"-I{HERE}", f"-I{sources}"], flags)
             stamp.write_text(state)
         return Program(executable, self.folder / name)
 
@@ -117,7 +118,7 @@ def _source_hash(op: str, sanitizer: str) -> str:
 
 
 def _compile(source: Path, executable: Path, includes: list[str], flags: list[str]) -> None:
-    command = ["g++", "-x", "c++", "-std=c++17", "-O1", "-g1", "-DALITOK_SIMT", "-ftrivial-auto-var-init=pattern"]
+    command = ["g++", "-x", "c++", "-std=c++17", "-g1", "-DALITOK_SIMT", "-ftrivial-auto-var-init=pattern"]
     command += ["-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     command += ["-Wno-sign-compare", "-Wno-maybe-uninitialized", "-Werror", *flags, *includes]
     command += [str(source), "-o", str(executable)]
