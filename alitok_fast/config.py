@@ -271,19 +271,14 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
     "512": replace(_ALITOK, image_size=512),
 }
 
+_DEMO = GeneratorConfig(
+    width=192, num_layers=6, num_heads=4, grid=8, codebook_size=512, num_classes=10, hidden_multiple=64, dropout=0.0,
+    guidance_scale=4.0, guidance_power=0.5,
+)  # fmt: skip
+
 GENERATORS: dict[str, GeneratorConfig] = {
-    "demo": GeneratorConfig(
-        width=192,
-        num_layers=6,
-        num_heads=4,
-        grid=8,
-        codebook_size=512,
-        num_classes=10,
-        hidden_multiple=64,
-        dropout=0.0,
-        guidance_scale=4.0,
-        guidance_power=0.5,
-    ),
+    "demo": _DEMO,
+    "photos-64": replace(_DEMO, grid=16, codebook_size=4096, dropout=0.1),
     "b": _B,
     "l": _L,
     "xl": _XL,

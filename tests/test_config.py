@@ -41,8 +41,9 @@ def test_round_trip_through_a_dictionary(config):
     assert type(config).from_dict(config.to_dict()) == config
 
 
-def test_demo_generator_fits_the_demo_tokenizer():
-    tokenizer, generator = tokenizer_preset("demo"), generator_preset("demo")
+@pytest.mark.parametrize("name", ["demo", "photos-64"])
+def test_a_generator_fits_the_tokenizer_of_its_name(name):
+    tokenizer, generator = tokenizer_preset(name), generator_preset(name)
     assert (tokenizer.grid, tokenizer.codebook_size) == (generator.grid, generator.codebook_size)
 
 

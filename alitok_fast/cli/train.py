@@ -174,6 +174,8 @@ def presets_command(
     having = [one for one in kinds if show in preset_names(one)]
     if not having:
         raise ValueError(f"show: unknown preset {show!r}; {nearest(show, [n for k in kinds for n in preset_names(k)])}")
+    if len(having) > 1 and stage is not None:
+        having = ["tokenizer"]
     if len(having) > 1:
         raise ValueError(f"kind: expected --kind tokenizer or --kind generator, since both have {show!r}, got none")
     if stage is not None and having != ["tokenizer"]:

@@ -208,6 +208,7 @@ _GENERATOR = GeneratorTrainConfig()
 _XL = replace(_GENERATOR, steps=250_000)
 GENERATOR_PRESETS: dict[str, GeneratorTrainConfig] = {
     "demo": _DEMO_GENERATOR,
+    "photos-64": replace(_DEMO_GENERATOR, steps=1000, batch_size=16),
     **{name: _GENERATOR for name in ("b", "l", "b-512", "l-512")},
     **{name: _XL for name in ("xl", "xl-512")},
 }
