@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alitok_fast.config import TOKENIZERS, GeneratorConfig, TokenizerConfig
+from alitok_fast.inference.memory import available_bytes
 from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.models.tokenizer import aux_target
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig, TrainConfig
@@ -121,9 +122,18 @@ def timed(measure, mode, ceilings, own: Step, others: dict, work: float, batch: 
         print(f"{size}: {batch / median:.3g} samples per second, {info['kept_bytes'] / 2**30:.2f} GiB kept")
 
 
+def room_for(systems: int, model: nn.Module) -> bool:
+    """Whether so many systems' weights, gradients, moments and a copy of each to compare fit into memory together."""
+    device = next(model.parameters()).device
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return systems * 20 * parameters < available_bytes(device)
+
+
 def plain_step(model: nn.Module, loss, config: TrainConfig, mode) -> Step | Missing:
     if mode.timed and mode.quick:
         return Missing("compiling takes longer than a quick run may")
+    if not room_for(3, model):
+        return Missing("three systems with their optimizers do not fit into memory")
     return Step(plain(model, compiled=mode.timed), loss, config)
 
 
@@ -133,6 +143,8 @@ def reference_models(checkout, mode, generator, tokenizer: Tokenizer, size: str 
         return Missing("no checkout of the reference: --reference-repo PATH")
     if not mode.timed or mode.quick:
         return Missing("its models have full size only: not with --quick")
+    if not room_for(2, generator(size)):
+        return Missing("two systems with their optimizers do not fit into memory")
     return load_reference(checkout, size, generator(size), tokenizer)
 
 
