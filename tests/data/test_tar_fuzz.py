@@ -100,7 +100,7 @@ def test_hostile_archives(folder: Path, data: bytes) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, **COMMON)
+@settings(max_examples=10_000, **COMMON)
 @given(archives())
 def test_many_hostile_archives(folder: Path, data: bytes) -> None:
     check(folder, data)
