@@ -1,8 +1,12 @@
 """A step of training, forward, backward, clipping and AdamW in bfloat16 autocast: the generators, both stages of the
-tokenizer; beside the reference's own model and ours in plain PyTorch, compiled."""
+tokenizer; beside the reference's own model and ours in plain PyTorch, compiled.
+
+They train the same weights, with gradients and moments that are there once, so that XL fits into memory with its peers.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from alitok_fast.config import TOKENIZERS, GeneratorConfig, TokenizerConfig
-from alitok_fast.inference.memory import available_bytes
 from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.models.tokenizer import aux_target
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig, TrainConfig
@@ -31,15 +34,25 @@ class Step:
     """One optimizer step of a model on one batch, over and over."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor], config: TrainConfig) -> None:
-        self.model, self.loss = model.train().requires_grad_(True), loss
+        self.model, self.loss, self.config = model.train(), loss, config
         self.device = next(model.parameters()).device
         self.optimizer = adamw(model, config)
-        self.largest = config.max_grad_norm
+
+    def of(self, other: nn.Module) -> Step:
+        """The same with another module for the same weights, by name; it keeps those that are its own."""
+        step = copy.copy(self)
+        step.model = other.train()
+        weights = dict(self.model.named_parameters())
+        for path, _ in list(other.named_parameters()):
+            owner, _, name = path.rpartition(".")
+            if path in weights:
+                setattr(other.get_submodule(owner), name, weights[path])
+        return step
 
     def __call__(self) -> None:
         self.backward()
-        if self.largest:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.largest)
+        if self.config.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -94,18 +107,17 @@ def encoder_flops(config: TokenizerConfig, batch: int) -> float:
 
 def agree(own: Step, other: Step) -> None:
     """Losses in evaluation mode, and the gradients of every weight that both have, agree to bfloat16's rounding."""
+    losses, gradients = [], []
     for step in (own, other):
         step.model.eval()
-    losses = own.backward(), other.backward()
-    torch.testing.assert_close(losses[0], losses[1], rtol=2e-2, atol=1e-3)
-    theirs = dict(other.model.named_parameters())
-    pairs = [(parameter.grad, theirs[name].grad) for name, parameter in own.model.named_parameters()]
-    norms = [(a.float(), b.float()) for a, b in pairs if a is not None and b is not None]
-    error = sum(float((a - b).square().sum()) for a, b in norms) ** 0.5
-    assert norms and error < 0.1 * sum(float(a.square().sum()) for a, _ in norms) ** 0.5
-    for step in (own, other):
+        losses.append(step.backward())
+        gradients.append([weight.grad for weight in own.model.parameters()])
         step.model.train()
         step.optimizer.zero_grad(set_to_none=True)
+    torch.testing.assert_close(losses[0], losses[1], rtol=2e-2, atol=1e-3)
+    pairs = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
+    error = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
+    assert pairs and error < 0.1 * sum(float(a.square().sum()) for a, _ in pairs) ** 0.5
 
 
 def timed(measure, mode, ceilings, own: Step, others: dict, work: float, batch: int, size: str) -> None:
@@ -122,19 +134,10 @@ def timed(measure, mode, ceilings, own: Step, others: dict, work: float, batch: 
         print(f"{size}: {batch / median:.3g} samples per second, {info['kept_bytes'] / 2**30:.2f} GiB kept")
 
 
-def room_for(systems: int, model: nn.Module) -> bool:
-    """Whether so many systems' weights, gradients, moments and a copy of each to compare fit into memory together."""
-    device = next(model.parameters()).device
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return systems * 20 * parameters < available_bytes(device)
-
-
-def plain_step(model: nn.Module, loss, config: TrainConfig, mode) -> Step | Missing:
+def plain_step(own: Step, mode) -> Step | Missing:
     if mode.timed and mode.quick:
         return Missing("compiling takes longer than a quick run may")
-    if not room_for(3, model):
-        return Missing("three systems with their optimizers do not fit into memory")
-    return Step(plain(model, compiled=mode.timed), loss, config)
+    return own.of(plain(own.model, compiled=mode.timed))
 
 
 def reference_models(checkout, mode, generator, tokenizer: Tokenizer, size: str = "b") -> tuple | Missing:
@@ -143,8 +146,6 @@ def reference_models(checkout, mode, generator, tokenizer: Tokenizer, size: str 
         return Missing("no checkout of the reference: --reference-repo PATH")
     if not mode.timed or mode.quick:
         return Missing("its models have full size only: not with --quick")
-    if not room_for(2, generator(size)):
-        return Missing("two systems with their optimizers do not fit into memory")
     return load_reference(checkout, size, generator(size), tokenizer)
 
 
@@ -158,15 +159,16 @@ def bench_generator_step(size, generator, tokenizer, measure, mode, device, ceil
     config = GeneratorTrainConfig()
 
     def loss(model: nn.Module) -> Tensor:
-        return generator_loss(model(tokens, labels), tokens)
+        classes = labels if isinstance(model, Generator) else gen.condition_ids(labels, batch)  # or the reference's
+        return generator_loss(model(tokens, classes), tokens)
 
-    others: dict = {COMPILED: plain_step(gen, loss, config, mode)}
+    own = Step(gen.requires_grad_(True), loss, config)
+    others: dict = {COMPILED: plain_step(own, mode)}
     others[REFERENCE] = reference = reference_models(reference_repo, mode, generator, tokenizer, size)
     if not isinstance(reference, Missing):
-        conditions = gen.condition_ids(labels, batch)
-        others[REFERENCE] = Step(reference[0], lambda model: generator_loss(model(tokens, conditions), tokens), config)
+        others[REFERENCE] = own.of(reference[0])
     try:
-        timed(measure, mode, ceilings, Step(gen, loss, config), others, generator_flops(gen.config, batch), batch, size)
+        timed(measure, mode, ceilings, own, others, generator_flops(gen.config, batch), batch, size)
     finally:
         gen.eval().requires_grad_(False)  # it is every benchmark's
 
@@ -197,21 +199,15 @@ def bench_tokenizer_step(stage, generator, measure, mode, device, ceilings, refe
             total = total + output.vq.loss
         return total
 
-    def step(model: nn.Module) -> Step:
-        made = Step(model, loss, TokenizerTrainConfig())
-        if stage == 2:
-            for frozen in (model.encoder, model.quantize):
-                frozen.requires_grad_(False)
-            model.latent_tokens.requires_grad_(False)
-        return made
-
-    other: Step | Missing = Missing("compiling takes longer than a quick run may")
-    if not (mode.timed and mode.quick):
-        other = step(plain(model, compiled=mode.timed))
-    others = {COMPILED: other}
+    if stage == 2:
+        for frozen in (model.encoder, model.quantize):
+            frozen.requires_grad_(False)
+        model.latent_tokens.requires_grad_(False)
+    own = Step(model, loss, TokenizerTrainConfig())
+    others: dict = {COMPILED: plain_step(own, mode)}
     if stage == 2:
         others[REFERENCE] = reference = reference_models(reference_repo, mode, generator, model)
         if not isinstance(reference, Missing):
-            others[REFERENCE] = step(reference[1])
+            others[REFERENCE] = own.of(reference[1])
     work = tokenizer_flops(model_config, batch)
-    timed(measure, mode, ceilings, step(model), others, work, batch, f"tokenizer, stage {stage}")
+    timed(measure, mode, ceilings, own, others, work, batch, f"tokenizer, stage {stage}")

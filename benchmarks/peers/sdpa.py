@@ -56,8 +56,8 @@ def _normed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def plain(model: Generator | Tokenizer, compiled: bool) -> Generator | Tokenizer:
-    """A copy of a model whose layers are plain, and compiled one by one where asked for."""
-    model = copy.deepcopy(model)
+    """A model on the parameters of `model`, whose layers are plain, and compiled one by one where asked for."""
+    model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     if isinstance(model, Generator):
         model.blocks = nn.ModuleList(PlainBlock(block) for block in model.blocks)
     else:
