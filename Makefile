@@ -25,7 +25,7 @@ WHEEL ?=
 PHOTO ?= $(OUT)/photo.png
 
 BIN := $(VENV)/bin
-PYTEST = $(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST = $(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 WITH_BIN := PATH="$(abspath $(BIN)):$$PATH"
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(wildcard csrc/*)
 

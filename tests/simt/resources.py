@@ -1,6 +1,7 @@
 """Registers, spills and shared memory of every CUDA kernel, as ptxas reports them, against resources.json.
 
-Each source is compiled once, to one file with code for every architecture and the PTX that later GPUs translate.
+The whole extension is built in build/simt/resources, for every architecture and as PTX, which later GPUs translate;
+a source is compiled again when it or a header of it has changed.
 
     python tests/simt/resources.py            compare, exit 1 with the differences
     python tests/simt/resources.py --update   write resources.json; read the diff before committing it
@@ -9,24 +10,24 @@ Each source is compiled once, to one file with code for every architecture and t
 from __future__ import annotations
 
 import argparse
-import hashlib
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import compiler_cache  # noqa: E402
+
 CSRC = HERE.parents[1] / "csrc"
 BUILD = HERE.parents[1] / "build" / "simt" / "resources"
 TABLE = HERE / "resources.json"
 ARCHITECTURES = ["80", "86", "90"]
 PTX = "90"
-FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-fatbin", "-Xptxas=-v"]
-FLAGS += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
-FLAGS += [f"-gencode=arch=compute_{PTX},code=compute_{PTX}"]
 # Noise between patch releases of the compiler is allowed, a change that costs a block per SM or starts to spill is not.
 SLACK = {"registers": 8, "stack_bytes": 16, "spill_bytes": 32, "static_shared_bytes": 0}
 
@@ -43,23 +44,22 @@ def nvcc_release() -> str:
     return re.search(r"release (\d+\.\d+)", output)[1]
 
 
-def ptxas_report(source: Path) -> str:
-    """The compiler's report, from build/simt/resources when nothing that the kernel could include has changed."""
-    digest = hashlib.sha256(repr((nvcc_release(), FLAGS)).encode())
-    for file in [source, *sorted(CSRC.glob("*.h"))]:
-        digest.update(file.name.encode() + file.read_bytes())
-    stored = BUILD / f"{source.stem}.{digest.hexdigest()[:16]}.txt"
-    if not stored.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        binary = BUILD / f"{source.stem}.fatbin"
-        command = ["nvcc", *FLAGS, f"-I{CSRC}", str(source), "-o", str(binary)]
-        done = subprocess.run(command, capture_output=True, text=True)
+def build() -> Path:
+    """The extension with all kernels, and a report beside each object; raises RuntimeError with the first errors."""
+    architectures = ";".join([*(f"{number}-real" for number in ARCHITECTURES), f"{PTX}-virtual"])
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    configure = [
+        "cmake", "-S", str(CSRC.parent), "-B", str(BUILD), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DALITOK_TORCH={torch}", "-DALITOK_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}",
+        "-DCMAKE_CUDA_FLAGS=-Xptxas=-v", f"-DCMAKE_CUDA_COMPILER_LAUNCHER={sys.executable};{HERE / 'keep_report.py'}",
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O0",  # of the other sources: compiles in a quarter of the time
+    ]  # fmt: skip
+    for command in (configure, ["cmake", "--build", str(BUILD), "-j", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | compiler_cache.SETTINGS)
         if done.returncode != 0:
-            raise RuntimeError(f"{source.name} does not compile:\n{done.stderr[:4000]}")
-        for old in BUILD.glob(f"{source.stem}.*.txt"):
-            old.unlink()
-        stored.write_text(done.stderr)
-    return stored.read_text()
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    (library,) = BUILD.glob("_C*.so")
+    return library
 
 
 def readable(mangled: str) -> str:
@@ -69,14 +69,12 @@ def readable(mangled: str) -> str:
 
 def measure() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     """What each kernel uses, by source, name and architecture."""
-    # The longest first, so that the other compilations run beside it.
-    sources = sorted(CSRC.glob("*_cuda.cu"), key=lambda source: -source.stat().st_size)
-    with ThreadPoolExecutor(2) as pool:
-        reports = list(pool.map(ptxas_report, sources))
+    build()
     table = {}
-    for source, report in sorted(zip(sources, reports, strict=True)):
+    for source in sorted(CSRC.glob("*_cuda.cu")):
+        (report,) = BUILD.rglob(f"{source.name}.o.txt")
         kernels: dict[str, dict[str, dict[str, int]]] = {}
-        for entry in ENTRY.finditer(report):
+        for entry in ENTRY.finditer(report.read_text()):
             shared = re.search(r"(\d+) bytes smem", entry["rest"])
             kernels.setdefault(readable(entry["name"]), {})[entry["architecture"]] = {
                 "registers": int(entry["registers"]),

@@ -73,6 +73,17 @@ def test_has_no_data_race(simt, gated):
     check(simt, 3, 640, 9, weight_dtype=INT8, norm=False, add=True, sanitizer="thread")
 
 
+# Those for up to 8 rows of bfloat16: the fewer kernels, the sooner they are compiled.
+FEWER_KERNELS = [
+    (f"{condition} {action};", "")
+    for condition, action in [
+        ("if (p.dtype == FusedLinearDtype::float16)", "return launch_for_rows<__half, __half>(p, stream)"),
+        ("case FusedLinearDtype::e4m3:", "return launch_for_rows<__nv_bfloat16, e4m3>(p, stream)"),
+        ("if (p.rows <= 16)", "return launch_for_layer<T, W, 16>(p, stream)"),
+    ]
+] + [("  launch_for_layer<T, W, 32>(p, stream);", "")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
@@ -90,9 +101,7 @@ def test_has_no_data_race(simt, gated):
     ],
 )
 def test_seeded_bugs_are_caught(simt, old, new):
-    fewer = [("if (p.dtype == FusedLinearDtype::float16) return launch_for_rows<__half, __half>(p, stream);", ""),
-             ("case FusedLinearDtype::e4m3: return launch_for_rows<__nv_bfloat16, e4m3>(p, stream);", "")]  # fmt: skip
-    patches = [("fused_linear_cuda.cu", *patch) for patch in [(old, new), *fewer]]  # the fewer kernels, the sooner
+    patches = [("fused_linear_cuda.cu", *patch) for patch in [(old, new), *FEWER_KERNELS]]
     with pytest.raises(AssertionError, match="^(error|exit code) "):  # not the compiler's
         if "__syncthreads" in old:
             check(simt, 5, 1216, 20, patches=patches, sanitizer="thread")
