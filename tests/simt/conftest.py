@@ -117,16 +117,10 @@ def _source_hash(op: str, sanitizer: str) -> str:
     return digest.hexdigest()
 
 
-FLAGS = ["-std=c++17", "-g1", "-DALITOK_SIMT", "-ftrivial-auto-var-init=pattern", "-fno-strict-aliasing"]
-FLAGS += [
-    "-ffp-contract=off",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unknown-pragmas",
-    "-Wno-sign-compare",
-    "-Wno-maybe-uninitialized",
-]
-FLAGS += ["-Werror", "-Winvalid-pch"]
+FLAGS = (
+    "-std=c++17 -g1 -DALITOK_SIMT -ftrivial-auto-var-init=pattern -fno-strict-aliasing -ffp-contract=off -Wall -Wextra "
+    "-Wno-unknown-pragmas -Wno-sign-compare -Wno-maybe-uninitialized -Werror -Winvalid-pch"
+).split()
 
 
 def _compile(source: Path, executable: Path, includes: list[str], flags: list[str]) -> None:
@@ -138,8 +132,9 @@ def _compile(source: Path, executable: Path, includes: list[str], flags: list[st
 def _prepared_engine(flags: list[str]) -> Path:
     """engine.h, compiled once for these flags: half of the time that a program takes is for this header."""
     engine = HERE / "engine.h"
-    digest = hashlib.sha256(repr(flags).encode() + engine.read_bytes()).hexdigest()[:16]
-    folder = BUILD / f"engine-{digest}"
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout  # reads none but its own
+    digest = hashlib.sha256(repr((flags, str(engine))).encode() + compiler + engine.read_bytes())
+    folder = BUILD / f"engine-{digest.hexdigest()[:16]}"
     header, compiled = folder / engine.name, folder / "engine.h.gch"
     if not compiled.exists():
         folder.mkdir(parents=True, exist_ok=True)

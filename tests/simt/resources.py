@@ -10,6 +10,7 @@ a source is compiled again when it or a header of it has changed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -46,19 +47,22 @@ def nvcc_release() -> str:
 
 def build() -> Path:
     """The extension with all kernels, and a report beside each object; raises RuntimeError with the first errors."""
-    architectures = ";".join([*(f"{number}-real" for number in ARCHITECTURES), f"{PTX}-virtual"])
     torch = Path(importlib.util.find_spec("torch").origin).parent
+    tools = nvcc_release(), shutil.which("nvcc"), sys.executable, str(torch), str(CSRC)  # a build is for these
+    folder = BUILD / hashlib.sha256(repr(tools).encode()).hexdigest()[:8]
     configure = [
-        "cmake", "-S", str(CSRC.parent), "-B", str(BUILD), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DALITOK_TORCH={torch}", "-DALITOK_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}",
+        "cmake", "-S", str(CSRC.parent), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DALITOK_TORCH={torch}", "-DALITOK_CUDA=ON",
         "-DCMAKE_CUDA_FLAGS=-Xptxas=-v", f"-DCMAKE_CUDA_COMPILER_LAUNCHER={sys.executable};{HERE / 'keep_report.py'}",
         "-DCMAKE_CXX_FLAGS_RELEASE=-O0",  # of the other sources: compiles in a quarter of the time
     ]  # fmt: skip
-    for command in (configure, ["cmake", "--build", str(BUILD), "-j", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | compiler_cache.SETTINGS)
+    architectures = ";".join([*(f"{number}-real" for number in ARCHITECTURES), f"{PTX}-virtual"])
+    settings = os.environ | compiler_cache.SETTINGS | {"CMAKE_CUDA_ARCHITECTURES": architectures}
+    for command in (configure, ["cmake", "--build", str(folder), "-j", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True, env=settings)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-    (library,) = BUILD.glob("_C*.so")
+    (library,) = folder.glob("_C*.so")
     return library
 
 
@@ -69,10 +73,10 @@ def readable(mangled: str) -> str:
 
 def measure() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     """What each kernel uses, by source, name and architecture."""
-    build()
+    folder = build().parent
     table = {}
     for source in sorted(CSRC.glob("*_cuda.cu")):
-        (report,) = BUILD.rglob(f"{source.name}.o.txt")
+        (report,) = folder.rglob(f"{source.name}.o.txt")
         kernels: dict[str, dict[str, dict[str, int]]] = {}
         for entry in ENTRY.finditer(report.read_text()):
             shared = re.search(r"(\d+) bytes smem", entry["rest"])
