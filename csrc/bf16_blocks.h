@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "element.h"
+#include "parallel.h"
 #if defined(__AVX512BF16__)
 #include "amx_multiply.h"
 #endif
@@ -26,9 +27,14 @@ constexpr int64_t kStep = 2 * kTile;
 inline int64_t blocks_over(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
 // How many left blocks of so many elements stay in the second-level cache, 1 MiB of it.
+constexpr int64_t kMostBlocks = 16;
 inline int64_t blocks_at_a_time(int64_t elements) {
-  return std::clamp<int64_t>((int64_t{1} << 19) / std::max<int64_t>(elements, 1), 2, 16);
+  return std::clamp<int64_t>((int64_t{1} << 19) / std::max<int64_t>(elements, 1), 2, kMostBlocks);
 }
+
+// Steps of a panel that meet all blocks before the next ones are fetched: the whole of a longer panel would come from the
+// second-level cache again for each block. Fewer were no faster.
+constexpr int64_t kStepsAtATime = 24;
 
 // ---- packing ----
 
@@ -135,15 +141,15 @@ void pack_steps(const T* x, int64_t stride, int64_t outer, int64_t depth, uint16
 // ---- multiplying ----
 
 // Each has `Setup`, which a thread constructs before it calls `multiply`: the product of a block and a panel, both of
-// `steps` steps, as (kBlock, kBlock) float32. `between(row)` is called for each of kBlock rows: what is to be done with the
-// product before, which other units of the processor do while the tiles multiply.
+// `steps` steps, as (kBlock, kBlock) float32, or added to what is there (Accumulate). `between(row)` is called for each of
+// kBlock rows: what is to be done with the product before, which other units of the processor do while the tiles multiply.
 
 struct PlainBlocks {
   struct Setup {};
-  template <class F>
+  template <bool Accumulate, class F>
   static void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps, float* product, const F& between) {
     for (int64_t r = 0; r < kBlock; ++r) between(r);
-    std::fill(product, product + kBlock * kBlock, 0.0f);
+    if constexpr (!Accumulate) std::fill(product, product + kBlock * kBlock, 0.0f);
     for (int64_t step = 0; step < steps; ++step, block += kStep, panel += kStep)
       for (int64_t r = 0; r < kBlock; ++r) {
         const uint16_t* row = block + r * kBlock;  // its two tiles lie one after the other
@@ -163,17 +169,22 @@ struct PlainBlocks {
 
 struct DotBlocks {
   struct Setup {};
-  template <class F>
+  template <bool Accumulate, class F>
   static void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps, float* product, const F& between) {
     for (int64_t r = 0; r < kBlock; ++r) between(r);
-    for (int64_t r = 0; r < kBlock; r += 8) eight_rows(block + r * kBlock, panel, steps, product + r * kBlock);
+    for (int64_t r = 0; r < kBlock; r += 8)
+      eight_rows<Accumulate>(block + r * kBlock, panel, steps, product + r * kBlock);
   }
 
  private:
+  template <bool Accumulate>
   static void eight_rows(const uint16_t* rows, const uint16_t* panel, int64_t steps, float* product) {
     __m512 sum[8][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < 8; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (int r = 0; r < 8; ++r) {
+      sum[r][0] = Accumulate ? _mm512_loadu_ps(product + r * kBlock) : _mm512_setzero_ps();
+      sum[r][1] = Accumulate ? _mm512_loadu_ps(product + r * kBlock + kHalf) : _mm512_setzero_ps();
+    }
     for (int64_t step = 0; step < steps; ++step, rows += kStep, panel += kStep)
       for (int64_t q = 0; q < kHalf; ++q) {
         const auto low = (__m512bh)_mm512_load_si512(panel + q * kBlock);
@@ -197,16 +208,23 @@ struct DotBlocks {
 
 struct AmxBlocks {
   using Setup = AmxTiles;
-  template <class F>
+  template <bool Accumulate, class F>
   ALITOK_AMX static void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps, float* product,
                                   const F& between) {
     int64_t row = 0;
     constexpr int64_t kRow = 64, kProductRow = kBlock * sizeof(float);
     asm volatile("" ::: "memory");  // the tile loads below do not tell the compiler what they read
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (Accumulate) {
+      _tile_loadd(0, product, kProductRow);
+      _tile_loadd(1, product + kHalf, kProductRow);
+      _tile_loadd(2, product + kHalf * kBlock, kProductRow);
+      _tile_loadd(3, product + kHalf * kBlock + kHalf, kProductRow);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
     for (int64_t step = 0; step < steps; ++step, block += kStep, panel += kStep) {
       _tile_stream_loadd(4, block, kRow);  // leaves the panel, which the next block meets too, in the first-level cache
       _tile_loadd(6, panel, kRow);
@@ -229,17 +247,31 @@ struct AmxBlocks {
 
 #endif
 
-// The products of blocks `begin` to `end` with a panel, one after the other: `block(i)` gives a block, `store(i, row, products)`
-// gets each row of its product.
+// The products of blocks `begin` to `end`, at most kMostBlocks, with a panel: `block(i)` gives a block, `store(i, row,
+// products)` gets each row of its product. All blocks meet a part of the panel's depth before the next part is fetched.
 template <class Blocks, class Block, class Store>
 void multiply_each(int64_t begin, int64_t end, const uint16_t* panel, int64_t steps, const Block& block,
                    const Store& store) {
-  alignas(64) float products[2][kBlock * kBlock];
-  for (int64_t i = begin; i < end; ++i)
-    Blocks::multiply(block(i), panel, steps, products[i % 2], [&](int64_t r) {
-      if (i > begin) store(i - 1, r, products[(i - 1) % 2] + r * kBlock);
-    });
-  for (int64_t r = 0; r < kBlock && begin < end; ++r) store(end - 1, r, products[(end - 1) % 2] + r * kBlock);
+  alignas(64) float products[kMostBlocks][kBlock * kBlock];
+  const int64_t part = even_parts(steps, kStepsAtATime);
+  const auto product = [&](int64_t i) { return products[part < steps ? i - begin : i % 2]; };
+  int64_t first = 0;
+  do {
+    const int64_t count = std::min(part, steps - first);
+    for (int64_t i = begin; i < end; ++i) {
+      const auto between = [&](int64_t r) {
+        if (first + count == steps && i > begin) store(i - 1, r, product(i - 1) + r * kBlock);
+      };
+      const uint16_t *left = block(i) + first * kStep, *right = panel + first * kStep;
+      if (first == 0) {
+        Blocks::template multiply<false>(left, right, count, product(i), between);
+      } else {
+        Blocks::template multiply<true>(left, right, count, product(i), between);
+      }
+    }
+    first += count;
+  } while (first < steps);
+  for (int64_t r = 0; r < kBlock && begin < end; ++r) store(end - 1, r, product(end - 1) + r * kBlock);
 }
 
 // f.run<Blocks>() with the fastest of them that this machine has.

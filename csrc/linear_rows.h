@@ -158,11 +158,5 @@ void pack_slots(int64_t slots, int64_t row_size, const Parallel& parallel, const
   });
 }
 
-// How many of `blocks` to pack at a time: at most `most`, and the same number each time; 0 of 0.
-inline int64_t even_parts(int64_t blocks, int64_t most) {
-  const int64_t passes = std::max<int64_t>(1, (blocks + most - 1) / most);
-  return (blocks + passes - 1) / passes;
-}
-
 }  // namespace ALITOK_ISA
 }  // namespace alitok

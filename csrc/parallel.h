@@ -23,4 +23,10 @@ struct Parallel {
   }
 };
 
+// How many of `count` to take at a time: at most `most`, and the same number each time but the last; 0 of 0.
+inline int64_t even_parts(int64_t count, int64_t most) {
+  const int64_t passes = std::max<int64_t>(1, (count + most - 1) / most);
+  return (count + passes - 1) / passes;
+}
+
 }  // namespace alitok

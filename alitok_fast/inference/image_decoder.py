@@ -13,11 +13,11 @@ from alitok_fast import _library
 from alitok_fast.inference.cuda_graph import Turn, capture, storage
 from alitok_fast.inference.origin import Origin
 from alitok_fast.inference.packed_twin import has_twin, packed_twin
+from alitok_fast.inference.parts import images_at_a_time, keep_freed_memory
 from alitok_fast.models.checks import check_plain, check_range, check_tensor
 from alitok_fast.models.tokenizer import Tokenizer
 
 GRAPHS = 4  # batch sizes whose CUDA graphs are kept
-TOGETHER = 64  # images: more are decoded in parts
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -60,6 +60,7 @@ class ImageDecoder:
         self._activations = torch.float32 if self._packed else dtype
         self._take(tokenizer)
         self._begin()
+        keep_freed_memory(self.device)
 
     def _take(self, tokenizer: Tokenizer) -> None:
         check_plain(tokenizer)
@@ -94,7 +95,7 @@ class ImageDecoder:
         check_tensor("tokens", tokens, torch.int64, ("B", self.config.num_tokens), self.device)
         check_range("tokens", tokens, 0, self.config.codebook_size)
         self._refresh()
-        parts = [self._images(part) for part in tokens.split(TOGETHER)]
+        parts = [self._images(part) for part in tokens.split(images_at_a_time(self.device))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _refresh(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alitok_fast.inference.origin import Origin
 from alitok_fast.inference.packed_twin import has_twin, packed_twin
+from alitok_fast.inference.parts import images_at_a_time, keep_freed_memory
 from alitok_fast.models.checks import check_finite, check_plain, check_range, check_tensor
 from alitok_fast.models.tokenizer import Tokenizer
 
@@ -39,6 +40,7 @@ class ImageEncoder:
         self._packed = dtype != tokenizer.dtype and has_twin(dtype, tokenizer.device)
         self._activations = torch.float32 if self._packed else dtype
         self._take()
+        keep_freed_memory(tokenizer.device)
 
     def _take(self) -> None:
         check_plain(self.tokenizer)
@@ -60,5 +62,8 @@ class ImageEncoder:
         check_range("images", images, 0, 1, closed=True)
         if self._origin.changed():
             self._take()
+        return torch.cat([self._tokens(part) for part in images.split(images_at_a_time(images.device))])
+
+    def _tokens(self, images: Tensor) -> Tensor:
         z = check_finite("features", self._encoder(images.to(self._activations), self._latent_tokens))
-        return tokenizer.quantize(z.flatten(0, 1)).indices.view(z.shape[:2])
+        return self.tokenizer.quantize(z.flatten(0, 1)).indices.view(z.shape[:2])

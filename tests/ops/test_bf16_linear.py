@@ -28,7 +28,17 @@ def make(rows, inputs, outputs, dtype=torch.float32, bias=True):
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    [(1, 1, 1), (1, 64, 32), (2, 63, 33), (5, 65, 31), (33, 128, 64), (70, 200, 70), (13, 1024, 97), (600, 96, 40)],
+    [
+        (1, 1, 1),
+        (1, 64, 32),
+        (2, 63, 33),
+        (5, 65, 31),
+        (33, 128, 64),
+        (70, 200, 70),
+        (13, 1024, 97),
+        (600, 96, 40),
+        (600, 1700, 33),
+    ],
 )
 def test_matches_reference(cpu_isa, dtype, out_dtype, rows, inputs, outputs):
     x, weight, bias = make(rows, inputs, outputs, dtype, bias=rows != 2)

@@ -10,7 +10,7 @@ from alitok_fast.ops.linear import linear, linear_reference, mixed_linear
 from alitok_fast.testing import EPSILON
 
 BF16 = torch.bfloat16
-SHAPES = [(1, 1, 1), (2, 33, 31), (33, 70, 45), (31, 32, 64), (70, 200, 97), (3100, 40, 33)]
+SHAPES = [(1, 1, 1), (2, 33, 31), (33, 70, 45), (31, 32, 64), (70, 200, 97), (3100, 40, 33), (70, 1600, 33)]
 
 
 def make(rows, inputs, outputs, weight_dtype=torch.float32):
