@@ -24,35 +24,63 @@ void pack_block(const PackedLinearParams& p, int64_t block, float* values, uint1
   }
 }
 
+// Packed blocks, and a row on its way into one.
+struct Space {
+  FloatBuffer memory;
+  FloatRow row;
+  Space(int64_t elements, int64_t inputs) : memory(elements / 2), row(inputs) {}
+  uint16_t* packed() { return reinterpret_cast<uint16_t*>(+memory); }
+};
+
 template <class X, class Out>
 struct Run {
   const PackedLinearParams& p;
   const Parallel& parallel;
+  const int64_t steps = bf16::blocks_over(p.inputs), size = steps * bf16::kStep;
+  const int64_t blocks = bf16::blocks_over(p.rows), panels = bf16::blocks_over(p.outputs);
+  const bool stream = streams(p.rows * p.outputs * static_cast<int64_t>(sizeof(typename Out::Storage)));
 
   template <class Blocks>
   void run() const {
-    const int64_t steps = bf16::blocks_over(p.inputs), size = steps * bf16::kStep;
-    const int64_t blocks = bf16::blocks_over(p.rows), panels = bf16::blocks_over(p.outputs);
-    const int64_t slots = even_parts(blocks, bf16::blocks_at_a_time(size));
-    const auto* weight = static_cast<const uint16_t*>(p.weight);
-    FloatBuffer chunk(slots * size / 2);
-    auto* packed = reinterpret_cast<uint16_t*>(+chunk);
-    const bool stream = streams(p.rows * p.outputs * static_cast<int64_t>(sizeof(typename Out::Storage)));
-    for_blocks_and_panels<typename Blocks::Setup>(
+    using Setup = typename Blocks::Setup;
+    const int64_t most = bf16::blocks_at_a_time(size);
+    if (own_blocks(blocks, parallel)) {
+      const int64_t slots = even_parts(blocks / parallel.threads, most);
+      Scratch<Space> spaces(parallel, blocks, slots * size, p.inputs);
+      for_own_blocks<Setup>(
+          blocks, panels, slots, parallel, spaces,
+          [&](Space& space, int64_t block, int64_t slot) {
+            pack_block<X>(p, block, +space.row.values, space.packed() + slot * size);
+          },
+          [&](Space& space, int64_t panel, int64_t first, int64_t count) {
+            multiply<Blocks>(space.packed(), panel, first, 0, count);
+          });
+      return;
+    }
+    const int64_t slots = even_parts(blocks, most);
+    Space space(slots * size, 0);
+    for_blocks_and_panels<Setup>(
         blocks, panels, slots, parallel,
         [&](int64_t first, int64_t count) {
           pack_slots(count, p.inputs, parallel, [&](int64_t slot, float* values) {
-            pack_block<X>(p, first + slot, values, packed + slot * size);
+            pack_block<X>(p, first + slot, values, space.packed() + slot * size);
           });
         },
         [&](int64_t panel, int64_t first, int64_t begin, int64_t end) {
-          const int64_t column = panel * kBlock, columns = std::min(kBlock, p.outputs - column);
-          bf16::multiply_each<Blocks>(
-              begin, end, weight + panel * size, steps, [&](int64_t slot) { return packed + slot * size; },
-              [&](int64_t slot, int64_t r, const float* products) {
-                const int64_t row = (first + slot) * kBlock + r;
-                if (row < p.rows) store_row<Out>(p, row, column, columns, stream, products);
-              });
+          multiply<Blocks>(space.packed(), panel, first, begin, end);
+        });
+  }
+
+  // Slots `begin` to `end` of `packed`, whose first block is `first`, with a panel.
+  template <class Blocks>
+  void multiply(const uint16_t* packed, int64_t panel, int64_t first, int64_t begin, int64_t end) const {
+    const int64_t column = panel * kBlock, columns = std::min(kBlock, p.outputs - column);
+    bf16::multiply_each<Blocks>(
+        begin, end, static_cast<const uint16_t*>(p.weight) + panel * size, steps,
+        [&](int64_t slot) { return packed + slot * size; },
+        [&](int64_t slot, int64_t r, const float* products) {
+          const int64_t row = (first + slot) * kBlock + r;
+          if (row < p.rows) store_row<Out>(p, row, column, columns, stream, products);
         });
   }
 };

@@ -142,6 +142,26 @@ void for_blocks_and_panels(int64_t blocks, int64_t panels, int64_t most_slots, c
   }
 }
 
+// Whether there are blocks enough for each thread to have its own, of nearly the same number.
+inline bool own_blocks(int64_t blocks, const Parallel& parallel) { return blocks >= 8 * int64_t{parallel.threads}; }
+
+// As for_blocks_and_panels, but each thread packs the blocks that it multiplies, into a Space of its own, so that no thread
+// waits for another before the end: `pack(space, block, slot)` and `multiply(space, panel, first block, slots)`.
+template <class Setup, class Space, class Pack, class Multiply>
+void for_own_blocks(int64_t blocks, int64_t panels, int64_t most_slots, const Parallel& parallel,
+                    Scratch<Space>& spaces, const Pack& pack, const Multiply& multiply) {
+  parallel(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    Space& space = spaces.take();
+    [[maybe_unused]] Setup setup{};
+    for (int64_t first = begin; first < end; first += most_slots) {
+      const int64_t slots = std::min(most_slots, end - first);
+      for (int64_t slot = 0; slot < slots; ++slot) pack(space, first + slot, slot);
+      for (int64_t panel = 0; panel < panels; ++panel) multiply(space, panel, first, slots);
+    }
+    finish_streaming();
+  });
+}
+
 // A row in float32, before it is rounded; zeros where nothing was written.
 struct FloatRow {
   FloatBuffer values;
