@@ -82,3 +82,12 @@ def predict(model: SmallClassifier, images: Tensor, batch_size: int = 500) -> Te
     """Classes (n,) of images (n, 3, H, W), uint8 or floats in [0, 1]."""
     scale = 255 if images.dtype == torch.uint8 else 1
     return torch.cat([model(part.float() / scale).argmax(1) for part in images.split(batch_size)])
+
+
+@torch.inference_mode()
+def features(model: SmallClassifier, images: Tensor, batch_size: int = 500) -> Tensor:
+    """What the last layer reads, (n, 128) float64, of images (n, 3, H, W), uint8 or floats in [0, 1]."""
+    scale = 255 if images.dtype == torch.uint8 else 1
+    body = [model.head[:-1](model.features((part.float() / scale).mean(1, keepdim=True) * 2 - 1))
+            for part in images.split(batch_size)]  # fmt: skip
+    return torch.cat(body).double()

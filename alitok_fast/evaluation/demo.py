@@ -24,9 +24,10 @@ from torch import Tensor
 
 from alitok_fast.data import open_source
 from alitok_fast.data.transforms import centre_crop
-from alitok_fast.evaluation.classifier import SmallClassifier, predict, train_classifier
+from alitok_fast.evaluation.classifier import SmallClassifier, features, predict, train_classifier
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
-from alitok_fast.evaluation.feature_distance import features, frechet_distance, standard_error
+from alitok_fast.evaluation.measures import frechet_distance, standard_error
+from alitok_fast.evaluation.moments import Moments
 from alitok_fast.evaluation.psnr import psnr
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.sampler import Sampler
@@ -97,8 +98,10 @@ def evaluate_samples(
     agreed = (predict(classifier, images) == labels).double()
     sampled = features(classifier, images)
 
+    real = Moments.of(real_features)
+
     def distance(values: Tensor) -> float:
-        return frechet_distance(values, real_features)
+        return frechet_distance(Moments.of(values), real)
 
     return {
         "samples": len(labels),

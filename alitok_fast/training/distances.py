@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from alitok_fast.models.perceptual import logit_distance, lpips_distance
 from alitok_fast.storage.files import weights_fingerprint
 from alitok_fast.training.config import TokenizerTrainConfig
-from alitok_fast.training.perceptual import logit_distance, lpips_distance
 from alitok_fast.training.phases import Phase
 
 

@@ -1,7 +1,7 @@
 """Losses of the tokenizer, of its discriminator and of the generator, all in float32 whatever autocast says.
 
 Each is a mean over the local batch, so that the mean over ranks of equal batches is the loss of the whole batch. The
-perceptual distances are networks: training/perceptual.py. The factors are those of the published training, whose
+perceptual distances are networks: models/perceptual.py. The factors are those of the published training, whose
 numbers differ from the paper's text (0.1 * 0.05 where it says 0.1).
 """
 

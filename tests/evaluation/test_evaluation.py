@@ -12,10 +12,9 @@ import torch
 from alitok_fast import PackedGenerator, load_generator, load_tokenizer
 from alitok_fast.data import open_source
 from alitok_fast.data.transforms import centre_crop
-from alitok_fast.evaluation.classifier import predict, train_classifier
+from alitok_fast.evaluation.classifier import features, predict, train_classifier
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
 from alitok_fast.evaluation.demo import evaluate_samples, evaluate_tokenizer, generate_samples
-from alitok_fast.evaluation.feature_distance import features, frechet_distance, standard_error
 from alitok_fast.evaluation.psnr import psnr
 from alitok_fast.inference.image_decoder import ImageDecoder
 
@@ -75,25 +74,6 @@ def test_tokenizer_and_samples_are_measured() -> None:
     drawn, labels = generate_samples(generator, tokenizer.decode, per_class=2, seed=3, batch_size=4)
     assert drawn.shape == (6, 3, 8, 8) and labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert torch.allclose(drawn, tokenizer.decode(sample(generator, labels, seed=3)), atol=1e-5)
-
-
-def test_frechet_distance_of_gaussians() -> None:
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(5000, 4, generator=rng, dtype=torch.float64)
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # mean 0, covariance 1 exactly
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(x, x + 2) == pytest.approx(4 * 2**2)
-    assert frechet_distance(x, 3 * x) == pytest.approx(4 * (3 - 1) ** 2)
-    scale = torch.diag(torch.tensor([1.0, 2, 3, 4], dtype=torch.float64))
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=rng, dtype=torch.float64))[0]
-    assert frechet_distance(x @ turn, x @ scale @ turn) == pytest.approx(0 + 1 + 4 + 9)
-    with pytest.raises(ValueError, match=r"second: expected shape \(n, d\) with n >= 2, got \(1, 4\)"):
-        frechet_distance(x, x[:1])
-
-
-def test_standard_error_of_a_mean() -> None:
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
-    assert standard_error(lambda v: float(v.mean()), values, 400) == pytest.approx(1 / 400**0.5, rel=0.2)
 
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")

@@ -14,8 +14,8 @@ from torchvision_here import import_or_skip
 
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
 from alitok_fast.data.loader import stack
+from alitok_fast.models.perceptual import logit_distance, lpips_distance
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
-from alitok_fast.training.perceptual import logit_distance, lpips_distance
 
 TOKENIZER = TokenizerConfig(
     image_size=8, patch_size=4, codebook_size=16, code_dim=8, encoder_width=16, encoder_layers=1, encoder_heads=2,

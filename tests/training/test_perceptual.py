@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision_here import import_or_skip
 
-from alitok_fast.training.perceptual import logit_distance, lpips_distance
+from alitok_fast.models.perceptual import logit_distance, lpips_distance
 
 TOLERANCE = 1e-5
 
@@ -206,7 +206,7 @@ def test_a_torchvision_of_another_torch_is_named(monkeypatch) -> None:
     def failing(name: str):
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr("alitok_fast.training.perceptual.importlib.import_module", failing)
+    monkeypatch.setattr("alitok_fast.models.pretrained.importlib.import_module", failing)
     with pytest.raises(ImportError, match="torchvision::nms does not exist.*: install the release of torchvision"):
         logit_distance("convnext_small")
 

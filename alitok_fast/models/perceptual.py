@@ -5,7 +5,6 @@ Their weights are the libraries' own files, fetched by torch.hub as torchvision 
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alitok_fast._library import install_hint
 from alitok_fast.models import efficientnet_lite
 from alitok_fast.models.layers import making
+from alitok_fast.models.pretrained import fetched, fill, library, read_weights
 from alitok_fast.storage.tensor_files import read_tensors
-from alitok_fast.storage.text import first_line, shown
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,17 +52,17 @@ def lpips_distance(
     """
     if net not in TRUNKS:
         raise ValueError(f"net: expected one of {', '.join(TRUNKS)}, got {net!r}")
-    library, torchvision = _library("lpips"), _library("torchvision")
+    lpips, torchvision = _library("lpips"), _library("torchvision")
     with making("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's, about how lpips names its weights
-        network = library.LPIPS(pretrained=False, net=net, pnet_rand=True, verbose=False)
-    network.scaling_layer = library.ScalingLayer()
-    heads = Path(library.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+        network = lpips.LPIPS(pretrained=False, net=net, pnet_rand=True, verbose=False)
+    network.scaling_layer = lpips.ScalingLayer()
+    heads = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     network.load_state_dict(read_tensors(heads, check=bool), strict=False, assign=True)
     kind, enum = TRUNKS[net]
-    state, source = _torchvision_state(getattr(torchvision.models, enum).IMAGENET1K_V1, weights, option)
+    state, source = _torchvision_state(getattr(torchvision.models, enum).IMAGENET1K_V1.url, weights, option)
     names = {name: "features." + name.partition(".")[2] for name in network.net.state_dict()}  # slice1.0.weight
-    _fill(network.net, {name: state[there] for name, there in names.items() if there in state}, kind, source, option)
+    fill(network.net, {name: state[there] for name, there in names.items() if there in state}, kind, source, option)
     network.net = _InPrecision(network.net, dtype)
     return _Lpips(network)
 
@@ -141,8 +139,8 @@ def _convnext_small(weights: str | Path | None, dtype: torch.dtype, option: str)
     models = _library("torchvision").models
     with making("meta"):
         network = models.convnext_small(weights=None)
-    state, source = _torchvision_state(models.ConvNeXt_Small_Weights.IMAGENET1K_V1, weights, option)
-    _fill(network, state, "convnext_small", source, option)
+    state, source = _torchvision_state(models.ConvNeXt_Small_Weights.IMAGENET1K_V1.url, weights, option)
+    fill(network, state, "convnext_small", source, option)
     return _Classifier(network, dtype, 224, IMAGENET_MEAN, IMAGENET_STD)
 
 
@@ -152,7 +150,7 @@ def _efficientnet_lite0(weights: str | Path | None, dtype: torch.dtype, option: 
         weights = package.EfficientnetLite0ModelFile.get_model_file_path()
     with making("meta"):
         network = efficientnet_lite.EfficientNetLite0()
-    _fill(network, _read(Path(weights), option), "efficientnet_lite0", str(weights), option)
+    fill(network, read_weights(Path(weights), option), "efficientnet_lite0", str(weights), option)
     mean, std = (3 * (value,) for value in (efficientnet_lite.MEAN, efficientnet_lite.STD))
     return _Classifier(network, dtype, efficientnet_lite.SIZE, mean, std)
 
@@ -161,54 +159,8 @@ CLASSIFIERS = {"convnext_small": _convnext_small, "efficientnet_lite0": _efficie
 
 
 def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"the perceptual losses need {name.replace('_', '-')}, which cannot be imported ({first_line(error)}): "
-            f"{install_hint('train')}"
-        ) from error
-    except RuntimeError as error:  # operator torchvision::nms does not exist
-        raise ImportError(
-            f"{name} cannot be imported ({first_line(error)}): install the release of torchvision that belongs to "
-            f"torch {torch.__version__}"
-        ) from error
+    return library(name, "the perceptual losses", "train")
 
 
-def _torchvision_state(known: Any, weights: str | Path | None, option: str) -> tuple[Mapping[str, Tensor], str]:
-    """What torchvision's file of weights `known` holds, and its place: `weights`, else where torch.hub puts it."""
-    if weights is not None:
-        return _read(Path(weights), option), str(weights)
-    place = Path(torch.hub.get_dir(), "checkpoints", known.url.rpartition("/")[2])
-    if not place.exists():
-        try:
-            known.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError) as error:  # no network; another file than it should be
-            raise OSError(
-                f"{option}: expected {place.name}, torchvision's weights, in {place.parent}, and fetching it failed "
-                f"({first_line(error)}). Download {known.url} where there is a network and put it there, or give its "
-                f"path as {option}"
-            ) from error
-    return _read(place, option), str(place)
-
-
-def _read(path: Path, option: str) -> Mapping[str, Tensor]:
-    try:
-        state = read_tensors(path, check=bool)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{option}: expected tensors by name, got {path} with other things in it")
-    return state
-
-
-def _fill(network: nn.Module, state: Mapping[str, Tensor], kind: str, source: str, option: str) -> None:
-    """Give a network that was made without values those of a file. ValueError where they are not of this network."""
-    wanted, expected = network.state_dict(), f"{option}: expected the weights of {kind}, got {shown(source, 300)}"
-    for name, value in wanted.items():
-        if name not in state:
-            raise ValueError(f"{expected} without {name}")
-        if state[name].shape != value.shape:
-            shapes = tuple(state[name].shape), tuple(value.shape)
-            raise ValueError(f"{expected} with {name} of shape {shapes[0]} in place of {shapes[1]}")
-    network.load_state_dict({name: state[name].to(value.dtype) for name, value in wanted.items()}, assign=True)
+def _torchvision_state(url: str, weights: str | Path | None, option: str) -> tuple[Mapping[str, Tensor], str]:
+    return fetched(url, weights, option, "torchvision's weights")
