@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Of `count` feature vectors: `mean` (d,) and `covariance` (d, d), divided by count - 1; float64."""
+    """Mean (d,) and covariance (d, d), divided by count - 1, of `count` feature vectors (None: unknown); float64."""
 
-    count: int
+    count: int | None
     mean: Tensor
     covariance: Tensor
 
