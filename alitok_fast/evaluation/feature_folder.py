@@ -95,11 +95,14 @@ class FeatureFolder:
             together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             write_atomically(self._file(chunk), partial(save_file, together))
 
+    def names(self) -> set[str]:
+        """What features there are. Raises ValueError where some are missing."""
+        self._check_whole()
+        return set(read_tensors(self._file(self.chunks[0]), check=bool))
+
     def parts(self, name: str) -> Iterator[Tensor]:
         """Features `name`, (b, d) float32 file by file. Raises ValueError where some are missing."""
-        if left := self.missing():
-            images = sum(map(len, left))
-            raise ValueError(f"features: expected those of {self.count} images in {self.path}, {images} are missing")
+        self._check_whole()
         for chunk in self.chunks:
             tensors = read_tensors(self._file(chunk), check=bool)
             if name not in tensors or len(tensors[name]) != len(chunk):
@@ -116,6 +119,10 @@ class FeatureFolder:
         for part in self.parts(name):
             sums.add(part)
         return sums.moments()
+
+    def _check_whole(self) -> None:
+        if left := sum(map(len, self.missing())):
+            raise ValueError(f"features: expected those of {self.count} images in {self.path}, {left} are missing")
 
     def _file(self, chunk: range) -> Path:
         return self.path / f"{chunk.start:08}.safetensors"

@@ -1,0 +1,89 @@
+"""All measures of a set of generated images against a reference, from one pass of features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from alitok_fast.evaluation.feature_folder import FeatureFolder
+from alitok_fast.evaluation.measures import frechet_distance, inception_score, kernel_distance, precision_recall
+from alitok_fast.evaluation.moments import Moments
+from alitok_fast.evaluation.reference import Reference
+
+IMAGES = 50_000  # of the published numbers
+SUBSET = 1000  # vectors of a subset of the kernel distance
+
+# What a measure is called in Inception's features; in those of another network it has the name on the left.
+INCEPTION_NAMES = {
+    "frechet_distance": "fid",
+    "spatial_frechet_distance": "sfid",
+    "kernel_distance": "kid",
+    "class_score": "inception_score",
+}
+
+
+def compare(
+    features: FeatureFolder, reference: Reference, vectors: Tensor | None = None, inception: bool = True
+) -> dict[str, float]:
+    """Every measure for which there is what it needs, by name.
+
+    The Frechet distance of "pooled", and of "spatial" where both sides have it; the score of "logits" in ten parts of
+    the images in order, as the ADM suite has it; precision, recall and the kernel distance where pooled features of
+    reference images are given. Those of means over parts have their standard deviation as NAME_std.
+
+    Args:
+        features: of all images, with "pooled", and maybe "spatial" and "logits".
+        reference: moments of the same network's features.
+        vectors: (m, d) pooled features of reference images; None takes `reference.vectors`.
+        inception: whether the features are Inception's, so that measures have the field's names (`INCEPTION_NAMES`).
+
+    Raises:
+        ValueError: for features that do not fit each other, or are missing.
+    """
+    names: Mapping[str, str] = INCEPTION_NAMES if inception else {}
+    found: dict[str, float] = {}
+
+    def put(name: str, mean: float, std: float | None = None) -> None:
+        name = names.get(name, name)
+        found[name] = mean
+        if std is not None:
+            found[f"{name}_std"] = std
+
+    there = features.names()
+    for name, measure in (("pooled", "frechet_distance"), ("spatial", "spatial_frechet_distance")):
+        if name == "pooled" or (name in there and name in reference.moments):
+            put(measure, frechet_distance(features.moments(name), _of_reference(reference, name)))
+    if "logits" in there:
+        put("class_score", *inception_score(features.vectors("logits"), splits=min(10, features.count)))
+    vectors = reference.vectors if vectors is None else vectors
+    if vectors is not None:
+        pooled = features.vectors("pooled")
+        size = min(SUBSET, len(pooled), len(vectors))
+        put("kernel_distance", *kernel_distance(pooled, vectors, subset_size=size))
+        found |= precision_recall(pooled, vectors)._asdict()
+    return found
+
+
+def doubts(features: FeatureFolder, reference: Reference) -> list[str]:
+    """What makes these numbers incomparable with published ones, in sentences; none where nothing is known to."""
+    found = []
+    if features.count != IMAGES:
+        found.append(
+            f"the images are {features.count:,}, published numbers are of {IMAGES:,}: a Frechet distance falls as "
+            "their number grows"
+        )
+    count = next(iter(reference.moments.values())).count
+    if count is not None and count < IMAGES and reference.kind == "alitok_fast":
+        found.append(f"the reference has {count:,} images: the fewer, the larger a Frechet distance")
+    for name in sorted(features.facts.keys() & reference.facts.keys() & {"network", "weights", "size", "crop"}):
+        ours, theirs = features.facts[name], reference.facts[name]
+        if ours != theirs:
+            found.append(f"{name}: the images have {ours!r}, the reference has {theirs!r}")
+    return found
+
+
+def _of_reference(reference: Reference, name: str) -> Moments:
+    if name not in reference.moments:
+        raise ValueError(f"reference: expected moments of {name!r}, got those of {', '.join(reference.moments)}")
+    return reference.moments[name]
