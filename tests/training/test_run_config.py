@@ -183,7 +183,7 @@ def test_paths_begin_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert run.data.path == str(tmp_path / "photos")
     assert (run.start.stage1, run.start.init) == (str(tmp_path / "runs" / "first"), "demo")
     assert run.training.lpips_weights == str(tmp_path / "runs" / "a" / "w.pth")
-    assert run.models.perceptual_weights == ""
+    assert run.training.perceptual_weights == ""
     run = of_file(tmp_path / "runs" / "a", text, "tokenizer", "data.path=photos", "model.init=user/name")
     assert (run.data.path, run.start.init) == (str(tmp_path / "photos"), "user/name")
     assert of_file(tmp_path, '[data]\npath = "hf:user/name"\n').data.path == "hf:user/name"
