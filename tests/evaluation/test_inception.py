@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile import Touch
 from torch import Tensor, nn
 from torchvision_here import import_or_skip
 
@@ -78,16 +79,6 @@ def test_spatial_features_are_seven_channels_of_mixed_6(weights_file: Path) -> N
 def test_other_images_are_refused(weights_file: Path, images: Tensor, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         Inception(weights_file)(images)
-
-
-class Touch:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

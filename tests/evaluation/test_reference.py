@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hostile import Touch
 from safetensors.torch import save_file
 
 from alitok_fast.evaluation.moments import Moments
@@ -97,16 +98,6 @@ def test_bad_statistics_are_named(tmp_path: Path, changes: dict, message: str) -
     np.savez(path, **arrays(**changes))
     with pytest.raises(ValueError, match=f"--reference: .*{message}"):
         read_reference(path, "--reference")
-
-
-class Touch:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
