@@ -30,7 +30,8 @@ def compare(
 
     The Frechet distance of "pooled", and of "spatial" where both sides have it; the score of "logits" in ten parts of
     the images in order, as the ADM suite has it; precision, recall and the kernel distance where pooled features of
-    reference images are given. Those of means over parts have their standard deviation as NAME_std.
+    reference images are given (in subsets of 1,000, or of as many as the smaller set has). Those of means over parts
+    have their standard deviation as NAME_std.
 
     Args:
         features: of all images, with "pooled", and maybe "spatial" and "logits".

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alitok_fast.evaluation.moments import Moments, MomentSums
-from alitok_fast.storage.files import differences, read_json, write_atomically, write_json
+from alitok_fast.storage.files import differences, leftovers, read_json, write_atomically, write_json
 from alitok_fast.storage.tensor_files import read_tensors
 
 FORMAT = "alitok_fast features 1"
@@ -53,7 +53,7 @@ class FeatureFolder:
                     f"features: {path} holds those of other images or settings ({'; '.join(different)}); name another "
                     "folder, or remove this one"
                 )
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and set(path.iterdir()) - set(leftovers(path, {ABOUT})):  # begun by a run that was killed
             raise ValueError(f"features: expected a new folder or one with {ABOUT}, got {path} with other things in it")
         else:
             path.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,6 @@ class ImageDecoder:
         self._activations = torch.float32 if self._packed else dtype
         self._take(tokenizer)
         self._begin()
-        keep_freed_memory(self.device)
 
     def _take(self, tokenizer: Tokenizer) -> None:
         check_plain(tokenizer)
@@ -80,6 +79,7 @@ class ImageDecoder:
         self._read_by_graphs: list[Tensor] = []
         self._turn = Turn(self.device)  # a graph has one place for its tokens
         self._turn.outlives(self)
+        keep_freed_memory(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         made = ("_graphs", "_pool", "_read_by_graphs", "_turn")

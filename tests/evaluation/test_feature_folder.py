@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alitok_fast.evaluation.feature_folder import ABOUT, FeatureFolder
 from alitok_fast.evaluation.moments import Moments
+from alitok_fast.storage.files import SUFFIX
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (23, 4, 6, 3), np.uint8)
 FACTS = {"images": "samples.npz", "network": "mean and size"}
@@ -77,6 +78,11 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     again.compute(noted, extractor)
     assert asked == [10, 15, 20]
     assert torch.equal(again.vectors("pooled"), whole(tmp_path / "other").vectors("pooled"))
+
+
+def test_a_run_killed_at_its_very_beginning_goes_on(tmp_path: Path) -> None:
+    (tmp_path / f".{ABOUT}{SUFFIX}").write_text("{")
+    assert whole(tmp_path).missing() == []
 
 
 @pytest.mark.parametrize(
