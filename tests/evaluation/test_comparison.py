@@ -77,11 +77,13 @@ def test_distances_in_other_features_are_not_called_fid(tmp_path: Path) -> None:
 
 
 def test_what_hinders_a_comparison_is_said(tmp_path: Path) -> None:
-    features = folder(tmp_path, network="inception", size=256, crop="none")
+    features = folder(tmp_path, network="inception", size=256, crop="none", weights_file="abcdefabcd")
     said = doubts(features, reference(kind="alitok_fast", network="inception", size=64, crop="ADM"))
     assert [line.split(":")[0] for line in said] == [
         "the images are 40, published numbers are of 50,000",
         "the reference has 60 images",
+        "Inception's weights are of a file whose SHA-256 begins with abcdefab, "
+        "published numbers are of those of 6726825d",
         "crop",
         "size",
     ]

@@ -11,53 +11,30 @@ import pytest
 import torch
 from hostile import Touch
 from torch import Tensor, nn
-from torchvision_here import import_or_skip
+from torchvision_here import import_or_skip, smooth_pictures
 
 from alitok_fast.evaluation.inception import Inception
 
 
-@pytest.fixture(scope="module")
-def weights_file(tmp_path_factory) -> Path:
-    """Random weights, and statistics of batches that keep the activations of every layer near 1."""
+def test_features_are_torch_fidelitys(inception_weights: Path) -> None:
     module = import_or_skip("torch_fidelity.feature_extractor_inceptionv3")
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.torch, "load", lambda *arguments, **options: {})
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        network = module.FeatureExtractorInceptionV3("fresh", ["2048"], str(path))
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None  # the mean over batches
-            layer.train()
-    network(pictures(4))
-    torch.save(network.eval().state_dict(), path)
-    return path
-
-
-def pictures(count: int, size: int = 96) -> Tensor:
-    rng = torch.Generator().manual_seed(count)
-    coarse = torch.rand(count, 3, 6, 6, generator=rng)
-    return (255 * nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)).to(torch.uint8)
-
-
-def test_features_are_torch_fidelitys(weights_file: Path) -> None:
-    module = import_or_skip("torch_fidelity.feature_extractor_inceptionv3")
-    theirs = module.FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], str(weights_file))
-    images, inception = pictures(3), Inception(weights_file)
+    theirs = module.FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], str(inception_weights))
+    images, inception = smooth_pictures(3), Inception(inception_weights)
     pooled, logits = theirs(images)
     got = inception(images)
     assert pooled.std(0).mean() > 0.01  # images differ
     torch.testing.assert_close(got.pooled, pooled, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.logits, logits, rtol=1e-4, atol=1e-5)
-    assert got.pooled.shape == (3, 2048) and got.logits.shape == (3, 1008) and inception.source == str(weights_file)
+    assert (
+        got.pooled.shape == (3, 2048) and got.logits.shape == (3, 1008) and inception.source == str(inception_weights)
+    )
 
 
-def test_spatial_features_are_seven_channels_of_mixed_6(weights_file: Path) -> None:
+def test_spatial_features_are_seven_channels_of_mixed_6(inception_weights: Path) -> None:
     """mixed is Mixed_5b, so mixed_6 is Mixed_6d; its convolution `conv` is the branch of 1 x 1, after ReLU."""
     import_or_skip("torch_fidelity")
-    inception, inputs = Inception(weights_file), []
-    network, images = inception._network, pictures(2)
+    inception, inputs = Inception(inception_weights), []
+    network, images = inception._network, smooth_pictures(2)
     network.Mixed_6d.register_forward_pre_hook(lambda layer, given: inputs.append(given[0]))
     got = inception(images).spatial
     branch = network.Mixed_6d.branch1x1
@@ -66,7 +43,7 @@ def test_spatial_features_are_seven_channels_of_mixed_6(weights_file: Path) -> N
     for place, value in (((0, 0, 0), 0), ((0, 1, 0), 7), ((1, 0, 3), 17 * 7 + 3), ((16, 16, 6), 2022)):
         row, column, channel = place
         torch.testing.assert_close(got[:, value], full[:, channel, row, column])
-    assert not torch.equal(inception(pictures(3)[:2]).spatial, got)  # nothing of the call before
+    assert not torch.equal(inception(smooth_pictures(3)[:2]).spatial, got)  # nothing of the call before
 
 
 @pytest.mark.parametrize(
@@ -76,9 +53,9 @@ def test_spatial_features_are_seven_channels_of_mixed_6(weights_file: Path) -> N
         (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ValueError, r"expected shape \(B, 3, H, W\), got \(1, 8, 8, 3\)"),
     ],
 )
-def test_other_images_are_refused(weights_file: Path, images: Tensor, error: type, message: str) -> None:
+def test_other_images_are_refused(inception_weights: Path, images: Tensor, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        Inception(weights_file)(images)
+        Inception(inception_weights)(images)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
