@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -78,18 +79,28 @@ def doubts(features: FeatureFolder, reference: Reference) -> list[str]:
     count = next(iter(reference.moments.values())).count
     if count is not None and count < IMAGES and reference.kind == "alitok_fast":
         found.append(f"the reference has {count:,} images: the fewer, the larger a Frechet distance")
-    if features.facts.get("network") == "inception":
-        file = str(features.facts.get("weights_file", ""))
-        if not file.startswith(INCEPTION_FILE):
-            found.append(
-                f"Inception's weights are of a file whose SHA-256 begins with {file[:8]}, published numbers are of "
-                f"those of {INCEPTION_FILE}"
-            )
-    for name in sorted(features.facts.keys() & reference.facts.keys() & {"network", "weights", "size", "crop"}):
-        ours, theirs = features.facts[name], reference.facts[name]
-        if ours != theirs:
-            found.append(f"{name}: the images have {ours!r}, the reference has {theirs!r}")
-    return found
+    return found + doubts_of_network(features.facts) + doubts_of_pairing(features.facts, reference)
+
+
+def doubts_of_network(facts: Mapping[str, Any]) -> list[str]:
+    """What of a network's facts makes its features incomparable with published ones, in sentences."""
+    file = str(facts.get("weights_file", ""))
+    if facts.get("network") != "inception" or file.startswith(INCEPTION_FILE):
+        return []
+    return [
+        f"Inception's weights are of a file whose SHA-256 begins with {file[:8]}, published numbers are of those of "
+        f"{INCEPTION_FILE}"
+    ]
+
+
+def doubts_of_pairing(facts: Mapping[str, Any], reference: Reference) -> list[str]:
+    """What the images' features have otherwise than those of a reference, in sentences."""
+    both = sorted(facts.keys() & reference.facts.keys() & {"network", "weights", "size", "crop"})
+    return [
+        f"{name}: the images have {facts[name]!r}, the reference has {reference.facts[name]!r}"
+        for name in both
+        if facts[name] != reference.facts[name]
+    ]
 
 
 def _of_reference(reference: Reference, name: str) -> Moments:

@@ -1,0 +1,202 @@
+"""`alitok-fast evaluate reconstruction`: how well a tokenizer gives pictures back. torch loads inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from alitok_fast.cli.data import SourceOptions
+from alitok_fast.cli.options import (
+    BatchSize,
+    MaybeInt,
+    MaybePath,
+    MaybeText,
+    MaybeTexts,
+    Progress,
+    option,
+    with_options,
+)
+from alitok_fast.storage.text import shown
+
+AUTO = "auto"
+HELD_OUT = ("val", "validation", "test", "train")  # data without splits are opened as "train"
+READING = "as stored: EXIF orientation and colour profiles ignored, JPEGs decoded whole"
+MEASURED = "reconstruction"
+UNITS = {"psnr": " dB", "psnr_of_mean_error": " dB"}
+
+
+@dataclass(frozen=True)
+class HeldOutOptions(SourceOptions):
+    """Pictures that the tokenizer was not trained on, where there are any, read as the published preparation does."""
+
+    split: str = option(AUTO, "Split of the data; 'auto' takes val, validation or test, or data without splits whole.")
+
+    def open(self, report: Callable[[str], object], **reading: Any) -> Any:
+        """The source; raises as `alitok_fast.data.open_source`."""
+        if self.split != AUTO:
+            return super().open(report, **reading)
+        for split in HELD_OUT:
+            try:
+                return dataclasses.replace(self, split=split).open(report, **reading)
+            except ValueError as error:
+                if not str(error).startswith("split:") or split == HELD_OUT[-1]:
+                    raise
+
+
+@with_options(source=HeldOutOptions)
+def reconstruction(
+    source: Any,
+    out: Annotated[Path, typer.Option(help="JSON file of the result.")],
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer: 'demo', a model folder or a checkpoint file.")] = "demo",
+    network: Annotated[
+        MaybeTexts,
+        typer.Option(help="Network of the Frechet distance; repeatable. 'inception' if not given, 'none' for none."),
+    ] = None,
+    weights: Annotated[
+        MaybeTexts, typer.Option(help="File of the network's weights; of several networks NETWORK=FILE, repeatable.")
+    ] = None,
+    lpips: Annotated[str, typer.Option(help="Network of LPIPS: vgg, alex, squeeze or none.")] = "vgg",
+    lpips_weights: Annotated[MaybePath, typer.Option(help="torchvision's file of its weights.")] = None,
+    reference: Annotated[
+        MaybePath, typer.Option(help="Statistics to measure from in place of the originals: .npz, .pt, .safetensors.")
+    ] = None,
+    num_images: Annotated[MaybeInt, typer.Option(help="Take the first so many pictures.", min=1)] = None,
+    encode_dtype: Annotated[
+        str, typer.Option(help="Precision of the encoder: float32, bfloat16, float16 or, on a CPU, int8.")
+    ] = "float32",
+    decode_dtype: Annotated[str, typer.Option(help="Precision of the decoder: the same.")] = "float32",
+    work: Annotated[
+        MaybePath,
+        typer.Option(help="Folder of features, which stays; if not given, one beside --out until that is written."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    batch_size: BatchSize = 32,
+    workers: Annotated[
+        MaybeInt, typer.Option(help="Threads that read pictures; one per core, at most 8, if not given.", min=1)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is no such result.")] = False,
+    progress: Progress = True,
+) -> None:
+    """Take pictures through the tokenizer and back: rFID and rKID from the originals, PSNR, SSIM, LPIPS, use of codes.
+
+    The field measures ImageNet's 50,000 validation images. A killed run goes on when the same command is given again,
+    and so does one of another number of processes.
+
+    \b
+    Examples:
+      alitok-fast evaluate reconstruction --data imagenet/ --tokenizer alitok_tokenizer.pth --device cuda --out r.json
+      alitok-fast evaluate reconstruction --data photos/ --network efficientnet_lite0 --lpips none --out demo.json
+      alitok-fast evaluate reconstruction --data imagenet/ --network inception --network dinov2_vitb14 --out both.json
+      torchrun --nproc-per-node 8 -m alitok_fast.cli evaluate reconstruction --data imagenet/ --device cuda --out r.json
+    """
+    from alitok_fast.data.checks import require_choice
+    from alitok_fast.device import check_device, local_device
+    from alitok_fast.evaluation.networks import load_network
+    from alitok_fast.evaluation.reference import read_reference
+    from alitok_fast.evaluation.similarity import Lpips
+    from alitok_fast.models.loading import dtype_from_name, load_tokenizer
+    from alitok_fast.models.perceptual import TRUNKS
+    from alitok_fast.pipelines.bulk import only_writer, process_group
+    from alitok_fast.pipelines.reconstruction_evaluation import evaluate_reconstruction
+    from alitok_fast.storage.files import write_json
+
+    _check_out(out, force)
+    require_choice("lpips", lpips, (*TRUNKS, "none"))
+    names = [] if network == ["none"] else list(network or ["inception"])
+    files = _files_of(names, weights or [])
+    place = local_device(check_device(device))
+    precision: Any = {"encode_dtype": encode_dtype, "decode_dtype": decode_dtype}
+    precision = {name: dtype_from_name(value, name) for name, value in precision.items()}
+    folder = out.with_name(f"{out.name}.work") if work is None else work
+    with process_group() as (rank, world), only_writer(folder, rank):
+        model = load_tokenizer(tokenizer, place).eval()
+        pictures = source.open(
+            typer.echo if rank == 0 else lambda line: None,
+            image_size=model.config.image_size,
+            apply_orientation=False,
+            convert_profile=False,
+            draft=False,
+        )
+        result = evaluate_reconstruction(
+            model,
+            pictures,
+            folder,
+            [load_network(name, files.get(name), place, "--weights") for name in names],
+            None if lpips == "none" else Lpips.load(lpips, lpips_weights, place, "--lpips-weights"),
+            None if reference is None else read_reference(reference),
+            num_images=num_images,
+            batch_size=batch_size,
+            workers=workers,
+            rank=rank,
+            world=world,
+            progress=progress,
+            reading=READING,
+            **precision,
+        )
+        if result is None:
+            return
+        write_json(out, {"measured": MEASURED, "tokenizer": tokenizer, **result})
+        if work is None:
+            shutil.rmtree(folder)
+    for line in _table(result):
+        typer.echo(line)
+    typer.echo(f"wrote {out}")
+
+
+def _check_out(out: Path, force: bool) -> None:
+    from alitok_fast.storage.files import read_json
+
+    if out.suffix != ".json":
+        raise ValueError(f"out: expected a file ending in .json, got {out}")
+    if force or not out.exists():
+        return
+    try:
+        ours = read_json(out).get("measured") == MEASURED
+    except ValueError:
+        ours = False
+    if not ours:
+        raise ValueError(f"out: {out} is there, and holds no result of this command; choose another or --force")
+
+
+def _files_of(networks: Sequence[str], weights: Sequence[str]) -> dict[str, Path]:
+    """The files of weights by network."""
+    files: dict[str, Path] = {}
+    for text in weights:
+        name, _, file = text.partition("=")
+        if not file or name not in networks:
+            if len(networks) != 1:
+                raise ValueError(f"weights: expected NETWORK=FILE with one of {', '.join(networks)}, got {shown(text)}")
+            name, file = networks[0], text
+        if name in files:
+            raise ValueError(f"weights: expected one file of {name}, got {files[name]} and {file}")
+        files[name] = Path(file)
+    return files
+
+
+def _table(result: dict[str, Any]) -> list[str]:
+    """The result for people: a line for each measure, then what hinders a comparison."""
+    rows = [("images", f"{result['images']:,}")]
+    for network, distances in result["distances"].items():
+        rows += [(f"{name} ({shown(network)})", text) for name, text in _values(distances, "_std")]
+    measures = {name: value for name, value in result.items() if name == "exact_images" or isinstance(value, float)}
+    rows += _values(measures, "_error")
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:{width}}  {text}" for name, text in rows] + [f"warning: {line}" for line in result["doubts"]]
+
+
+def _values(measures: dict[str, Any], spread: str) -> list[tuple[str, str]]:
+    """Names and values, each with its standard error, or deviation over subsets, behind it."""
+    found = []
+    for name, value in measures.items():
+        if name.endswith(spread):
+            continue
+        about = measures.get(name + spread)
+        text = f"{value:.5g}" if about is None else f"{value:.5g} +- {about:.2g}"
+        found.append((name, text + UNITS.get(name, "")))
+    return found
