@@ -81,7 +81,7 @@ def samples(
     from alitok_fast.evaluation.image_sets import StoredImages
     from alitok_fast.evaluation.reference import read_reference
     from alitok_fast.pipelines.bulk import balanced_labels, first_says, process_group
-    from alitok_fast.pipelines.sample_evaluation import FORMAT, drawn_images, evaluate_samples, paired
+    from alitok_fast.pipelines.sample_evaluation import FORMAT, drawn_images, measure_samples, paired
     from alitok_fast.storage.files import write_json
 
     check_result(out, FORMAT, force)
@@ -98,7 +98,7 @@ def samples(
             labels = balanced_labels(range(len(pipe.classes)), num_images, per_class)
             sets = drawn_images(pipe, labels, params, wanted, batch_size)
         with working_folder(work, out, rank, world) as folder:
-            result = evaluate_samples(sets, pairs, folder, batch_size, rank, world, progress)
+            result = measure_samples(sets, pairs, folder, batch_size, rank, world, progress)
             if result is not None and out is not None:
                 write_json(out, result)
     if result is not None:

@@ -109,7 +109,7 @@ def working_folder(work: Path | None, out: Path | None, rank: int, world: int) -
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
-    """A result of `evaluate_samples` for people, then what makes it incomparable."""
+    """A result of `measure_samples` for people, then what makes it incomparable."""
     sets = result["sets"]
     lines = [f"{result['count']:,} images of {result['size']} pixels: {', '.join(shown(one['name']) for one in sets)}"]
     for network, measures in result["measures"].items():
