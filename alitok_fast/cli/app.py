@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from alitok_fast import __version__
-from alitok_fast.cli import data, photographs, sampling, tokens, train
+from alitok_fast.cli import data, evaluate, photographs, sampling, tokens, train
 from alitok_fast.storage.text import shown
 
 INTERRUPTED = 130  # exit status after Ctrl-C; typer returns it
@@ -35,6 +35,7 @@ for _name, _command in _commands.items():
 app.add_typer(train.app, name="train")
 app.add_typer(tokens.app, name="tokens")
 app.add_typer(data.app, name="data")
+app.add_typer(evaluate.app, name="evaluate")
 
 
 def _print_version(wanted: bool) -> None:

@@ -6,7 +6,7 @@ were, or on where a run was killed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,24 +76,16 @@ class FeatureFolder:
         world: int = 1,
         on_images: Callable[[int], None] | None = None,
     ) -> None:
-        """Write what is missing: of `world` processes that begin together, each every world-th file.
+        """As `compute_features`, of this folder alone."""
+        compute_features([(self, extractor)], images, rank, world, on_images)
 
-        Files are whole or not there. Raises ValueError where `images` gives another number of them.
-        """
-        for chunk in self.chunks[rank::world]:
-            if self._file(chunk).exists():
-                continue
-            parts: list[Mapping[str, Tensor]] = []
-            for piece in images(chunk.start, chunk.stop):
-                pixels = torch.from_numpy(piece.transpose(0, 3, 1, 2).copy())
-                parts.append({name: values.float().cpu() for name, values in extractor(pixels).items()})
-                if on_images is not None:
-                    on_images(len(piece))
-            got = sum(len(next(iter(part.values()))) for part in parts)
-            if got != len(chunk):
-                raise ValueError(f"images: expected {len(chunk)} from {chunk.start} on, got {got}")
-            together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            write_atomically(self._file(chunk), partial(save_file, together))
+    def write(self, images: range, features: Sequence[Mapping[str, Tensor]]) -> None:
+        """Write those of one file, given piece by piece. Raises ValueError for another number of images."""
+        got = sum(len(next(iter(part.values()))) for part in features)
+        if got != len(images):
+            raise ValueError(f"images: expected {len(images)} from {images.start} on, got {got}")
+        together = {name: torch.cat([part[name] for part in features]) for name in features[0]}
+        write_atomically(self._file(images), partial(save_file, together))
 
     def names(self) -> set[str]:
         """What features there are. Raises ValueError where some are missing."""
@@ -126,3 +118,35 @@ class FeatureFolder:
 
     def _file(self, chunk: range) -> Path:
         return self.path / f"{chunk.start:08}.safetensors"
+
+
+def compute_features(
+    wanted: Sequence[tuple[FeatureFolder, Extractor]],
+    images: Images,
+    rank: int = 0,
+    world: int = 1,
+    on_images: Callable[[int], None] | None = None,
+) -> None:
+    """Write what is missing in folders of the same images, each with its network, from one pass over those images.
+
+    Of `world` processes that begin together, each writes every world-th file. Files are whole or not there.
+    Raises ValueError where `images` gives another number of them, or the folders have other files.
+    """
+    folders = [folder for folder, _ in wanted]
+    if any((folder.count, folder.chunk) != (folders[0].count, folders[0].chunk) for folder in folders):
+        raise ValueError("features: expected folders of the same images")
+    missing = [{chunk.start for chunk in folder.missing()} for folder in folders]
+    for chunk in folders[0].chunks[rank::world]:
+        computed: list[tuple[FeatureFolder, Extractor, list[Mapping[str, Tensor]]]] = [
+            (*pair, []) for pair, starts in zip(wanted, missing, strict=True) if chunk.start in starts
+        ]
+        if not computed:
+            continue
+        for piece in images(chunk.start, chunk.stop):
+            pixels = torch.from_numpy(piece.transpose(0, 3, 1, 2).copy())
+            for _, extractor, parts in computed:
+                parts.append({name: values.float().cpu() for name, values in extractor(pixels).items()})
+            if on_images is not None:
+                on_images(len(piece))
+        for folder, _, parts in computed:
+            folder.write(chunk, parts)

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from alitok_fast.evaluation.moments import Moments
 from alitok_fast.storage.files import file_sha256, write_atomically
+from alitok_fast.storage.image_arrays import ImageArray
 from alitok_fast.storage.tensor_files import read_metadata, read_tensors
 from alitok_fast.storage.text import first_line, shown
 
 FORMAT = "alitok_fast reference 1"
+INCEPTION = "inception"  # the network of others' files
 SUFFIXES = (".npz", ".pt", ".pth", ".safetensors")
 
 
@@ -29,7 +31,8 @@ class Reference:
 
     Args:
         moments: their `count` is None where the file does not say how many images there were.
-        facts: what could change the numbers, as it was written: crop, size, network, images. Empty for files of others.
+        facts: what could change the numbers, as it was written: crop, size, network, images. Of files of others, their
+            network, and the size of the images that they hold.
         kind: "ADM", "torch-fidelity" or "alitok_fast".
         sha256: of the file; empty before there is one.
         vectors: pooled features (n, d) of some of the images, for precision and recall, or None.
@@ -84,7 +87,11 @@ def _adm(path: Path, sha256: str) -> Reference:
     moments = {"pooled": _moments(arrays["mu"], arrays["sigma"], "mu", path)}
     if {"mu_s", "sigma_s"} <= arrays.keys():
         moments["spatial"] = _moments(arrays["mu_s"], arrays["sigma_s"], "mu_s", path)
-    return Reference(moments, {}, "ADM", sha256, images=path if has_images else None)
+    facts: dict[str, Any] = {"network": INCEPTION}
+    if has_images:
+        images = ImageArray.open(path, "arr_0")
+        facts["size"] = images.size
+    return Reference(moments, facts, "ADM", sha256, images=path if has_images else None)
 
 
 def _torch_fidelity(path: Path, sha256: str) -> Reference:
@@ -96,7 +103,8 @@ def _torch_fidelity(path: Path, sha256: str) -> Reference:
         state = read_tensors(path, check=bool)
     if not isinstance(state, dict) or not all(isinstance(state.get(name), np.ndarray) for name in ("mu", "sigma")):
         raise ValueError(f"expected torch-fidelity's mu and sigma, got {path} with other things in it")
-    return Reference({"pooled": _moments(state["mu"], state["sigma"], "mu", path)}, {}, "torch-fidelity", sha256)
+    moments = {"pooled": _moments(state["mu"], state["sigma"], "mu", path)}
+    return Reference(moments, {"network": INCEPTION}, "torch-fidelity", sha256)
 
 
 def _ours(path: Path, sha256: str) -> Reference:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch.distributed as dist
@@ -24,9 +25,10 @@ from alitok_fast.pipelines.outputs import MANIFEST_NAME, output_at
 from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.storage.files import differences, locked, read_json, weights_fingerprint, write_json
 
+Made = TypeVar("Made")
 MOST_IMAGES = 100_000_000
 # Where and when, not what: a run may be resumed on another device, with the same weights from another path.
-_FREE_KEYS = ("device", "versions", "model")
+FREE_KEYS = ("device", "versions", "model")
 
 
 def balanced_labels(classes: Sequence[int], images: int | None, per_class: int | None) -> list[int]:
@@ -85,6 +87,29 @@ def only_writer(output: Path, rank: int = 0) -> Iterator[None]:
         yield
 
 
+def wait_for_all(world: int) -> None:
+    """Go on when every process has come here."""
+    if world > 1:
+        dist.barrier()
+
+
+def first_says(make: Callable[[], Made], rank: int, world: int) -> Made:
+    """What the first process makes, in all of them. Where it fails, the others end with it."""
+    held = [make() if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(held, 0)
+    return cast(Made, held[0])
+
+
+def origin_of_images(pipe: Pipeline, params: SamplingParams) -> dict[str, Any]:
+    """What determines a picture besides its label and its id, with a hash of the weights, as JSON values."""
+    return {
+        **pipe.metadata(params),
+        "generator_fingerprint": weights_fingerprint(pipe.generator.state_dict()),
+        "tokenizer_fingerprint": weights_fingerprint(pipe.tokenizer.state_dict()),
+    }
+
+
 class BulkRun:
     """Samples `labels`, one image per label, into `output`; this process is number `rank` of `world`."""
 
@@ -111,9 +136,7 @@ class BulkRun:
         side = pipe.tokenizer.config.image_size
         self.output = output_at(Path(output), len(self.labels), side)
         self.manifest = {
-            **pipe.metadata(self.params),
-            "generator_fingerprint": weights_fingerprint(pipe.generator.state_dict()),
-            "tokenizer_fingerprint": weights_fingerprint(pipe.tokenizer.state_dict()),
+            **origin_of_images(pipe, self.params),
             "num_images": len(self.labels),
             "image_size": side,
             "batch_size": batch_size,
@@ -136,7 +159,7 @@ class BulkRun:
 
     def _compare(self) -> None:
         file = self.output.manifest
-        different = differences(read_json(file, "the manifest of a run"), self.manifest, _FREE_KEYS)
+        different = differences(read_json(file, "the manifest of a run"), self.manifest, FREE_KEYS)
         if different:
             raise ValueError(f"output: expected settings as in {file}, got others: {'; '.join(different)}")
 
@@ -149,8 +172,7 @@ class BulkRun:
             write_json(self.output.manifest, self.manifest)
 
     def _wait(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+        wait_for_all(self.world)
 
     @property
     def batches(self) -> list[range]:

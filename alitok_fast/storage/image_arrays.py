@@ -26,6 +26,11 @@ class ImageArray:
     height: int
     width: int
 
+    @property
+    def size(self) -> int | str:
+        """The side in pixels, or "width x height"."""
+        return self.width if self.width == self.height else f"{self.width} x {self.height}"
+
     @classmethod
     def open(cls, path: Path, argument: str = "path") -> ImageArray:
         """Read the header. Raises ValueError naming `argument`, OSError for a file that cannot be read."""

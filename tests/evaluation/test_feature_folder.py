@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alitok_fast.evaluation.feature_folder import ABOUT, FeatureFolder
+from alitok_fast.evaluation.feature_folder import ABOUT, FeatureFolder, compute_features
 from alitok_fast.evaluation.moments import Moments
 from alitok_fast.storage.files import SUFFIX
 
@@ -78,6 +78,33 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     again.compute(noted, extractor)
     assert asked == [10, 15, 20]
     assert torch.equal(again.vectors("pooled"), whole(tmp_path / "other").vectors("pooled"))
+
+
+def test_several_networks_see_each_image_once(tmp_path: Path) -> None:
+    """Also where one of them is done already, or has begun."""
+    done = whole(tmp_path / "done")
+    begun = FeatureFolder(tmp_path / "begun", 23, {"network": "minimum"}, chunk=5)
+    begun.compute(images, lambda pixels: {"pooled": pixels.amin((2, 3)).float()}, 0, 2)
+    asked: list[int] = []
+
+    def noted(begin: int, end: int) -> Iterator[np.ndarray]:
+        asked.append(begin)
+        return images(begin, end)
+
+    third = FeatureFolder(tmp_path / "third", 23, {"network": "maximum"}, chunk=5)
+    smallest, largest = (
+        (lambda pixels: {"pooled": pixels.amin((2, 3))}),
+        (lambda pixels: {"pooled": pixels.amax((2, 3))}),
+    )
+    compute_features([(done, extractor), (begun, smallest)], noted)
+    assert asked == [5, 15]
+    compute_features([(begun, smallest), (third, largest)], noted)
+    assert asked == [5, 15, 0, 5, 10, 15, 20]
+    values = torch.from_numpy(IMAGES).float()
+    assert torch.equal(begun.vectors("pooled"), values.amin((1, 2)))
+    assert torch.equal(third.vectors("pooled"), values.amax((1, 2)))
+    with pytest.raises(ValueError, match="features: expected folders of the same images"):
+        compute_features([(third, largest), (FeatureFolder(tmp_path / "x", 22, {}, chunk=5), largest)], noted)
 
 
 def test_a_run_killed_at_its_very_beginning_goes_on(tmp_path: Path) -> None:
