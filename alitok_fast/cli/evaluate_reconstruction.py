@@ -16,7 +16,6 @@ from alitok_fast.cli.options import (
     BatchSize,
     MaybeInt,
     MaybePath,
-    MaybeText,
     MaybeTexts,
     Progress,
     option,
@@ -194,7 +193,7 @@ def _values(measures: dict[str, Any], spread: str) -> list[tuple[str, str]]:
     """Names and values, each with its standard error, or deviation over subsets, behind it."""
     found = []
     for name, value in measures.items():
-        if name.endswith(spread):
+        if name.removesuffix(spread) in measures.keys() - {name}:
             continue
         about = measures.get(name + spread)
         text = f"{value:.5g}" if about is None else f"{value:.5g} +- {about:.2g}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -81,7 +82,7 @@ def evaluate_reconstruction(
     Args:
         tokenizer: in evaluation mode.
         source: pictures (see alitok_fast.data.sources). The field takes ImageNet's 50,000 validation images.
-        work: folder of what is computed, made or gone on with; 8 kB for an image and network.
+        work: folder of what is computed, made or gone on with; 16 kB for an image in Inception's features.
         networks: in whose features Frechet and kernel distance are measured, none or some (`load_network`).
         lpips: None leaves LPIPS out.
         reference: statistics to measure the Frechet distance from in place of the originals'; for one network.
@@ -147,7 +148,7 @@ def evaluate_reconstruction(
         "doubts": _doubts(count, source, facts, networks, reference),
         "facts": {**facts, "reference": _described(reference)},
         "device": str(tokenizer.device),
-        "versions": {"alitok_fast": __version__, "torch": torch.__version__},
+        "versions": {"alitok_fast": __version__, "torch": torch.__version__, "pillow": PIL.__version__},
     }
 
 
