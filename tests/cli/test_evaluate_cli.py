@@ -199,3 +199,71 @@ def test_two_processes_give_the_numbers_of_one(run, tiny_folder, reference, netw
     run(*options, "--out", tmp_path / "one.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one == two
+
+
+# --- the whole protocol ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adm_reference(tmp_path: Path) -> Path:
+    """Statistics of features that never were, and images."""
+    rng = np.random.default_rng(0)
+    arrays = {"arr_0": rng.integers(0, 256, (4, 16, 16, 3), np.uint8)}
+    for name, width in (("", 2048), ("_s", 2023)):
+        arrays |= {f"mu{name}": rng.random(width), f"sigma{name}": np.eye(width)}
+    np.savez(tmp_path / "adm.npz", **arrays)
+    return tmp_path / "adm.npz"
+
+
+def plain_distance(one, other) -> float:
+    """In place of the Frechet distance: roots of 2,048 x 2,048 numbers have tests of their own."""
+    return float((one.mean - other.mean).square().sum())
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    from alitok_fast.evaluation import comparison
+    from alitok_fast.pipelines import reconstruction_evaluation
+
+    for module in (comparison, reconstruction_evaluation):
+        monkeypatch.setattr(module, "frechet_distance", plain_distance)
+
+
+def test_the_published_protocol(run, quick, tiny_folder, photos, adm_reference, inception_weights, tmp_path) -> None:
+    """Guided and unguided images, two seeds, rFID of the pictures' own crops; ours beside what was published."""
+    for photo in sorted(photos.rglob("*.png"))[4:]:
+        photo.unlink()
+    command = ["paper", "--size", "b", "--model", tiny_folder, "--imagenet-val", photos, "--weights", inception_weights]
+    command += ["--adm-reference", adm_reference, "--num-images", 10, "--seeds", "0,1", "--unguided"]
+    out = run(*command, "--batch-size", 10, "--out", tmp_path / "b.json")
+    result = json.loads((tmp_path / "b.json").read_text())
+    for name, scale in (("guided", 16.0), ("unguided", 0.0)):
+        sets = result[name]["sets"]
+        assert [(one["seed"], one["guidance_scale"], one["guidance_power"]) for one in sets] == [
+            (0, scale, 1.8),
+            (1, scale, 1.8),
+        ]
+        assert sets[0]["decode_dtype"] == "float32" and result[name]["references"]["inception"]["kind"] == "ADM"
+        assert list(result[name]["measures"]["inception"]) == [
+            "fid", "sfid", "inception_score", "kid", "precision", "recall"
+        ]  # fmt: skip
+    fids = [result[name]["measures"]["inception"]["fid"] for name in ("guided", "unguided")]
+    assert fids[0]["mean"] != fids[1]["mean"] and "interval" in fids[0]
+    assert result["reconstruction"]["images"] == 4 and result["reconstruction"]["facts"]["decode_dtype"] == "float32"
+    assert result["reconstruction"]["facts"]["reference"] == {"kind": "the originals themselves"}
+    table = {line.split("  ")[0]: line.split()[1:] for line in out.splitlines() if not line.startswith("warning")}
+    assert table["fid"][-2:] == ["1.5", "1.44"] and table["inception_score"][-2:] == ["305.9", "319.5"]
+    assert table["unguided fid"][-1] == "2.4" and table["rfid"][-1] == "0.86"
+    assert table["rfid"][0] == f"{result['reconstruction']['distances']['inception']['rfid']:.6g}"
+    assert "warning: the generator is not of the published size B: width: expected 768, got 32" in out
+    assert "warning: guided: the images are 10, published numbers are of 50,000" in out
+
+
+def test_the_published_protocol_needs_the_adm_suites_file(
+    run, tiny_folder, photos, adm_reference, inception_weights, reference, tmp_path
+) -> None:
+    command = ["paper", "--model", tiny_folder, "--imagenet-val", photos, "--weights", inception_weights]
+    with pytest.raises(SystemExit, match="adm_reference: expected the ADM suite's npz, got alitok_fast's statistics"):
+        run(*command, "--size", "b", "--adm-reference", reference)
+    with pytest.raises(SystemExit, match="size: expected one of b, l, xl, got 'm'"):
+        run(*command, "--size", "m", "--adm-reference", adm_reference)
