@@ -134,7 +134,13 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> Precisio
             raise ValueError(f"{name}: expected more than k = {k}, got {len(values)}")
     centre = reference.double().mean(0)
     drawn, real = ((values.double() - centre).float() for values in (samples, reference))
-    return PrecisionRecall(_share_inside(drawn, real, k), _share_inside(real, drawn, k))
+    within_real, within_drawn = _radii(real, k), _radii(drawn, k)
+    precise, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, radii in zip(drawn.split(BLOCK), within_drawn.split(BLOCK), strict=True):
+        squares = _squared_distances(rows, real)
+        precise += int((squares <= within_real).any(1).sum())
+        recalled |= (squares <= radii[:, None]).any(0)
+    return PrecisionRecall(precise / len(drawn), int(recalled.sum()) / len(real))
 
 
 def standard_error(statistic: Callable[[Tensor], float], values: Tensor, rounds: int = 50, seed: int = 0) -> float:
@@ -159,13 +165,22 @@ def _off_diagonal_mean(matrix: Tensor) -> Tensor:
     return (matrix.sum() - matrix.trace()) / (len(matrix) * (len(matrix) - 1))
 
 
-def _share_inside(points: Tensor, manifold: Tensor, k: int) -> float:
-    squares = manifold.square().sum(1)
+def _squared_distances(first: Tensor, second: Tensor) -> Tensor:
+    squares = first.square().sum(1, keepdim=True) + second.square().sum(1)
+    return torch.addmm(squares, first, second.T, alpha=-2)
 
-    def squared_distances(rows: Tensor) -> Tensor:
-        return torch.addmm(rows.square().sum(1, keepdim=True) + squares, rows, manifold.T, alpha=-2)
 
-    # Of its own distances, each vector's to itself is the smallest.
-    radii = torch.cat([squared_distances(rows).kthvalue(k + 1).values for rows in manifold.split(BLOCK)])
-    inside = sum(int((squared_distances(rows) <= radii).any(1).sum()) for rows in points.split(BLOCK))
-    return inside / len(points)
+def _radii(vectors: Tensor, k: int) -> Tensor:
+    """(n,) squared distance of each vector to its k-th nearest neighbour among the others.
+
+    Of its own distances, each vector's to itself is the smallest. Of a pair of blocks both get theirs at once.
+    """
+    nearest = vectors.new_full((len(vectors), k + 1), torch.inf)
+    blocks = [slice(at, at + BLOCK) for at in range(0, len(vectors), BLOCK)]
+    for number, rows in enumerate(blocks):
+        for columns in blocks[number:]:
+            squares = _squared_distances(vectors[rows], vectors[columns])
+            pair = [(rows, squares), (columns, squares.T)]
+            for block, found in pair[: 1 if rows == columns else 2]:
+                nearest[block] = torch.cat([nearest[block], found], 1).topk(k + 1, largest=False).values
+    return nearest.amax(1)
