@@ -102,8 +102,13 @@ class FeatureFolder:
             yield tensors[name]
 
     def vectors(self, name: str) -> Tensor:
-        """All of them, (count, d) float32."""
-        return torch.cat(list(self.parts(name)))
+        """All of them, (count, d) float32, held once."""
+        whole = torch.empty(0)
+        for images, part in zip(self.chunks, self.parts(name), strict=True):
+            if not images.start:
+                whole = torch.empty(self.count, *part.shape[1:])
+            whole[images.start : images.stop] = part
+        return whole
 
     def moments(self, name: str) -> Moments:
         """Raises ValueError as `parts`, and as `MomentSums` for NaN."""

