@@ -195,3 +195,36 @@ def inception_weights(tmp_path_factory) -> Path:
     network(smooth_pictures(4))
     torch.save(network.eval().state_dict(), path)
     return path
+
+
+HUB = """
+import torch
+
+dependencies = ["torch"]
+
+
+class Mean(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, images):
+        return images.mean((2, 3)) * self.scale
+
+
+def mean(pretrained=True):
+    return Mean()
+
+
+def maps(pretrained=True):
+    return torch.nn.Identity()
+"""
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path) -> Path:
+    """A folder for torch.hub with the network `mean`, whose features are those of the three colours."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "hubconf.py").write_text(HUB)
+    return folder

@@ -12,10 +12,12 @@ from alitok_fast.cli.evaluate_options import (
     DrawOptions,
     NetworkOptions,
     check_result,
+    seeds_of,
     table,
     warnings,
     working_folder,
 )
+from alitok_fast.cli.evaluate_paper import paper
 from alitok_fast.cli.options import BatchSize, MaybeInt, MaybePath, MaybeText, Progress, with_options
 from alitok_fast.inference.params import SamplingParams
 
@@ -27,8 +29,10 @@ Examples:
   alitok-fast evaluate samples --model DIR --num-images 50000 --seeds 0,1,2 --reference train.safetensors --out r.json
   alitok-fast evaluate reference --data PHOTOS --size 256 --out photos.safetensors
   alitok-fast evaluate difference before.json after.json
+  alitok-fast evaluate paper --size b --model DIR --imagenet-val imagenet/val --adm-reference adm.npz --out b.json
 """
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
+app.command("paper")(paper)
 
 Work = Annotated[
     MaybePath,
@@ -81,7 +85,7 @@ def samples(
     from alitok_fast.evaluation.image_sets import StoredImages
     from alitok_fast.evaluation.reference import read_reference
     from alitok_fast.pipelines.bulk import balanced_labels, first_says, process_group
-    from alitok_fast.pipelines.sample_evaluation import FORMAT, drawn_images, evaluate_samples, paired
+    from alitok_fast.pipelines.sample_evaluation import FORMAT, drawn_images, measure_samples, paired
     from alitok_fast.storage.files import write_json
 
     check_result(out, FORMAT, force)
@@ -98,7 +102,7 @@ def samples(
             labels = balanced_labels(range(len(pipe.classes)), num_images, per_class)
             sets = drawn_images(pipe, labels, params, wanted, batch_size)
         with working_folder(work, out, rank, world) as folder:
-            result = evaluate_samples(sets, pairs, folder, batch_size, rank, world, progress)
+            result = measure_samples(sets, pairs, folder, batch_size, rank, world, progress)
             if result is not None and out is not None:
                 write_json(out, result)
     if result is not None:
@@ -235,7 +239,4 @@ def _seeds(context: typer.Context, seeds: str | None, params: Any) -> list[int]:
     given = context.get_parameter_source("seed")
     if given is not None and given.name == "COMMANDLINE":
         raise ValueError("seeds: expected --seeds or --seed, got both")
-    try:
-        return [int(text) for text in seeds.split(",")]
-    except ValueError:
-        raise ValueError(f"seeds: expected integers with commas between them, got {seeds!r}") from None
+    return seeds_of(seeds)

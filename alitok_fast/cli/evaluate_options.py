@@ -69,6 +69,14 @@ class NetworkOptions:
         return files
 
 
+def seeds_of(text: str) -> list[int]:
+    """Of "0,1,2". Raises ValueError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds: expected integers with commas between them, got {shown(text)!r}") from None
+
+
 def check_result(out: Path | None, kind: str, force: bool) -> None:
     """That a result can be written at `out`: over one of ours of the same `kind`, never over another file unasked."""
     from alitok_fast.storage.files import read_json
@@ -109,7 +117,7 @@ def working_folder(work: Path | None, out: Path | None, rank: int, world: int) -
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
-    """A result of `evaluate_samples` for people, then what makes it incomparable."""
+    """A result of `measure_samples` for people, then what makes it incomparable."""
     sets = result["sets"]
     lines = [f"{result['count']:,} images of {result['size']} pixels: {', '.join(shown(one['name']) for one in sets)}"]
     for network, measures in result["measures"].items():

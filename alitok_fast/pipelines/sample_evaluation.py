@@ -132,7 +132,7 @@ def paired(networks: Sequence[Network], references: Sequence[Reference]) -> list
     return [(network, found[network.name]) for network in networks]
 
 
-def evaluate_samples(
+def measure_samples(
     sets: Sequence[ImageSet],
     pairs: Sequence[tuple[Network, Reference]],
     work: Path,

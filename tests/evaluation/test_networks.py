@@ -18,37 +18,6 @@ from alitok_fast.evaluation.inception import Inception
 from alitok_fast.evaluation.networks import load_network
 from alitok_fast.storage.files import weights_fingerprint
 
-HUB = """
-import torch
-
-dependencies = ["torch"]
-
-
-class Mean(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(3))
-
-    def forward(self, images):
-        return images.mean((2, 3)) * self.scale
-
-
-def mean(pretrained=True):
-    return Mean()
-
-
-def maps(pretrained=True):
-    return torch.nn.Identity()
-"""
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Path:
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    (folder / "hubconf.py").write_text(HUB)
-    return folder
-
 
 def test_inception_has_its_three_features(inception_weights: Path) -> None:
     network, images = load_network("inception", inception_weights), smooth_pictures(2)
@@ -124,26 +93,26 @@ def test_without_a_network_the_file_of_timms_is_named(monkeypatch) -> None:
         load_network("dinov2_vitb14", option="--weights")
 
 
-def test_any_model_of_torch_hub(hub: Path, tmp_path: Path) -> None:
+def test_any_model_of_torch_hub(hub_folder: Path, tmp_path: Path) -> None:
     weights, images = tmp_path / "scale.pth", smooth_pictures(2, 224)
     torch.save({"scale": torch.tensor([1.0, 2.0, 3.0])}, weights)
     means = (images.float() / 255).mean((2, 3))
     expected = (means - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(load_network(f"hub:{hub}:mean")(images)["pooled"], expected, rtol=1e-4, atol=1e-4)
-    network = load_network(f"hub:{hub}:mean", weights)
+    torch.testing.assert_close(load_network(f"hub:{hub_folder}:mean")(images)["pooled"], expected, rtol=1e-4, atol=1e-4)
+    network = load_network(f"hub:{hub_folder}:mean", weights)
     torch.testing.assert_close(network(images)["pooled"], expected * torch.tensor([1.0, 2, 3]), rtol=1e-4, atol=1e-4)
     assert network.facts["weights"] == weights_fingerprint({"scale": torch.tensor([1.0, 2.0, 3.0])})
     with pytest.raises(ValueError, match=r"network: expected features \(2, d\) of hub:.*, got \(2, 3, 224, 224\)"):
-        load_network(f"hub:{hub}:maps")(images)
+        load_network(f"hub:{hub_folder}:maps")(images)
     with pytest.raises(OSError, match="network: expected 'nothing' by torch.hub from .*hub, and that failed"):
-        load_network(f"hub:{hub}:nothing")
+        load_network(f"hub:{hub_folder}:nothing")
 
 
-def test_files_are_data(hub: Path, tmp_path: Path) -> None:
+def test_files_are_data(hub_folder: Path, tmp_path: Path) -> None:
     hostile, mark = tmp_path / "hostile.pth", tmp_path / "was here"
     hostile.write_bytes(pickle.dumps({"scale": Touch(mark)}))
     with pytest.raises(ValueError, match="weights: .*hostile.pth"):
-        load_network(f"hub:{hub}:mean", hostile)
+        load_network(f"hub:{hub_folder}:mean", hostile)
     assert not mark.exists()
 
 
@@ -160,6 +129,6 @@ def test_other_names_are_refused(name: str) -> None:
         (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ValueError, r"expected shape \(B, 3, H, W\), got \(1, 8, 8, 3\)"),
     ],
 )
-def test_other_images_are_refused(hub: Path, images: Tensor, error: type, message: str) -> None:
+def test_other_images_are_refused(hub_folder: Path, images: Tensor, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        load_network(f"hub:{hub}:mean")(images)
+        load_network(f"hub:{hub_folder}:mean")(images)
