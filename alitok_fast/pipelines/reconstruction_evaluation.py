@@ -148,13 +148,14 @@ def evaluate_reconstruction(
     wait_for_all(world)
     if rank:
         return None
+    origin = {"kind": "the originals themselves"} if reference is None else described_reference(reference)
     return {
         "format": FORMAT,
         "images": count,
         **_of_images(folder, tokenizer.config.codebook_size),
         "distances": {network.name: _distances(folder, network, reference) for network in networks},
         "doubts": _doubts(count, source, facts, networks, reference),
-        "facts": {**facts, "reference": None if reference is None else described_reference(reference)},
+        "facts": {**facts, "reference": origin},
         "device": str(tokenizer.device),
         "versions": {"alitok_fast": __version__, "torch": torch.__version__, "pillow": PIL.__version__},
     }
