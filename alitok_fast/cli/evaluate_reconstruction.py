@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from alitok_fast.cli.data import SourceOptions
+from alitok_fast.cli.evaluate_options import NetworkOptions, check_result, warnings, working_folder
 from alitok_fast.cli.options import (
     BatchSize,
     MaybeInt,
     MaybePath,
-    MaybeTexts,
     Progress,
     option,
     with_options,
 )
 from alitok_fast.storage.text import shown
 
-AUTO = "auto"
+AUTO, NONE = "auto", "none"
 HELD_OUT = ("val", "validation", "test", "train")  # data without splits are opened as "train"
-READING = "as stored: EXIF orientation and colour profiles ignored, JPEGs decoded whole"
-MEASURED = "reconstruction"
+READING = "EXIF orientation ignored, colour profiles ignored, JPEGs whole"
 UNITS = {"psnr": " dB", "psnr_of_mean_error": " dB"}
 
 
@@ -48,18 +45,11 @@ class HeldOutOptions(SourceOptions):
                     raise
 
 
-@with_options(source=HeldOutOptions)
+@with_options(source=HeldOutOptions, networks=NetworkOptions)
 def reconstruction(
     source: Any,
-    out: Annotated[Path, typer.Option(help="JSON file of the result.")],
+    networks: Any,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer: 'demo', a model folder or a checkpoint file.")] = "demo",
-    network: Annotated[
-        MaybeTexts,
-        typer.Option(help="Network of the Frechet distance; repeatable. 'inception' if not given, 'none' for none."),
-    ] = None,
-    weights: Annotated[
-        MaybeTexts, typer.Option(help="File of the network's weights; of several networks NETWORK=FILE, repeatable.")
-    ] = None,
     lpips: Annotated[str, typer.Option(help="Network of LPIPS: vgg, alex, squeeze or none.")] = "vgg",
     lpips_weights: Annotated[MaybePath, typer.Option(help="torchvision's file of its weights.")] = None,
     reference: Annotated[
@@ -70,6 +60,7 @@ def reconstruction(
         str, typer.Option(help="Precision of the encoder: float32, bfloat16, float16 or, on a CPU, int8.")
     ] = "float32",
     decode_dtype: Annotated[str, typer.Option(help="Precision of the decoder: the same.")] = "float32",
+    out: Annotated[MaybePath, typer.Option(help="JSON file of the result.")] = None,
     work: Annotated[
         MaybePath,
         typer.Option(help="Folder of features, which stays; if not given, one beside --out until that is written."),
@@ -79,13 +70,15 @@ def reconstruction(
     workers: Annotated[
         MaybeInt, typer.Option(help="Threads that read pictures; one per core, at most 8, if not given.", min=1)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is no such result.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that this command has not written.")
+    ] = False,
     progress: Progress = True,
 ) -> None:
     """Take pictures through the tokenizer and back: rFID and rKID from the originals, PSNR, SSIM, LPIPS, use of codes.
 
-    The field measures ImageNet's 50,000 validation images. A killed run goes on when the same command is given again,
-    and so does one of another number of processes.
+    The field measures ImageNet's 50,000 validation images. `--network none` leaves rFID out. A killed run goes on when
+    the same command is given again, by any number of processes.
 
     \b
     Examples:
@@ -96,24 +89,20 @@ def reconstruction(
     """
     from alitok_fast.data.checks import require_choice
     from alitok_fast.device import check_device, local_device
-    from alitok_fast.evaluation.networks import load_network
     from alitok_fast.evaluation.reference import read_reference
     from alitok_fast.evaluation.similarity import Lpips
     from alitok_fast.models.loading import dtype_from_name, load_tokenizer
     from alitok_fast.models.perceptual import TRUNKS
-    from alitok_fast.pipelines.bulk import only_writer, process_group
-    from alitok_fast.pipelines.reconstruction_evaluation import evaluate_reconstruction
+    from alitok_fast.pipelines.bulk import process_group
+    from alitok_fast.pipelines.reconstruction_evaluation import FORMAT, evaluate_reconstruction
     from alitok_fast.storage.files import write_json
 
-    _check_out(out, force)
-    require_choice("lpips", lpips, (*TRUNKS, "none"))
-    names = [] if network == ["none"] else list(network or ["inception"])
-    files = _files_of(names, weights or [])
+    check_result(out, FORMAT, force)
+    require_choice("lpips", lpips, (*TRUNKS, NONE))
     place = local_device(check_device(device))
     precision: Any = {"encode_dtype": encode_dtype, "decode_dtype": decode_dtype}
     precision = {name: dtype_from_name(value, name) for name, value in precision.items()}
-    folder = out.with_name(f"{out.name}.work") if work is None else work
-    with process_group() as (rank, world), only_writer(folder, rank):
+    with process_group() as (rank, world):
         model = load_tokenizer(tokenizer, place).eval()
         pictures = source.open(
             typer.echo if rank == 0 else lambda line: None,
@@ -122,60 +111,33 @@ def reconstruction(
             convert_profile=False,
             draft=False,
         )
-        result = evaluate_reconstruction(
-            model,
-            pictures,
-            folder,
-            [load_network(name, files.get(name), place, "--weights") for name in names],
-            None if lpips == "none" else Lpips.load(lpips, lpips_weights, place, "--lpips-weights"),
-            None if reference is None else read_reference(reference),
-            num_images=num_images,
-            batch_size=batch_size,
-            workers=workers,
-            rank=rank,
-            world=world,
-            progress=progress,
-            reading=READING,
-            **precision,
-        )
-        if result is None:
-            return
-        write_json(out, {"measured": MEASURED, "tokenizer": tokenizer, **result})
-        if work is None:
-            shutil.rmtree(folder)
-    for line in _table(result):
-        typer.echo(line)
-    typer.echo(f"wrote {out}")
-
-
-def _check_out(out: Path, force: bool) -> None:
-    from alitok_fast.storage.files import read_json
-
-    if out.suffix != ".json":
-        raise ValueError(f"out: expected a file ending in .json, got {out}")
-    if force or not out.exists():
-        return
-    try:
-        ours = read_json(out).get("measured") == MEASURED
-    except ValueError:
-        ours = False
-    if not ours:
-        raise ValueError(f"out: {out} is there, and holds no result of this command; choose another or --force")
-
-
-def _files_of(networks: Sequence[str], weights: Sequence[str]) -> dict[str, Path]:
-    """The files of weights by network."""
-    files: dict[str, Path] = {}
-    for text in weights:
-        name, _, file = text.partition("=")
-        if not file or name not in networks:
-            if len(networks) != 1:
-                raise ValueError(f"weights: expected NETWORK=FILE with one of {', '.join(networks)}, got {shown(text)}")
-            name, file = networks[0], text
-        if name in files:
-            raise ValueError(f"weights: expected one file of {name}, got {files[name]} and {file}")
-        files[name] = Path(file)
-    return files
+        judges = [] if networks.names == [NONE] else networks.load(device)
+        distance = None if lpips == NONE else Lpips.load(lpips, lpips_weights, place, "--lpips-weights")
+        statistics = None if reference is None else read_reference(reference, "--reference")
+        with working_folder(work, out, rank, world) as folder:
+            result = evaluate_reconstruction(
+                model,
+                pictures,
+                folder,
+                judges,
+                distance,
+                statistics,
+                num_images=num_images,
+                batch_size=batch_size,
+                workers=workers,
+                rank=rank,
+                world=world,
+                progress=progress,
+                reading=READING,
+                **precision,
+            )
+            if result is not None and out is not None:
+                write_json(out, {**result, "tokenizer": tokenizer})
+    if result is not None:
+        for line in _table(result):
+            typer.echo(line)
+        if out is not None:
+            typer.echo(f"wrote {out}")
 
 
 def _table(result: dict[str, Any]) -> list[str]:
@@ -186,7 +148,7 @@ def _table(result: dict[str, Any]) -> list[str]:
     measures = {name: value for name, value in result.items() if name == "exact_images" or isinstance(value, float)}
     rows += _values(measures, "_error")
     width = max(len(name) for name, _ in rows)
-    return [f"{name:{width}}  {text}" for name, text in rows] + [f"warning: {line}" for line in result["doubts"]]
+    return [f"{name:{width}}  {text}" for name, text in rows] + warnings(result["doubts"])
 
 
 def _values(measures: dict[str, Any], spread: str) -> list[tuple[str, str]]:

@@ -7,22 +7,19 @@ and the memory is that of a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from alitok_fast import __version__
 from alitok_fast.data.checks import require_count
 from alitok_fast.data.loader import to_floats
-from alitok_fast.data.reading import default_workers, read_ahead
-from alitok_fast.data.sources import ImageSource, check_picture, check_source, source_fingerprint
-from alitok_fast.data.transforms import PREPARATION, centre_crop
+from alitok_fast.data.reading import default_workers
+from alitok_fast.data.sources import ImageSource, check_source
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
 from alitok_fast.evaluation.comparison import (
     IMAGES,
@@ -32,6 +29,7 @@ from alitok_fast.evaluation.comparison import (
     doubts_of_pairing,
 )
 from alitok_fast.evaluation.feature_folder import CHUNK, FeatureFolder
+from alitok_fast.evaluation.image_sets import CROP, CroppedImages
 from alitok_fast.evaluation.measures import frechet_distance, kernel_distance
 from alitok_fast.evaluation.networks import Network
 from alitok_fast.evaluation.psnr import psnr
@@ -40,18 +38,20 @@ from alitok_fast.evaluation.similarity import SSIM, Lpips, ssim
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.image_encoder import ImageEncoder
 from alitok_fast.models import Tokenizer
+from alitok_fast.pipelines.bulk import first_says, wait_for_all
+from alitok_fast.pipelines.sample_evaluation import described_reference, paired
 from alitok_fast.progress import Bar
 from alitok_fast.storage.files import weights_fingerprint
 from alitok_fast.storage.images import to_uint8
 from alitok_fast.storage.text import shown
 
-CROP = f"ADM's centre crop (preparation {PREPARATION})"
+FORMAT = "alitok_fast reconstruction 1"
 CLASSES = 1000  # of ImageNet
 PUBLISHED_LPIPS = "vgg"
 ADM_DOUBT = (
-    "the reference is an npz of the ADM suite, which holds statistics of ImageNet's training images: rFID is measured "
-    "from the validation images that were encoded (what was 1.90, 4.28 and 1.22 from ADM's was then 0.578, 2.11 and "
-    "0.53)"
+    "the reference is an npz in the ADM suite's form, and the suite's own are of ImageNet's training images, "
+    "but rFID is measured from the validation images that were encoded (what was 1.90, 4.28 and 1.22 from ADM's was "
+    "then 0.578, 2.11 and 0.53)"
 )
 
 
@@ -82,11 +82,11 @@ def evaluate_reconstruction(
     Args:
         tokenizer: in evaluation mode.
         source: pictures (see alitok_fast.data.sources). The field takes ImageNet's 50,000 validation images.
-        work: folder of what is computed, made or gone on with; 16 kB for an image in Inception's features.
-        networks: in whose features Frechet and kernel distance are measured, none or some (`load_network`).
+        work: folder of what is computed, made or gone on with; 16 kB for an image in Inception.
+        networks: in whose features Frechet and kernel distance are measured (`load_network`); none leaves these out.
         lpips: None leaves LPIPS out.
         reference: statistics to measure the Frechet distance from in place of the originals'; for one network.
-        num_images: the first so many of the source; all, if not given.
+        num_images: the first so many of the source, >= 2; all, if not given.
         encode_dtype: as for `ImageEncoder`.
         decode_dtype: as for `ImageDecoder`.
         batch_size: images computed together, which may change last bits.
@@ -110,15 +110,23 @@ def evaluate_reconstruction(
     """
     check_source(source)
     require_count("batch_size", batch_size)
-    count = len(source) if num_images is None else require_count("num_images", num_images)
+    workers = default_workers() if workers is None else require_count("workers", workers)
+    count = len(source) if num_images is None else require_count("num_images", num_images, least=2)
     if count > len(source):
         raise ValueError(f"num_images: expected at most {len(source)}, the pictures of {source.name}, got {count}")
-    _check_networks(networks, reference)
+    names = [network.name for network in networks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"networks: expected each once, got {', '.join(names)}")
+    if reference is not None:
+        paired(networks, [reference])
+        if "pooled" not in reference.moments:
+            raise ValueError(f"reference: expected moments of 'pooled', got those of {', '.join(reference.moments)}")
+    images = CroppedImages(source, tokenizer.config.image_size, batch_size, workers, reading)
     encoder, decoder = ImageEncoder(tokenizer, encode_dtype), ImageDecoder(tokenizer, decode_dtype)
     facts = {
-        "data": {"name": source.name, "fingerprint": source_fingerprint(source), "reading": reading},
+        "data": dict(images.facts),
         "crop": CROP,
-        "size": tokenizer.config.image_size,
+        "size": images.size,
         "tokenizer": weights_fingerprint(tokenizer.state_dict()),
         "tokenizer_stage": tokenizer.config.stage,
         "encode_dtype": str(encoder.dtype).removeprefix("torch."),
@@ -130,42 +138,27 @@ def evaluate_reconstruction(
         "originals_measured": reference is None,
         "batch_size": batch_size,
     }
-    folder = _begun(work, count, facts, chunk, rank, world)
+    folder = first_says(lambda: FeatureFolder(work, count, facts, chunk), rank, world)
     measure = _Measure(encoder, decoder, networks, lpips, reference is None)
-    pictures = _Pictures(source, tokenizer.config.image_size, batch_size, workers)
-    mine = {images.start for images in folder.chunks[rank::world]}
-    share = sum(len(images) for images in folder.missing() if images.start in mine)
+    mine = {part.start for part in folder.chunks[rank::world]}
+    share = sum(len(part) for part in folder.missing() if part.start in mine)
     title = "reconstruction" if world == 1 else f"reconstruction, process 1 of {world}"
     with Bar(title, share, enabled=progress and rank == 0) as bar:
-        folder.compute(pictures, measure, rank, world, lambda images: bar.advance(by=images))
-    _wait(world)
+        folder.compute(images.batches, measure, rank, world, lambda done: bar.advance(by=done))
+    wait_for_all(world)
     if rank:
         return None
+    origin = {"kind": "the originals themselves"} if reference is None else described_reference(reference)
     return {
+        "format": FORMAT,
         "images": count,
         **_of_images(folder, tokenizer.config.codebook_size),
         "distances": {network.name: _distances(folder, network, reference) for network in networks},
         "doubts": _doubts(count, source, facts, networks, reference),
-        "facts": {**facts, "reference": _described(reference)},
+        "facts": {**facts, "reference": origin},
         "device": str(tokenizer.device),
         "versions": {"alitok_fast": __version__, "torch": torch.__version__, "pillow": PIL.__version__},
     }
-
-
-class _Pictures:
-    """Images begin to end, as `FeatureFolder.compute` asks for them: centre crops, read ahead by threads."""
-
-    def __init__(self, source: ImageSource, size: int, batch_size: int, workers: int | None) -> None:
-        self.source, self.size, self.batch_size = source, size, batch_size
-        self.workers = default_workers() if workers is None else require_count("workers", workers)
-
-    def __call__(self, begin: int, end: int) -> Iterator[np.ndarray]:
-        batches = (range(at, min(at + self.batch_size, end)) for at in range(begin, end, self.batch_size))
-        for crops in read_ahead(batches, self._crop, self.workers):
-            yield np.stack(crops)
-
-    def _crop(self, index: int) -> np.ndarray:
-        return centre_crop(check_picture(self.source.image(index), index), self.size)
 
 
 class _Measure:
@@ -200,34 +193,6 @@ class _Measure:
         return found
 
 
-def _check_networks(networks: Sequence[Network], reference: Reference | None) -> None:
-    names = [network.name for network in networks]
-    if len(set(names)) < len(names):
-        raise ValueError(f"networks: expected each once, got {', '.join(names)}")
-    if reference is None:
-        return
-    if len(names) != 1:
-        raise ValueError(f"reference: expected one network, whose statistics they are, got {len(names)}")
-    of = "inception" if reference.kind != "alitok_fast" else reference.facts.get("network", names[0])
-    if names[0] != of:
-        raise ValueError(f"reference: expected statistics of {names[0]}'s features, got those of {of}")
-    if "pooled" not in reference.moments:
-        raise ValueError(f"reference: expected moments of 'pooled', got those of {', '.join(reference.moments)}")
-
-
-def _begun(work: Path, count: int, facts: Mapping[str, Any], chunk: int, rank: int, world: int) -> FeatureFolder:
-    """The first process begins the folder, the others then find it."""
-    if rank == 0:
-        folder = FeatureFolder(work, count, facts, chunk)
-    _wait(world)
-    return folder if rank == 0 else FeatureFolder(work, count, facts, chunk)
-
-
-def _wait(world: int) -> None:
-    if world > 1:
-        dist.barrier()
-
-
 def _of_images(folder: FeatureFolder, codebook_size: int) -> dict[str, Any]:
     """Means over the images, and how the codes are used. Of images that came back exactly the PSNR is infinite."""
     found: dict[str, Any] = {}
@@ -260,13 +225,6 @@ def _distances(folder: FeatureFolder, network: Network, reference: Reference | N
         size = min(SUBSET, folder.count, len(vectors))
         found[kernel], found[f"{kernel}_std"] = kernel_distance(folder.vectors(decoded), vectors, subset_size=size)
     return found
-
-
-def _described(reference: Reference | None) -> dict[str, Any]:
-    """What the Frechet distance is measured from."""
-    if reference is None:
-        return {"kind": "the originals themselves"}
-    return {"kind": reference.kind, "sha256": reference.sha256, "facts": dict(reference.facts)}
 
 
 def _doubts(

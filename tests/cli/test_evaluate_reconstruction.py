@@ -86,8 +86,8 @@ def test_a_file_and_a_table(tmp_path: Path, run, tokenizer: Path, hub: str) -> N
     for line in ("pictures: 6 pictures in 1 class", "ssim ", "frechet_distance (hub:", "codebook_perplexity ",
                  "psnr_of_mean_error ", "warning: the images are 6, published numbers", f"wrote {out}"):  # fmt: skip
         assert line in said, line
-    assert result["measured"] == "reconstruction" and result["tokenizer"] == str(tokenizer)
-    assert result["facts"]["data"]["reading"].startswith("as stored") and result["versions"].keys() >= {
+    assert result["format"] == "alitok_fast reconstruction 1" and result["tokenizer"] == str(tokenizer)
+    assert result["facts"]["data"]["reading"].startswith("EXIF orientation ignored") and result["versions"].keys() >= {
         "torch",
         "pillow",
     }
@@ -95,6 +95,7 @@ def test_a_file_and_a_table(tmp_path: Path, run, tokenizer: Path, hub: str) -> N
     before = out.read_bytes()
     assert run(*options, "--work", tmp_path / "work") and out.read_bytes() == before
     assert (tmp_path / "work" / "features.json").exists()
+    assert run(*options[:-2]).splitlines() == said.splitlines()[:-1]  # without --out nothing is written
 
 
 def test_the_order_of_exif_and_profiles_is_the_published_one(tmp_path: Path, run, tokenizer: Path) -> None:
@@ -141,7 +142,9 @@ def test_statistics_of_a_file(tmp_path: Path, run, tokenizer: Path, hub: str) ->
     said = run(*options, "--reference", file)
     assert "warning: the Frechet distance is from the statistics of a file" in said
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(ValueError, match="reference: expected statistics of hub:.*, got those of inception"):
+    with pytest.raises(
+        ValueError, match="reference: expected statistics of the features of hub:.*, got those of inception"
+    ):
         run(*options, "--reference", tmp_path / "adm.npz")
 
 

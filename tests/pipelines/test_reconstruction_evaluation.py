@@ -183,7 +183,7 @@ def test_from_the_statistics_of_a_file(tmp_path: Path, tiny_tokenizer) -> None:
     _, decoded = pixels(tokenizer)
     vectors = torch.rand(20, 12, generator=torch.Generator().manual_seed(0))
     moments = {"pooled": Moments.of(vectors)}
-    facts = {"network": "coarse", "weights": "others", "size": 32}
+    facts = {"network": "coarse", "weights": "none", "size": 32}
     ours = Reference(moments, facts, sha256="abc", vectors=vectors)
     got = run(tokenizer, tmp_path / "ours", reference=ours)
     distances = got["distances"]["coarse"]
@@ -192,32 +192,35 @@ def test_from_the_statistics_of_a_file(tmp_path: Path, tiny_tokenizer) -> None:
         frechet_distance(Moments.of(back), moments["pooled"]), rel=1e-5
     )
     assert distances["kernel_distance"] == pytest.approx(kernel_distance(back, vectors, subset_size=20).mean, rel=1e-4)
-    assert got["facts"]["reference"] == {"kind": "alitok_fast", "sha256": "abc", "facts": facts}
+    described = got["facts"]["reference"]
+    assert (described["kind"], described["sha256"], described["facts"]) == ("alitok_fast", "abc", facts)
     assert got["doubts"][2:] == [
         "the Frechet distance is from the statistics of a file, published rFID is from the originals",
         "size: the images have 16, the reference has 32",
-        "weights: the images have 'none', the reference has 'others'",
     ]
-    adm = run(tokenizer, tmp_path / "adm", [network("inception", True)], reference=Reference(moments, {}, "ADM"))
+    adm = run(
+        tokenizer,
+        tmp_path / "adm",
+        [network("inception", True)],
+        reference=Reference(moments, {"network": "inception"}, "ADM"),
+    )
     assert list(adm["distances"]["inception"]) == ["rfid"]
-    assert any("npz of the ADM suite, which holds statistics of ImageNet's training images" in x for x in adm["doubts"])
+    assert any("the suite's own are of ImageNet's training images, but rFID is" in x for x in adm["doubts"])
 
 
 @pytest.mark.parametrize(
-    ("networks", "reference", "message"),
+    ("networks", "facts", "message"),
     [
         (["coarse", "coarse"], None, "networks: expected each once, got coarse, coarse"),
-        (["coarse", "b"], {}, "reference: expected one network, whose statistics they are, got 2"),
-        (["coarse"], {"kind": "ADM"}, "reference: expected statistics of coarse's features, got those of inception"),
-        (
-            ["coarse"],
-            {"facts": {"network": "b"}},
-            "reference: expected statistics of coarse's features, got those of b",
-        ),
+        (["coarse", "b"], {"network": "coarse"}, "reference: expected one of b's features, got none"),
+        (["coarse"], {"network": "b"}, "reference: expected statistics of the features of coarse, got those of b"),
+        (["coarse"], {"network": "coarse", "weights": "others"}, "coarse with weights none, got others"),
+        (["coarse"], {"network": "coarse", "moments": "spatial"}, "expected moments of 'pooled', got those of spatial"),
     ],
 )
-def test_pairs_that_do_not_fit_are_refused(tmp_path: Path, tiny_tokenizer, networks, reference, message: str) -> None:
-    given = None if reference is None else Reference({"pooled": Moments.of(torch.rand(9, 12))}, **reference)
+def test_pairs_that_do_not_fit_are_refused(tmp_path: Path, tiny_tokenizer, networks, facts, message: str) -> None:
+    name = (facts or {}).get("moments", "pooled")
+    given = None if facts is None else Reference({name: Moments.of(torch.rand(9, 12))}, facts)
     with pytest.raises(ValueError, match=message):
         run(tiny_tokenizer(), tmp_path / "work", [network(name) for name in networks], reference=given)
     assert not (tmp_path / "work").exists()
