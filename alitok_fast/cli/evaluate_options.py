@@ -113,7 +113,17 @@ def working_folder(work: Path | None, out: Path | None, rank: int, world: int) -
         path.mkdir(parents=True, exist_ok=True)
         yield path
         if work is None and rank == 0:
-            shutil.rmtree(path)
+            _remove_features(path)
+
+
+def _remove_features(path: Path) -> None:
+    """Those in and under a folder, and the folder where nothing else is in it."""
+    from alitok_fast.evaluation.feature_folder import ABOUT
+
+    for about in list(path.rglob(ABOUT)):
+        shutil.rmtree(about.parent)
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def table(result: Mapping[str, Any]) -> list[str]:

@@ -169,6 +169,17 @@ def test_references_are_written_over_only_when_asked(run, photos, network, refer
         run(*command, "--size", 8, "--network", "inception", "--out", tmp_path / "x.safetensors")
 
 
+def test_what_lies_where_features_go_stays(run, reference, network, tmp_path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8))
+    command = ["samples", tmp_path / "x.npy", "--network", network, "--reference", reference, "--out"]
+    run(*command, tmp_path / "a.json")
+    assert not (tmp_path / "a.json.work").exists()
+    (tmp_path / "b.json.work").mkdir()
+    (tmp_path / "b.json.work" / "thesis.txt").write_text("mine")
+    run(*command, tmp_path / "b.json")
+    assert [file.name for file in (tmp_path / "b.json.work").iterdir()] == ["thesis.txt"]
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(run, tiny_folder, reference, network, tmp_path) -> None:
     """Bit for bit, also after one of them was killed: by torchrun, drawing three files of features."""
