@@ -59,6 +59,7 @@ def train_classifier(
     order = np.random.default_rng(seed)
     model = SmallClassifier(classes).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    batch_size = min(batch_size, len(images))
     per_epoch = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * per_epoch)
     for epoch in range(epochs):

@@ -155,6 +155,11 @@ class Tokenizer(HubModel):
     def dtype(self) -> torch.dtype:
         return self.latent_tokens.dtype
 
+    @property
+    def codebook_size(self) -> int:
+        """The number of different tokens."""
+        return self.config.codebook_size
+
     def features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> z (B, N, code_dim), before quantizing."""
         return self.encoder(images.to(self.dtype), self.latent_tokens)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from alitok_fast.data import open_source, read_image
 from alitok_fast.data.transforms import cache_crops, centre_crop, train_crop
-from alitok_fast.evaluation.demo import all_images
+from alitok_fast.evaluation.judge import all_images
 from alitok_fast.pipelines.reconstruction import reconstruct
 
 GOLDEN = [

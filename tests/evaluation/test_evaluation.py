@@ -14,7 +14,7 @@ from alitok_fast.data import open_source
 from alitok_fast.data.transforms import centre_crop
 from alitok_fast.evaluation.classifier import features, predict, train_classifier
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
-from alitok_fast.evaluation.demo import evaluate_samples, evaluate_tokenizer, generate_samples
+from alitok_fast.evaluation.judge import evaluate_samples, evaluate_tokenizer, generate_samples
 from alitok_fast.evaluation.psnr import psnr
 from alitok_fast.inference.image_decoder import ImageDecoder
 
