@@ -24,6 +24,7 @@ ROOMS = (
     ("inference",),
     ("evaluation",),
     ("pipelines", "training"),
+    ("studies",),
     ("info",),
     ("cli",),
     ("testing",),

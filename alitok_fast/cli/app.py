@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from alitok_fast import __version__
-from alitok_fast.cli import data, evaluate, photographs, sampling, tokens, train
+from alitok_fast.cli import data, evaluate, photographs, sampling, study, tokens, train
 from alitok_fast.storage.text import shown
 
 INTERRUPTED = 130  # exit status after Ctrl-C; typer returns it
@@ -33,6 +33,7 @@ _commands: dict[str, Any] = {
 for _name, _command in _commands.items():
     app.command(_name)(_command)
 app.add_typer(train.app, name="train")
+app.add_typer(study.app, name="study")
 app.add_typer(tokens.app, name="tokens")
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="evaluate")

@@ -40,45 +40,15 @@ from alitok_fast.models.tokenizer import Tokenizer
 from alitok_fast.progress import tracked
 from alitok_fast.storage.files import differences, locked, read_json, write_atomically, write_json
 from alitok_fast.storage.tensor_files import read_tensors
+from alitok_fast.studies.budget import Budget
 from alitok_fast.studies.rows import Row, chosen_rows
 from alitok_fast.training.generator import train_generator
 from alitok_fast.training.losses import generator_loss
-from alitok_fast.training.run_config import combine
-from alitok_fast.training.run_layers import Layer, preset_layer, set_layer
 from alitok_fast.training.tokenize import tokenize
 from alitok_fast.training.tokenizer import train_tokenizer
 
 RESULT_NAME = "result.json"
 LOG_TAIL = 0.1  # of the steps: the training accuracy is the mean over the last ones
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every row gets.
-
-    `tokenizer` and `generator` change settings of the preset's runs, as `--set` does. `samples` are drawn of each class
-    for the distances; `judge_epochs` is how long the judge learns from the training images.
-    """
-
-    preset: str = "demo"
-    tokenizer: tuple[str, ...] = ()
-    generator: tuple[str, ...] = ()
-    samples: int = 200
-    judge_epochs: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "judge_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-
-    @property
-    def image_size(self) -> int:
-        return self.run("tokenizer", self.tokenizer, {}).model.image_size
-
-    def run(self, kind: str, settings: Sequence[str], own: Mapping[str, Any], stage: int | None = None) -> Any:
-        """The settings of a training: the preset, over it `settings`, over these a row's own."""
-        preset = preset_layer(kind, {"model": self.preset, "training": self.preset}, stage)
-        return combine(kind, [preset, set_layer(kind, settings), Layer("row", dict(own))])
 
 
 @dataclass(frozen=True)
@@ -239,7 +209,7 @@ class AlignmentStudy:
         if (out / META_NAME).exists():
             return validate_token_cache(out)
         if isinstance(tokenizer, Tokenizer):
-            return tokenize(tokenizer, source, out, crops=1, progress=self.progress, workers=self.workers)
+            return tokenize(tokenizer, source, out, crops=1, progress=self.progress)
         with torch.inference_mode():
             first = tokenizer.encode(torch.zeros(1, 3, self.image_size, self.image_size, device=self.device))
             meta = TokenCacheMeta(
