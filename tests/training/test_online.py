@@ -26,8 +26,11 @@ from alitok_fast.cli.evaluate_reconstruction import reconstruction
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
 from alitok_fast.data import DataOrder, open_source, validate_token_cache
 from alitok_fast.data.loader import Loader
-from alitok_fast.evaluation.reference import read_reference, write_reference
+from alitok_fast.evaluation.networks import load_network
+from alitok_fast.evaluation.reference import Reference, read_reference, write_reference
+from alitok_fast.inference.params import SamplingParams
 from alitok_fast.models.discriminator import Discriminator
+from alitok_fast.models.generator import Generator
 from alitok_fast.models.loading import load_tokenizer
 from alitok_fast.training import online
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
@@ -225,19 +228,35 @@ def test_tensorboard_gets_the_figures(train, tmp_path: Path) -> None:
         assert [scalar.value for scalar in scalars] == pytest.approx([found[step][name] for step in (2, 4, 6)])
 
 
+def test_images_of_an_adm_file_give_precision_and_recall(tokenizer, network: str, reference, tmp_path: Path) -> None:
+    """Their features are computed at the first evaluation and kept, as `evaluate samples` computes them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "adm.npz", arr_0=pixels)
+    judge, decoder = load_network(network), load_tokenizer(tokenizer / "model")
+    vectors = judge(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))["pooled"]
+    facts = {"moments": read_reference(reference).moments, "facts": judge.facts, "kind": "ADM", "sha256": "abc"}
+    labels = [number % 3 for number in range(12)]
+    torch.manual_seed(0)
+    found = []
+    for given in (Reference(**facts, images=tmp_path / "adm.npz"), Reference(**facts, vectors=vectors)):
+        evaluation = online.SampleEvaluation(decoder, judge, given, labels, SamplingParams())
+        place = online.Workplace(tmp_path / "work", Ranks(), lambda: False)
+        found.append(evaluation(Generator(GENERATOR).eval(), place))
+    assert found[0] == found[1] and {"kernel_distance", "precision", "recall"} <= found[0].keys()
+    assert [folder.name[:10] for folder in (tmp_path / "work").iterdir()] == ["reference-"]
+
+
 # --- training is the same --------------------------------------------------------------------------------------------
 
 
-def test_looking_on_changes_nothing(train, tokenizer: Path, photos: Path, tmp_path: Path, monkeypatch) -> None:
+def test_looking_on_changes_nothing(train, tokenizer: Path, photos, network: str, tmp_path, monkeypatch) -> None:
     """Dropout, class dropout and the discriminator's first weights are drawn as without evaluation."""
     monkeypatch.setattr("alitok_fast.training.adversary.Discriminator", lambda: Discriminator(32, 2))
     same_training(train("with"), train("without", evaluate_every=0))
     same_training(tokenizer, train_tokens(photos, tmp_path / "tokenizer"))
     phases = (Phase(2, 1e-3), Phase(4, 1e-3, adversarial=0.1))
     for name, every in (("gan", 2), ("plain", 0)):
-        train_tokens(
-            photos, tmp_path / name, phases=phases, evaluate_every=every, evaluate_network="efficientnet_lite0"
-        )
+        train_tokens(photos, tmp_path / name, phases=phases, evaluate_every=every, evaluate_network=network)
     same_training(tmp_path / "gan", tmp_path / "plain")
     assert "frechet_distance" in evaluations(tmp_path / "gan")[6]
 
@@ -422,11 +441,11 @@ def test_mistakes_about_pictures_are_named(photos: Path, tmp_path: Path, network
 
 
 def test_the_commands_of_the_page(
-    photos: Path, network: str, tokenizer, cache, reference, tmp_path, monkeypatch
+    photos: Path, network: str, tokenizer, cache, reference, tmp_path, monkeypatch, capsys
 ) -> None:
     """As docs/training.md has them, with short runs of tiny models."""
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    section = page.partition("### Evaluation while training\n")[2].partition("\n### ")[0].partition("\n## ")[0]
+    section = page.partition("## Evaluation while training\n")[2].partition("\n## ")[0]
     commands = [line.split() for line in section.splitlines() if line.startswith("    alitok-fast train")]
     assert [command[2] for command in commands] == ["tokenizer", "generator"]
     monkeypatch.chdir(tmp_path)
@@ -441,7 +460,7 @@ def test_the_commands_of_the_page(
         alitok(*[places.get(word, word) for word in command[1:]], *short, *sizes[kind], "--no-progress")
         out = Path(command[command.index("--out") + 1])
         assert list(evaluations(out)) == [2, 4, 6] and "frechet_distance" in evaluations(out)[6]
-    assert evaluations(Path("runs/stage1"))[6] == evaluations(tokenizer)[6]
+    assert "PHOTOS/val: 36 pictures in 3 classes" in capsys.readouterr().out
 
 
 def test_held_out_pictures_are_found_or_asked_for(photos: Path, tmp_path: Path, capsys) -> None:
