@@ -45,9 +45,9 @@ class Watching:
 
     def missed(self, done: int) -> bool:
         """Whether a run that goes on from step number `done` was killed before the evaluation that was due there."""
-        return (
-            done > 0 and self.evaluates(done) and not self.ranks.from_main(self.ranks.main and self.run.evaluated(done))
-        )
+        if not (done and self.evaluates(done)):
+            return False
+        return bool(self.ranks.from_main(self.ranks.main and not self.run.evaluated(done)))
 
     def evaluate(self, done: int, weights: dict[str, Tensor], stop: Callable[[], bool]) -> float | None:
         """Log what the model with these weights is worth; the seconds that it took, None where `stop` ended it."""
