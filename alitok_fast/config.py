@@ -33,7 +33,7 @@ def _require(condition: bool, name: str, expected: str, actual: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {_REPR.repr(actual)}")
 
 
-def _later(default: Any) -> Any:
+def later(default: Any) -> Any:
     """A setting that earlier releases do not know; files name it only where it is not its default."""
     return field(default=default, metadata={"later": True})
 
@@ -47,9 +47,9 @@ class Config:
 
         So such files stay the same, earlier releases read them, and runs that began there go on.
         """
-        later = {f.name: f.default for f in dataclasses.fields(self) if "later" in f.metadata}
+        newer = {f.name: f.default for f in dataclasses.fields(self) if "later" in f.metadata}
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in later or value != later[name]}
+        return {name: value for name, value in values.items() if name not in newer or value != newer[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
@@ -116,10 +116,10 @@ class TokenizerConfig(Config):
     stage: int = 2
     commitment: float = 0.25
     usage_decay: float = 0.99
-    prefix_tokens: int | None = _later(None)
-    causal_encoder: bool = _later(False)
-    causal_decoder: bool | None = _later(None)
-    auxiliary_loss: bool = _later(True)
+    prefix_tokens: int | None = later(None)
+    causal_encoder: bool = later(False)
+    causal_decoder: bool | None = later(None)
+    auxiliary_loss: bool = later(True)
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -189,7 +189,7 @@ class GeneratorConfig(Config):
     class_dropout: float = 0.1
     guidance_scale: float = 16.0
     guidance_power: float = 1.8
-    prefix_tokens: int | None = _later(None)
+    prefix_tokens: int | None = later(None)
 
     def __post_init__(self) -> None:
         self._check_numbers()

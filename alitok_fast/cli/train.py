@@ -39,6 +39,7 @@ Examples:
   alitok-fast train tokenizer --config run.toml --data PHOTOS --out runs/own
 """
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
+HELD_OUT, NO_SPLITS = ("val", "validation", "test"), "train"  # splits; what data without any are opened as
 PLACES = ("skip_list", "root", "labels", "class_names", "image_column", "label_column", "index_folder")
 
 
@@ -95,6 +96,7 @@ def tokenizer_command(
     how = read.on_error, read.orientation, read.profile
     places = {name: getattr(read, name) for name in PLACES}
     source = open_source(read.path, read.split, size, *how, typer.echo, read.draft, **places)
+    held_out = _held_out(read, run.watch, size) if run.training.evaluate_every else None
     model = train_tokenizer(
         source,
         out,
@@ -110,8 +112,31 @@ def tokenizer_command(
         options.force,
         run.start.init,
         kept.to_toml(),
+        held_out,
+        run.watch.evaluate_network,
+        run.watch.evaluate_weights,
     )
     typer.echo(model)
+
+
+def _held_out(read: Any, watch: Any, size: int) -> Any:
+    """The pictures that a tokenizer is evaluated with, read as `evaluate reconstruction` reads them: those of another
+    folder, or of another split of the run's own data."""
+    from alitok_fast.data import open_source
+
+    own = watch.evaluate_data is None
+    path, places = (read.path, {name: getattr(read, name) for name in PLACES[1:]}) if own else (watch.evaluate_data, {})
+    splits = [split for split in HELD_OUT if split != read.split] if own else [*HELD_OUT, NO_SPLITS]
+    found = ""
+    for split in [watch.evaluate_split] if watch.evaluate_split else splits:
+        try:
+            return open_source(path, split, size, read.on_error, False, False, typer.echo, False, **places)
+        except ValueError as error:
+            found = str(error)
+            if not found.startswith("split:"):
+                break
+    other = "; --evaluate-data names others" if own else ""
+    raise ValueError(f"evaluate_data: expected held-out pictures, got none ({found}){other}")
 
 
 @app.command("generator")
@@ -146,6 +171,9 @@ def generator_command(context: typer.Context, out: Out, options: Any, start: Any
         run.start.init,
         run.watch.tokenizer,
         kept.to_toml(),
+        run.watch.reference,
+        run.watch.evaluate_weights,
+        run.watch.evaluate_guidance,
     )
     typer.echo(model)
 

@@ -101,6 +101,11 @@ class Loader:
         """Wall seconds since the first batch came, up to now or to the end; `waited` of them for further batches."""
         return 0.0 if self._began is None else (self._ended or monotonic()) - self._began
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the last `seconds`, in which no batch was asked for."""
+        if self._began is not None:
+            self._began += seconds
+
     def close(self) -> None:
         """End the workers. Nothing more comes."""
         self._ended = self._ended or monotonic()

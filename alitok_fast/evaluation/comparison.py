@@ -10,9 +10,12 @@ from torch import Tensor
 from alitok_fast.evaluation.feature_folder import FeatureFolder
 from alitok_fast.evaluation.measures import frechet_distance, inception_score, kernel_distance, precision_recall
 from alitok_fast.evaluation.moments import Moments
+from alitok_fast.evaluation.networks import Network
 from alitok_fast.evaluation.reference import Reference
+from alitok_fast.storage.text import shown
 
 IMAGES = 50_000  # of the published numbers
+PRECISION_IMAGES = 10_000  # of the reference, for precision and recall: the ADM suite's number
 INCEPTION_FILE = "6726825d"  # the beginning of the SHA-256 of torch-fidelity's file of TensorFlow's weights
 SUBSET = 1000  # vectors of a subset of the kernel distance
 
@@ -68,18 +71,33 @@ def compare(
     return found
 
 
+def check_pairing(network: Network, reference: Reference) -> None:
+    """ValueError for statistics of the network's features with other weights, resizing or normalisation."""
+    for key in ("weights", "resize", "normalisation"):
+        if key in reference.facts and reference.facts[key] != network.facts[key]:
+            expected, got = network.facts[key], shown(reference.facts[key])
+            raise ValueError(
+                f"reference: expected statistics of {shown(network.name)} with {key} {expected}, got {got}"
+            )
+
+
 def doubts(features: FeatureFolder, reference: Reference) -> list[str]:
     """What makes these numbers incomparable with published ones, in sentences; none where nothing is known to."""
+    return doubts_of_samples(features.count, features.facts, reference)
+
+
+def doubts_of_samples(images: int, facts: Mapping[str, Any], reference: Reference) -> list[str]:
+    """As `doubts`, of so many images, whose features have these facts."""
     found = []
-    if features.count != IMAGES:
+    if images != IMAGES:
         found.append(
-            f"the images are {features.count:,}, published numbers are of {IMAGES:,}: a Frechet distance falls as "
+            f"the images are {images:,}, published numbers are of {IMAGES:,}: a Frechet distance falls as "
             "their number grows"
         )
     count = next(iter(reference.moments.values())).count
     if count is not None and count < IMAGES and reference.kind == "alitok_fast":
         found.append(f"the reference has {count:,} images: the fewer, the larger a Frechet distance")
-    return found + doubts_of_network(features.facts) + doubts_of_pairing(features.facts, reference)
+    return found + doubts_of_network(facts) + doubts_of_pairing(facts, reference)
 
 
 def doubts_of_network(facts: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,9 @@ were, or on where a run was killed.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,6 +62,13 @@ class FeatureFolder:
             path.mkdir(parents=True, exist_ok=True)
             write_json(described, about)
 
+    @classmethod
+    def named(cls, work: Path, name: str, count: int, facts: Mapping[str, Any], chunk: int = CHUNK) -> FeatureFolder:
+        """One in `work`, called `name` and a hash of all that could change its features: others are beside it."""
+        key = hashlib.sha256(json.dumps([count, chunk, dict(facts)], sort_keys=True).encode()).hexdigest()[:16]
+        plain = re.sub(r"[^\w.-]+", "-", name)[-40:].strip("-.")
+        return cls(work / f"{plain}-{key}", count, facts, chunk)
+
     @property
     def chunks(self) -> list[range]:
         """The images of each file."""
@@ -111,10 +121,18 @@ class FeatureFolder:
         return whole
 
     def moments(self, name: str) -> Moments:
-        """Raises ValueError as `parts`, and as `MomentSums` for NaN."""
-        sums = MomentSums()
+        """Raises ValueError as `parts`, and as `MomentSums` for NaN.
+
+        Sums are of `CHUNK` vectors each, so that not even their last bits depend on how many a file holds.
+        """
+        sums, held = MomentSums(), torch.empty(0)
         for part in self.parts(name):
-            sums.add(part)
+            held = torch.cat([held, part]) if len(held) else part
+            while len(held) >= CHUNK:
+                sums.add(held[:CHUNK])
+                held = held[CHUNK:]
+        if len(held):
+            sums.add(held)
         return sums.moments()
 
     def _check_whole(self) -> None:

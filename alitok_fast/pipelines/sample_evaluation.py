@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from alitok_fast import __version__
-from alitok_fast.evaluation.comparison import compare, doubts
+from alitok_fast.evaluation.comparison import PRECISION_IMAGES, check_pairing, compare, doubts
 from alitok_fast.evaluation.feature_folder import CHUNK, FeatureFolder, compute_features
 from alitok_fast.evaluation.image_sets import ImageSet, StoredImages
 from alitok_fast.evaluation.intervals import spread
@@ -35,7 +34,6 @@ from alitok_fast.storage.files import read_json
 from alitok_fast.storage.text import shown
 
 FORMAT = "alitok_fast evaluation 1"
-PRECISION_IMAGES = 10_000  # of the reference, for precision and recall: the ADM suite's number
 HELD_OUT = ("val", "validation", "test")
 STD = "_std"  # of a measure over its own parts, as `compare` calls it
 
@@ -124,11 +122,7 @@ def paired(networks: Sequence[Network], references: Sequence[Reference]) -> list
                 f"reference: expected one of {name}'s features, got none; `alitok-fast evaluate reference --data DATA "
                 f"--network {name}` makes one"
             )
-        facts = found[network.name].facts
-        for key in ("weights", "resize", "normalisation"):
-            if key in facts and facts[key] != network.facts[key]:
-                expected, got = network.facts[key], shown(facts[key])
-                raise ValueError(f"reference: expected statistics of {name} with {key} {expected}, got {got}")
+        check_pairing(network, found[network.name])
     return [(network, found[network.name]) for network in networks]
 
 
@@ -218,11 +212,7 @@ def features_of(
 
 def _folder(images: ImageSet, network: Network, work: Path) -> FeatureFolder:
     facts = {"images": dict(images.facts), "size": images.size, **network.facts}
-    key = json.dumps([images.count, images.chunk, facts], sort_keys=True)
-    name = re.sub(r"[^\w.-]+", "-", network.name)[-40:].strip("-.")
-    return FeatureFolder(
-        work / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}", images.count, facts, images.chunk
-    )
+    return FeatureFolder.named(work, network.name, images.count, facts, images.chunk)
 
 
 def _vectors(

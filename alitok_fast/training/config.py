@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alitok_fast.config import Config
+from alitok_fast.config import Config, later
 from alitok_fast.training.phases import Phase, Schedule
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -27,7 +27,8 @@ class TrainConfig(Config):
     out biases, norms and embeddings. `precision` "fp16" scales the loss. `parallel` is for several processes: "ddp"
     copies the model to each, "fsdp" spreads its weights and the optimizer's state over them. With `plateau_patience`
     above 0 the learning rate is multiplied by `plateau_factor` where the mean loss has not fallen for so many steps.
-    Every `pictures_every` steps (0: never) pictures are written.
+    Every `pictures_every` steps (0: never) pictures are written, and every `evaluate_every` steps (0: never) the model
+    is evaluated on `evaluate_images` images.
     """
 
     steps: int = 500_000
@@ -51,6 +52,8 @@ class TrainConfig(Config):
     log_every: int = 50
     save_every: int = 1000
     pictures_every: int = 1000
+    evaluate_every: int = later(0)
+    evaluate_images: int = later(5000)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -82,8 +85,9 @@ class TrainConfig(Config):
         self._check("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
         self._check("parallel", self.parallel in PARALLELS, f"one of {PARALLELS}")
         self._check("weight_decay_on", self.weight_decay_on in DECAYED, f"one of {DECAYED}")
-        for name in ("plateau_patience", "pictures_every"):
+        for name in ("plateau_patience", "pictures_every", "evaluate_every"):
             self._check(name, getattr(self, name) >= 0, "0 or a positive number")
+        self._check("evaluate_images", self.evaluate_images >= 4, "at least 4")  # precision looks at three neighbours
         self._check("plateau_factor", 0 < self.plateau_factor <= 1, "0 to 1, 0 excluded")
         self._check("ema_decay", 0 <= self.ema_decay < 1, "0 to 1, 1 excluded")
         self._check("weight_decay", self.weight_decay >= 0, "0 or a positive number")

@@ -18,11 +18,13 @@ from alitok_fast.inference.sampler import sample
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.loading import load_generator, load_tokenizer
 from alitok_fast.models.tokenizer import Tokenizer, encoder_fingerprint
+from alitok_fast.storage.checkpoint import Checkpoint
 from alitok_fast.storage.files import weights_fingerprint
 from alitok_fast.storage.images import grid, to_uint8
 from alitok_fast.training.config import GeneratorTrainConfig, check_share
 from alitok_fast.training.loop import train
 from alitok_fast.training.losses import generator_loss
+from alitok_fast.training.online import SampleEvaluation, Workplace
 from alitok_fast.training.phases import Place
 from alitok_fast.training.ranks import Ranks, joined
 from alitok_fast.training.run_folder import begun_with, open_run
@@ -44,15 +46,21 @@ class CachedTokens:
 class GeneratorTask:
     """Next-token cross-entropy, one random crop of each image (section 3.3). Class dropout is the model's.
 
-    With a `tokenizer`, pictures are sampled while training.
+    With a `tokenizer`, pictures are sampled while training; `evaluation` is needed where `evaluate_every` is above 0.
     """
 
     discriminator = None
 
     def __init__(
-        self, model: Generator, cache: TokenCache, config: GeneratorTrainConfig, tokenizer: Tokenizer | None = None
+        self,
+        model: Generator,
+        cache: TokenCache,
+        config: GeneratorTrainConfig,
+        tokenizer: Tokenizer | None = None,
+        evaluation: SampleEvaluation | None = None,
     ) -> None:
         self.model, self.cache, self.config, self.tokenizer = model, cache, config, tokenizer
+        self.evaluation = evaluation
         self._called: nn.Module = model
         self._spread = False
 
@@ -99,6 +107,11 @@ class GeneratorTask:
         tokens = sample(copy, labels, seed=0)
         return np.asarray(grid(list(to_uint8(self.tokenizer.decode(tokens.to(self.tokenizer.device)).clamp(0, 1))), 4))
 
+    def evaluate(self, weights: dict[str, Tensor], place: Workplace) -> dict[str, float]:
+        assert self.evaluation is not None
+        generator = Generator.from_checkpoint(Checkpoint(self.model.config, weights))
+        return self.evaluation(generator.to(place.ranks.device).eval(), place)
+
     def provenance(self) -> dict[str, Any]:
         meta = self.cache.meta
         return {
@@ -125,12 +138,18 @@ def train_generator(
     init: str | Path | None = None,
     tokenizer: str | Path | None = None,
     run_file: str | None = None,
+    reference: str | Path | None = None,
+    evaluate_weights: str | Path | None = None,
+    evaluate_guidance: float | None = None,
 ) -> Path:
     """Train on a token cache (alitok_fast.data.validate_token_cache); the folder of the trained model.
 
     `init` is a generator of these sizes to start from. With `tokenizer`, a model that decodes these tokens,
-    pictures are sampled every `pictures_every` steps. Started by torchrun, all processes train together. `workers`
-    processes read tokens; with 0 this one does. `run_file` is the text of the run's run.toml (`RunConfig.to_toml`).
+    pictures are sampled every `pictures_every` steps. Every `evaluate_every` steps, samples with the guidance
+    `evaluate_guidance` (None: the model's own) are measured against the statistics in the file `reference`, in the
+    features of their network, whose weights may be in the file `evaluate_weights`. Started by torchrun, all processes
+    train together. `workers` processes read tokens; with 0 this one does. `run_file` is the text of the run's run.toml
+    (`RunConfig.to_toml`).
     Raises ValueError when the cache and the model's sizes do not fit, when the settings, the tokens or the first
     weights differ from those of the run being resumed, or when `out` holds something else, which `force` writes over.
     """
@@ -157,11 +176,16 @@ def train_generator(
     decoder = None if tokenizer is None else _decoder(tokenizer, cache)
     with joined(device) as ranks:
         check_share(config, ranks.world)
+        evaluation = None
+        if config.evaluate_every:
+            evaluation = SampleEvaluation.open(
+                cache, config.evaluate_images, decoder, reference, evaluate_weights, evaluate_guidance, ranks
+            )
         torch.manual_seed(config.seed)
         model = Generator(model_config) if first is None else first
         sizes = model_config.to_dict()
         with open_run(out, "generator", config, sizes, resume, inputs, force, ranks=ranks, run_file=run_file) as run:
-            task = GeneratorTask(model, cache, config, decoder)
+            task = GeneratorTask(model, cache, config, decoder, evaluation)
             workers = require_count("workers", workers, least=0)
             return train(task, config, run, ranks, tensorboard, progress, workers)
 

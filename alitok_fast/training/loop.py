@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from alitok_fast.data.loader import Loader, throughput_line
 from alitok_fast.progress import Bar
 from alitok_fast.storage.checkpoint import Checkpoint, write_checkpoint
-from alitok_fast.storage.images import write_image
 from alitok_fast.storage.text import first_line
 from alitok_fast.training.config import TrainConfig
 from alitok_fast.training.interrupts import Interrupts
@@ -35,9 +34,11 @@ from alitok_fast.training.state import (
     load_weights,
     optimizer_state,
     random_state,
+    whole_weights,
 )
 from alitok_fast.training.task import StepOutput, Task
 from alitok_fast.training.tensorboard import Board
+from alitok_fast.training.watching import Watching
 
 __all__ = ["StepOutput", "Task", "train"]
 
@@ -73,11 +74,15 @@ def train(
             Loader(task.read, order, start * micro, config.steps * micro, workers, pin_memory=pinned)
         )
         interrupts = stack.enter_context(Interrupts())
+        if trainer.watching.missed(start):
+            trainer.evaluate(start, loader, interrupts)
         bar = stack.enter_context(Bar("train", config.steps, start, progress and ranks.main))
         batches = iter(loader)
         for step in range(start, config.steps):
             stopping = trainer.step(step, batches, interrupts.seen)
             bar.advance(trainer.finish(step + 1, loader, stopping))
+            if trainer.watching.evaluates(step + 1) and not stopping:
+                trainer.evaluate(step + 1, loader, interrupts)
             if stopping and step + 1 < config.steps:
                 raise KeyboardInterrupt
         if progress and ranks.main and start < config.steps:
@@ -111,6 +116,7 @@ class _Trainer:
         }
         self.average = MovingAverage(task.model, config.ema_decay)
         self.meter, self.watch = Meter(), CodebookWatch(config.warmup)
+        self.watching = Watching(task, config, run, ranks, board)
         self.norms: dict[str, float] = {}
         self._loading = 0.0, 0.0
         torch.manual_seed(config.seed + ranks.rank)
@@ -172,8 +178,7 @@ class _Trainer:
             figures = self._log(done, loader)
         if done % config.save_every == 0 or last or stopping:
             self.save(done)
-        if config.pictures_every and (done % config.pictures_every == 0 or last):
-            self._show(done)
+        self.watching.show(done)
         return figures
 
     def _log(self, done: int, loader: Loader) -> dict[str, float]:
@@ -205,20 +210,18 @@ class _Trainer:
         before, self._loading = self._loading, (loader.waited, loader.seconds)
         return (loader.waited - before[0]) / max(loader.seconds - before[1], 1e-9)
 
-    def _show(self, done: int) -> None:
-        spread = self.ranks.world > 1 and self.config.parallel == "fsdp"
-        if not (self.ranks.main or spread):
-            return
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), torch.no_grad():
-            self.task.model.eval()
-            picture = self.task.pictures()
-            self.task.model.train()
-        if picture is None or not self.ranks.main:
-            return
-        folder = self.run.path / "pictures"
-        folder.mkdir(exist_ok=True)
-        write_image(folder / f"step_{done:07d}.png", picture)
-        self.board.picture(picture, done)
+    def evaluate(self, done: int, loader: Loader, interrupts: Interrupts) -> None:
+        """Log what the model is worth after step number `done`: the moving average, where there is one.
+
+        Interrupted, it saves the step instead and raises KeyboardInterrupt; the run that goes on evaluates then.
+        """
+        weights = self.average.weights() or whole_weights(self.task.model)
+        seconds = self.watching.evaluate(done, weights, lambda: interrupts.seen)
+        if seconds is None:
+            self.save(done)
+            raise KeyboardInterrupt
+        self.meter.leave_out(seconds)
+        loader.leave_out(seconds)
 
     def save(self, done: int) -> None:
         """The checkpoint, then the model as others load it."""

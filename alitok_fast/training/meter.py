@@ -53,6 +53,10 @@ class Meter:
         result["samples_per_second"] = self._samples / (time.perf_counter() - self._began)
         return result
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count the last `seconds` in the speed."""
+        self._began += seconds
+
     @property
     def num_codes(self) -> int:
         """Codes of the codebook whose usage is counted; 0 where none is."""

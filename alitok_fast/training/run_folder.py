@@ -26,9 +26,11 @@ from alitok_fast.training.ranks import Ranks
 from alitok_fast.training.run_config import RUN_FILE
 
 LOCK_NAME = ".train.lock"
+EVALUATED = "eval/seconds"  # in the log, of each evaluation
 STATE_NAME = Path("checkpoint", "state.pt")
 # These change what is written when, how long a run goes on, how it is computed, or what its data are called.
 _FREE_KEYS = {"log_every", "save_every", "pictures_every", "steps", "name", "parallel", "activation_checkpointing"}
+_FREE_KEYS |= {"evaluate_every", "evaluate_images"}
 _FREE_KEYS |= {"compile", "perceptual_weights", "lpips_weights"}  # the networks' own fingerprints are compared
 _STATE_KEYS = {"step", "model", "optimizer", "ema", "meter", "rng", "task", "scaler", "plateau", "discriminator"}
 _SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w{6}")
@@ -212,6 +214,11 @@ class RunFolder:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         with open(os.open(self.log_file, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the log has an evaluation of the model after so many steps. Of a log that `load_state` has cut."""
+        entries = (json.loads(line) for line in self._log_lines())
+        return any(entry["step"] == step and EVALUATED in entry for entry in entries)
 
     def model_step(self) -> int | None:
         """The step that the folder of the model says it is of; None where there is no whole one."""

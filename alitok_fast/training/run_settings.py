@@ -21,7 +21,12 @@ KINDS = ("tokenizer", "generator")
 SECTIONS = ("model", "training", "data", "evaluation")
 AUTO = "auto"
 """In a run file and after --set, None of a setting that is no text: chosen by the program."""
-_WATCHING = {"log_every", "pictures_every"}  # of the training settings, those in [evaluation]
+_WATCHING = {
+    "log_every",
+    "pictures_every",
+    "evaluate_every",
+    "evaluate_images",
+}  # of the training settings, those in [evaluation]
 
 
 def _option(default: Any, help: str, *names: str, path: bool = False) -> Any:
@@ -78,17 +83,28 @@ class GeneratorStart(Config):
 
 @dataclass(frozen=True)
 class TokenizerWatch(Config):
-    """What is shown while a tokenizer trains: in [evaluation], beside `log_every` and `pictures_every`."""
+    """What is shown while a tokenizer trains: in [evaluation], beside `log_every`, `evaluate_every` and the like."""
 
     tensorboard: bool = _option(False, "Also write TensorBoard files.")
+    evaluate_data: str | None = _option(
+        None, "Pictures to evaluate with; the held-out split of the run's own data, if not given.", path=True
+    )
+    evaluate_split: str | None = _option(None, "Split of these; val, validation or test, if not given.")
+    evaluate_network: str | None = _option(None, "Network whose features to measure rFID in, such as inception.")
+    evaluate_weights: str | None = _option(None, "File of that network's weights.", path=True)
 
 
 @dataclass(frozen=True)
 class GeneratorWatch(Config):
-    """What is shown while a generator trains: in [evaluation], beside `log_every` and `pictures_every`."""
+    """What is shown while a generator trains: in [evaluation], beside `log_every`, `evaluate_every` and the like."""
 
     tensorboard: bool = _option(False, "Also write TensorBoard files.")
     tokenizer: str | None = _option(None, "The tokenizer of the tokens, to show samples as pictures.", path=True)
+    reference: str | None = _option(
+        None, "Statistics that samples are evaluated against, as for `evaluate samples`.", path=True
+    )
+    evaluate_weights: str | None = _option(None, "File of the weights of the statistics' network.", path=True)
+    evaluate_guidance: float | None = _option(None, "Guidance of these samples; 0 for none, the model's if not given.")
 
 
 PARTS: dict[str, dict[str, type[Config]]] = {

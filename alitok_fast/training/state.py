@@ -26,6 +26,11 @@ def gathered_weights(module: nn.Module) -> dict[str, Any]:
     return get_model_state_dict(module, options=_GATHERED)
 
 
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """All weights by name, on the CPU, in every process."""
+    return {name: whole(value.detach()).cpu() for name, value in module.state_dict().items()}
+
+
 def load_weights(module: nn.Module, weights: dict[str, Any]) -> None:
     set_model_state_dict(module, weights, options=_GIVEN)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from alitok_fast.data import DataOrder
 from alitok_fast.models.generator import Generator
 from alitok_fast.models.tokenizer import Tokenizer
+from alitok_fast.training.online import Workplace
 from alitok_fast.training.phases import Place
 from alitok_fast.training.ranks import Ranks
 
@@ -61,6 +62,10 @@ class Task(Protocol):
     def pictures(self) -> np.ndarray | None:
         """(H, W, 3) uint8: what the model can do by now, of samples that stay the same; None where it cannot show it.
         Called in the main process, or in all where the model is spread over them."""
+
+    def evaluate(self, weights: dict[str, Tensor], place: Workplace) -> dict[str, float]:
+        """Figures by name of the model with these weights, which are whole and not its own to change, on images that
+        stay the same. Called in all processes, where `evaluate_every` is above 0; the main one's figures count."""
 
     def provenance(self) -> dict[str, Any]: ...
 

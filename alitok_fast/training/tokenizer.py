@@ -20,6 +20,7 @@ from alitok_fast.data.sources import check_picture
 from alitok_fast.data.transforms import centre_crop
 from alitok_fast.models.loading import load_tokenizer
 from alitok_fast.models.tokenizer import Tokenizer, TokenizerOutput, aux_target, stage2_from_stage1
+from alitok_fast.storage.checkpoint import Checkpoint
 from alitok_fast.storage.files import weights_fingerprint
 from alitok_fast.storage.images import grid, to_uint8
 from alitok_fast.training.adversary import Adversary
@@ -28,6 +29,7 @@ from alitok_fast.training.config import TokenizerTrainConfig, check_share
 from alitok_fast.training.distances import Distances
 from alitok_fast.training.loop import train
 from alitok_fast.training.losses import auxiliary_loss, reconstruction_loss
+from alitok_fast.training.online import ReconstructionEvaluation, Workplace
 from alitok_fast.training.phases import DISCRIMINATOR_TURN, Place
 from alitok_fast.training.ranks import Ranks, joined
 from alitok_fast.training.run_folder import STATE_NAME, begun_with, open_run, read_settings
@@ -53,10 +55,17 @@ class TokenizerTask:
     Stage 1: MSE + auxiliary MSE + quantizer loss, and the clustering update of the codebook. Stage 2: MSE; encoder,
     quantizer and latent tokens are frozen, as `freeze_encoder` does in stage 1. To both, a phase may add the error of
     a classifier's logits, LPIPS, and a discriminator, whose steps then alternate with the tokenizer's.
+    `evaluation` is needed where `evaluate_every` is above 0.
     """
 
-    def __init__(self, model: Tokenizer, source: ImageSource, config: TokenizerTrainConfig) -> None:
-        self.model, self.source, self.config = model, source, config
+    def __init__(
+        self,
+        model: Tokenizer,
+        source: ImageSource,
+        config: TokenizerTrainConfig,
+        evaluation: ReconstructionEvaluation | None = None,
+    ) -> None:
+        self.model, self.source, self.config, self.evaluation = model, source, config, evaluation
         self.adversary = Adversary(config) if config.schedule.adversarial else None
         self.distances = Distances(config)
         if config.freeze_encoder or model.config.stage == 2:
@@ -140,6 +149,11 @@ class TokenizerTask:
         decoded = self.model(images).reconstruction.clamp(0, 1)
         return np.asarray(grid([*originals, *to_uint8(decoded)], count))
 
+    def evaluate(self, weights: dict[str, Tensor], place: Workplace) -> dict[str, float]:
+        assert self.evaluation is not None
+        tokenizer = Tokenizer.from_checkpoint(Checkpoint(self.model.config, weights))
+        return self.evaluation(tokenizer.to(place.ranks.device).eval(), place)
+
     def provenance(self) -> dict[str, Any]:
         return {"data": self.source.name, "images": len(self.source), "training": self.config.to_dict()}
 
@@ -166,6 +180,9 @@ def train_tokenizer(
     force: bool = False,
     init: str | Path | None = None,
     run_file: str | None = None,
+    held_out: ImageSource | None = None,
+    evaluate_network: str | None = None,
+    evaluate_weights: str | Path | None = None,
 ) -> Path:
     """Train one stage on an image source (alitok_fast.data.open_source); the folder of the trained model.
 
@@ -173,7 +190,9 @@ def train_tokenizer(
     weights of `init` instead, a tokenizer of the same sizes; where its decoder is of the other stage, the encoder, the
     latent tokens and the codebook are taken. A resumed run has all weights in its checkpoint. Started by torchrun, all
     processes train together. `workers` processes read pictures (one per core, at most 8, if not given). `run_file` is
-    the text of the run's run.toml (`RunConfig.to_toml`).
+    the text of the run's run.toml (`RunConfig.to_toml`). Every `evaluate_every` steps it reconstructs pictures of
+    `held_out`, and measures how far they then are from what they were in the features of `evaluate_network`, if one is
+    named, whose weights may be in the file `evaluate_weights`.
     Raises ValueError for a wrong stage, a missing `stage1`, settings, pictures or first weights that differ from those
     of the run being resumed, or when `out` holds something else, which `force` writes over.
     """
@@ -191,7 +210,12 @@ def train_tokenizer(
     model, begins_with = _first_model(out, stage, model_config, stage1, init, resume)
     with joined(device) as ranks:
         check_share(config, ranks.world)
-        task = TokenizerTask(model, source, config)
+        evaluation = None
+        if config.evaluate_every:
+            evaluation = ReconstructionEvaluation.open(
+                held_out, config.evaluate_images, model.config.image_size, evaluate_network, evaluate_weights, ranks
+            )
+        task = TokenizerTask(model, source, config, evaluation)
         inputs = {"data": data, **begins_with, **task.distances.fingerprints()}
         kind, sizes = f"tokenizer stage {stage}", model.config.to_dict()
         with open_run(out, kind, config, sizes, resume, inputs, force, ranks=ranks, run_file=run_file) as run:

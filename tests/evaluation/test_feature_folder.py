@@ -55,6 +55,19 @@ def test_processes_give_the_numbers_of_one(tmp_path: Path, world: int) -> None:
     assert torch.equal(first.mean, second.mean) and torch.equal(first.covariance, second.covariance)
 
 
+def test_moments_do_not_depend_on_the_size_of_the_files(tmp_path: Path) -> None:
+    """To the last bit, though sums of what each file has would."""
+    values = torch.randn(2300, 3, generator=torch.Generator().manual_seed(0)) + 0.3
+    found = []
+    for chunk in (32, 700, 1000, 5000):
+        folder = FeatureFolder(tmp_path / str(chunk), 2300, FACTS, chunk)
+        for part in folder.chunks:
+            folder.write(part, [{"pooled": values[part.start : part.stop]}])
+        found.append(folder.moments("pooled"))
+    assert all(torch.equal(other.covariance, found[0].covariance) for other in found)
+    torch.testing.assert_close(found[0].covariance, values.double().T.cov(), rtol=1e-12, atol=1e-12)
+
+
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     def ending(begin: int, end: int) -> Iterator[np.ndarray]:
         if begin >= 10:
