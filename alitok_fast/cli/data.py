@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_lines
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,7 @@ from alitok_fast.storage.text import shown
 if TYPE_CHECKING:
     from alitok_fast.data.inspection import Inspection
 
+HELD_OUT, NO_SPLITS = ("val", "validation", "test"), "train"  # splits; what data without any are opened as
 HELP = """Look at a data set before it is trained on.
 
 \b
@@ -61,6 +62,16 @@ class SourceOptions:
     def _places(self) -> dict[str, Any]:
         apart = ("data", "split", "skip_list")
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in apart}
+
+
+def first_split(splits: Sequence[str], opened: Callable[[str], Any]) -> Any:
+    """What `opened` gives for the first of these splits that the data have; raises its last error where none is."""
+    for split in splits:
+        try:
+            return opened(split)
+        except ValueError as error:
+            if not str(error).startswith("split:") or split == splits[-1]:
+                raise
 
 
 @app.command("check")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alitok_fast.cli.data import SourceOptions
+from alitok_fast.cli.data import HELD_OUT, NO_SPLITS, SourceOptions, first_split
 from alitok_fast.cli.evaluate_options import NetworkOptions, check_result, warnings, working_folder
 from alitok_fast.cli.options import (
     BatchSize,
@@ -22,7 +22,6 @@ from alitok_fast.cli.options import (
 from alitok_fast.storage.text import shown
 
 AUTO, NONE = "auto", "none"
-HELD_OUT = ("val", "validation", "test", "train")  # data without splits are opened as "train"
 READING = "EXIF orientation ignored, colour profiles ignored, JPEGs whole"
 UNITS = {"psnr": " dB", "psnr_of_mean_error": " dB"}
 
@@ -37,12 +36,8 @@ class HeldOutOptions(SourceOptions):
         """The source; raises as `alitok_fast.data.open_source`."""
         if self.split != AUTO:
             return super().open(report, **reading)
-        for split in HELD_OUT:
-            try:
-                return dataclasses.replace(self, split=split).open(report, **reading)
-            except ValueError as error:
-                if not str(error).startswith("split:") or split == HELD_OUT[-1]:
-                    raise
+        splits = (*HELD_OUT, NO_SPLITS)
+        return first_split(splits, lambda split: dataclasses.replace(self, split=split).open(report, **reading))
 
 
 @with_options(source=HeldOutOptions, networks=NetworkOptions)

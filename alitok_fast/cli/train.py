@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alitok_fast.cli.data import SourceOptions
+from alitok_fast.cli.data import HELD_OUT, NO_SPLITS, SourceOptions, first_split
 from alitok_fast.cli.options import MaybeInt, MaybeText, Progress, with_options
 from alitok_fast.cli.run_options import RunOptions, given_layer
 from alitok_fast.training.run_config import combine
@@ -39,7 +39,6 @@ Examples:
   alitok-fast train tokenizer --config run.toml --data PHOTOS --out runs/own
 """
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP)
-HELD_OUT, NO_SPLITS = ("val", "validation", "test"), "train"  # splits; what data without any are opened as
 PLACES = ("skip_list", "root", "labels", "class_names", "image_column", "label_column", "index_folder")
 
 
@@ -127,16 +126,15 @@ def _held_out(read: Any, watch: Any, size: int) -> Any:
     own = watch.evaluate_data is None
     path, places = (read.path, {name: getattr(read, name) for name in PLACES[1:]}) if own else (watch.evaluate_data, {})
     splits = [split for split in HELD_OUT if split != read.split] if own else [*HELD_OUT, NO_SPLITS]
-    found = ""
-    for split in [watch.evaluate_split] if watch.evaluate_split else splits:
-        try:
-            return open_source(path, split, size, read.on_error, False, False, typer.echo, False, **places)
-        except ValueError as error:
-            found = str(error)
-            if not found.startswith("split:"):
-                break
-    other = "; --evaluate-data names others" if own else ""
-    raise ValueError(f"evaluate_data: expected held-out pictures, got none ({found}){other}")
+    how = size, read.on_error, False, False, typer.echo, False
+    try:
+        return first_split(
+            [watch.evaluate_split] if watch.evaluate_split else splits,
+            lambda split: open_source(path, split, *how, **places),
+        )
+    except ValueError as error:
+        other = "; --evaluate-data names others" if own else ""
+        raise ValueError(f"evaluate_data: expected held-out pictures, got none ({error}){other}") from None
 
 
 @app.command("generator")
