@@ -253,10 +253,9 @@ def plain_distance(one, other) -> float:
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    from alitok_fast.evaluation import comparison
-    from alitok_fast.pipelines import reconstruction_evaluation
+    from alitok_fast.evaluation import comparison, reconstruction
 
-    for module in (comparison, reconstruction_evaluation):
+    for module in (comparison, reconstruction):
         monkeypatch.setattr(module, "frechet_distance", plain_distance)
 
 
