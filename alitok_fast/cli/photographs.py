@@ -24,7 +24,9 @@ def reconstruct(
     photos: Annotated[list[Path], typer.Argument(help="Picture files.")],
     out: Annotated[Path, typer.Option(help="Picture to write: originals left, reconstructions right.")],
     load: Any,
-    model: Annotated[str, typer.Option(help="Tokenizer: 'demo', folder, file or hub repository.")] = "demo",
+    model: Annotated[
+        str, typer.Option(help="Tokenizer: 'photos-64', 'demo', folder, file or hub repository.")
+    ] = "photos-64",
     tile: Annotated[bool, typer.Option(help="Keep the resolution: cut into squares of the tokenizer's size.")] = False,
     on_error: Annotated[str, typer.Option(help="'stop' at an unreadable picture, or 'skip' it by name.")] = "stop",
     batch_size: BatchSize = 16,

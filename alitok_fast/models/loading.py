@@ -55,8 +55,9 @@ def load_tokenizer(
     """A tokenizer in evaluation mode.
 
     Args:
-        path_or_name: "demo" (shipped with the package), one of our folders, a released file (`.safetensors`, `.pth`,
-            `.pt`, `.bin`; stage and sizes are recognised from its shapes) or a hub repository id such as "user/name".
+        path_or_name: "demo" or "photos-64" (shipped with the package), one of our folders, a released file
+            (`.safetensors`, `.pth`, `.pt`, `.bin`; stage and sizes are recognised from its shapes) or a hub repository
+            id such as "user/name".
         dtype: torch.float32, torch.bfloat16 or torch.float16.
         config: sizes that no shape tells, of a file without them.
         weights: "ema" takes the moving average where a file holds one beside the weights; "raw" the weights themselves.

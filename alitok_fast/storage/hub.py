@@ -13,6 +13,7 @@ from alitok_fast.config import GENERATORS, TOKENIZERS, GeneratorConfig, Tokenize
 from alitok_fast.storage.checkpoint import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, read_checkpoint
 
 CARD_NAME = "README.md"
+SHIPPED = ("demo", "photos-64")  # the latter has a tokenizer alone
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -25,8 +26,11 @@ def resolve(path_or_name: str | os.PathLike, kind: str, **download: Any) -> Path
     if unknown := sorted(set(download) - set(DOWNLOAD_OPTIONS)):
         raise TypeError(f"{unknown[0]}: expected an argument out of {', '.join(DOWNLOAD_OPTIONS)}, got an unknown one")
     name = str(path_or_name)
-    if name == "demo":  # a folder of that name is "./demo"
-        return Path(str(resources.files("alitok_fast") / "weights" / "demo" / kind))
+    if name in SHIPPED:  # a folder of that name is "./demo"
+        shipped = Path(str(resources.files("alitok_fast") / "weights" / name / kind))
+        if not shipped.is_dir():
+            raise FileNotFoundError(f"path_or_name: expected a model with a {kind}, got {name!r}, which has none")
+        return shipped
     path = Path(path_or_name)
     if path.exists():
         part = path / kind
@@ -40,7 +44,7 @@ def resolve(path_or_name: str | os.PathLike, kind: str, **download: Any) -> Path
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not path.suffix:
         return resolve(_fetch(name, kind, download), kind)
     raise FileNotFoundError(
-        "path_or_name: expected 'demo', a checkpoint file or folder, or a hub repository id, "
+        "path_or_name: expected 'demo', 'photos-64', a checkpoint file or folder, or a hub repository id, "
         f"got {name!r}, which does not exist"
     )
 

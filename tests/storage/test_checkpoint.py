@@ -329,10 +329,14 @@ def test_mangled_files_never_raise_anything_but_value_errors(tmp_path, demo_stat
 
 
 def test_names_that_lead_nowhere(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected 'demo', a checkpoint file or folder, or a hub repository id"):
+    with pytest.raises(
+        FileNotFoundError, match="expected 'demo', 'photos-64', a checkpoint file or folder, or a hub repository id"
+    ):
         load_tokenizer(tmp_path / "absent.pth")
     with pytest.raises(ValueError, match="got the preset 'xl', whose weights are not shipped"):
         load_generator("xl")
+    with pytest.raises(FileNotFoundError, match="expected a model with a generator, got 'photos-64', which has none"):
+        load_generator("photos-64")
     (tmp_path / "t.ckpt").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"expected a file ending in one of .safetensors, .pth, .pt, .bin, got t.ckpt"):
         load_tokenizer(tmp_path / "t.ckpt")
