@@ -26,4 +26,4 @@ def test_colour_photographs_come_back(name: str):
     result = reconstruct(load_tokenizer("photos-64"), getattr(data, name)(), tile=True)
     assert result.psnr >= 24
     colours = (image.astype(np.float64).mean((0, 1)) for image in (result.original, result.image))
-    assert np.abs(np.subtract(*colours)).max() < 6  # of 255; a grey picture's are off by 20 to 60
+    assert np.abs(np.subtract(*colours)).max() < 6  # of 255; a grey picture's are off by 19 to 61

@@ -12,6 +12,7 @@ from alitok_fast.cli.evaluate_options import (
     DrawOptions,
     NetworkOptions,
     check_result,
+    say_result,
     seeds_of,
     table,
     warnings,
@@ -109,10 +110,7 @@ def samples(
             if result is not None and out is not None:
                 write_json(out, result)
     if result is not None:
-        for line in table(result):
-            typer.echo(line)
-        if out is not None:
-            typer.echo(f"wrote {out}")
+        say_result(table(result), out)
 
 
 @app.command("reference")

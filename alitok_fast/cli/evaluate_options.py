@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from alitok_fast.cli.options import LoadOptions, option
 from alitok_fast.storage.text import shown
 
@@ -149,6 +151,14 @@ def measured(measures: Mapping[str, Mapping[str, Any]]) -> list[str]:
             text += f" (standard deviation of its parts {found['std_of_parts']:.3g})"
         lines.append(text)
     return lines
+
+
+def say_result(lines: Sequence[str], out: Path | None) -> None:
+    """Print a result, and where it was written."""
+    for line in lines:
+        typer.echo(line)
+    if out is not None:
+        typer.echo(f"wrote {out}")
 
 
 def warnings(doubts: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alitok_fast.cli.evaluate_options import DrawOptions, check_result, seeds_of, warnings, working_folder
+from alitok_fast.cli.evaluate_options import DrawOptions, check_result, say_result, seeds_of, warnings, working_folder
 from alitok_fast.cli.evaluate_reconstruction import READING, HeldOutOptions
 from alitok_fast.cli.options import BatchSize, MaybePath, Progress, option, with_options
 
@@ -94,10 +94,7 @@ def paper(
             if result is not None and out is not None:
                 write_json(out, result)
     if result is not None:
-        for line in [*_table(result), *warnings(result["doubts"])]:
-            typer.echo(line)
-        if out is not None:
-            typer.echo(f"wrote {out}")
+        say_result([*_table(result), *warnings(result["doubts"])], out)
 
 
 def _table(result: Mapping[str, Any]) -> list[str]:

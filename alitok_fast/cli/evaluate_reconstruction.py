@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from alitok_fast.cli.data import HELD_OUT, NO_SPLITS, SourceOptions, first_split
-from alitok_fast.cli.evaluate_options import NetworkOptions, check_result, warnings, working_folder
+from alitok_fast.cli.evaluate_options import NetworkOptions, check_result, say_result, warnings, working_folder
 from alitok_fast.cli.options import (
     BatchSize,
     MaybeInt,
@@ -129,10 +129,7 @@ def reconstruction(
             if result is not None and out is not None:
                 write_json(out, {**result, "tokenizer": tokenizer})
     if result is not None:
-        for line in _table(result):
-            typer.echo(line)
-        if out is not None:
-            typer.echo(f"wrote {out}")
+        say_result(_table(result), out)
 
 
 def _table(result: dict[str, Any]) -> list[str]:

@@ -24,25 +24,11 @@ from alitok_fast.evaluation.reference import Reference, write_reference
 from alitok_fast.models import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
-HUB = """
-import torch
-
-
-class Mean(torch.nn.Module):
-    def forward(self, images):
-        return images.mean((2, 3))
-
-
-def mean(pretrained=True):
-    return Mean()
-"""
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> str:
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "hubconf.py").write_text(HUB)
-    return f"hub:{tmp_path / 'hub'}:mean"
+def hub(hub_folder: Path) -> str:
+    return f"hub:{hub_folder}:mean"
 
 
 @pytest.fixture
@@ -186,10 +172,11 @@ def test_help_loads_no_torch() -> None:
 @pytest.mark.slow
 def test_torchrun_and_a_killed_run_give_the_file_of_one_process(tmp_path: Path, tokenizer: Path, hub: str) -> None:
     pictures = write_pictures(tmp_path / "pictures", 2100)  # three files of features
-    program = [sys.executable, str(ROOT / "tests" / "cli" / "evaluate_reconstruction_app.py")]
+    command = ["-m", "alitok_fast.cli", "evaluate", "reconstruction"]
+    program = [sys.executable, *command]
     options = ["--data", pictures, "--tokenizer", tokenizer, "--network", hub, "--lpips", "none", "--no-progress"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program[1]]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
 
     def words(command: list[str], name: str) -> list[str]:
         return [*command, *map(str, options), "--out", str(tmp_path / name)]
