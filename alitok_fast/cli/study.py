@@ -44,7 +44,7 @@ def alignment(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     progress: Progress = True,
 ) -> None:
-    """The alignment study (arXiv 2506.05289, section 4.3): which tokens a generator learns best.
+    """The alignment study (arXiv 2506.05289, the ablation): which tokens a generator learns best.
 
     \b
     Examples:
@@ -54,7 +54,9 @@ def alignment(
 
     Trains the paper's rows (bidirectional, + causal decoder, + prefix tokens, + auxiliary loss, + second stage, and a
     causal encoder), a generator on the tokens of each, and writes table.md, results.json and figure.png. What has a
-    result is not trained again; a killed study goes on. A tokenizer of your own has codebook_size, encode and decode.
+    result is not trained again; a killed study goes on, and several processes may take rows of their own (--row). The
+    judge, a small classifier, holds all images of both splits in memory. A tokenizer of your own has codebook_size,
+    encode and decode.
     """
     rows = [*ROWS, *map(own_row, tokenizer or [])]
     chosen_rows(rows, row)

@@ -185,14 +185,14 @@ def _brief(value: object) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, output: Path | None = None) -> Iterator[None]:
+def locked(path: Path, output: Path | None = None, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path` of an output (its folder, if not given); the lock dies with its process.
 
-    Raises ValueError where another holds it.
+    Where another holds it, raises ValueError, or waits.
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_exclusive(path, wait=False))
+            stack.enter_context(_exclusive(path, wait))
         except BlockingIOError:
             raise ValueError(
                 f"out: expected an output that nobody writes, got {output or path.parent}, which another process is "

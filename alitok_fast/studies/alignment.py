@@ -1,4 +1,4 @@
-"""The alignment study (arXiv 2506.05289, section 4.3): tokenizers that differ in what is causal, and how well a
+"""The alignment study (arXiv 2506.05289, the ablation): tokenizers that differ in what is causal, and how well a
 generator learns each one's tokens.
 
 A folder OUT holds `study.json`, the judge, and for each seed and row the runs `tokenizer/` and `generator/`, the
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from alitok_fast import __version__
 from alitok_fast.data import ImageSource, TokenCache, source_fingerprint, validate_token_cache, write_token_cache
@@ -128,29 +128,31 @@ class AlignmentStudy:
 
     def judge(self) -> tuple[SmallClassifier, dict[str, float]]:
         """The classifier, trained once and kept, and what is known of it: `test_accuracy`, and `real_distance` of as
-        many training images as samples are drawn from the test images, which a perfect generator would reach."""
-        file, splits = self.out / "judge.safetensors", self.splits
-        classes = len(splits.train.class_names)
-        with locked(self.out / ".judge.lock", file):
-            if not (file.exists() and (self.out / "judge.json").exists()):
-                train, labels = self._images("train")
-                self.say(f"the judge: {self.budget.judge_epochs} epochs of {len(train):,} images")
-                judge = train_classifier(train, labels, classes, self.budget.judge_epochs)
-                test, asked = self._images("test")
-                accuracy = float((predict(judge, test) == asked).double().mean())
-                some = torch.from_numpy(
-                    np.random.default_rng(0).permutation(len(train))[: self.budget.samples * classes]
-                )
-                real = [Moments.of(features(judge, images)) for images in (train[some], test)]
-                weights = {name: value for name, value in judge.state_dict().items() if value.is_floating_point()}
-                write_atomically(file, lambda temporary: save_file(weights, temporary))
-                facts = {"test_accuracy": accuracy, "real_distance": frechet_distance(*real), "real_images": len(some)}
-                write_json(self.out / "judge.json", facts)
-            model = SmallClassifier(classes)
-            model.load_state_dict(
-                read_tensors(file, check=bool), strict=False
-            )  # no counts of batches, which it ignores
-            return model.eval(), read_json(self.out / "judge.json", "the judge")
+        many training images as samples are drawn from the test images, which a perfect generator would reach.
+
+        Where another process trains it, waits. Holds all images of both splits in memory.
+        """
+        weights, known = self.out / "judge.safetensors", self.out / "judge.json"  # the latter is written last
+        with locked(self.out / ".judge.lock", wait=True):
+            if not known.exists():
+                self._train_judge(weights, known)
+        model = SmallClassifier(len(self.splits.train.class_names))
+        model.load_state_dict(read_tensors(weights, check=bool))
+        return model.eval(), read_json(known, "the judge")
+
+    def _train_judge(self, weights: Path, known: Path) -> None:
+        (train, labels), (test, asked) = self._images("train"), self._images("test")
+        classes = len(self.splits.train.class_names)
+        self.say(f"the judge: {self.budget.judge_epochs} epochs of {len(train):,} images")
+        judge = train_classifier(train, labels, classes, self.budget.judge_epochs)
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(train)))
+        some = train[order[: self.budget.samples * classes]]
+        real = [Moments.of(features(judge, images)) for images in (some, test)]
+        state = {name: value.float() for name, value in judge.state_dict().items()}  # counts of batches too
+        write_atomically(weights, lambda temporary: save_file(state, temporary))
+        accuracy = float((predict(judge, test) == asked).double().mean())
+        facts = {"test_accuracy": accuracy, "real_distance": frechet_distance(*real), "real_images": len(some)}
+        write_json(known, facts)
 
     def _result(self, row: Row, seed: int, folder: Path) -> dict[str, Any]:
         owner = folder if row.second_stage_of is None else folder.with_name(row.second_stage_of)
@@ -162,7 +164,7 @@ class AlignmentStudy:
         real, meta, config = features(judge, images), caches["test"].meta, generator.config
         sampling = {
             "guided": {"guidance_scale": config.guidance_scale, "guidance_power": config.guidance_power},
-            "unguided": {"guidance_scale": 1.0, "guidance_power": 1.0},
+            "unguided": {"guidance_scale": 0.0},
         }
         generation = {}
         for name, how in sampling.items():
@@ -183,10 +185,11 @@ class AlignmentStudy:
 
     def _tokenizer(self, row: Row, seed: int, folder: Path, owner: Path) -> ImageTokenizer:
         if row.load is not None:
-            return row.load()
-        stage1 = None
-        if row.second_stage_of is not None:
-            stage1 = owner / "tokenizer" / "model"
+            made = row.load()
+            if isinstance(made, nn.Module):
+                made.to(self.device).eval()
+            return made
+        stage1 = None if row.second_stage_of is None else owner / "tokenizer" / "model"
         own = {**row.settings, "training.seed": seed}
         run = self.budget.run("tokenizer", self.budget.tokenizer, own, 1 if stage1 is None else 2)
         model = train_tokenizer(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,10 @@ from torch import Tensor
 
 from alitok_fast.cli import main
 from alitok_fast.data import open_source, validate_token_cache
+from alitok_fast.evaluation.classifier import features
 from alitok_fast.evaluation.judge import evaluate_tokenizer
 from alitok_fast.models.loading import load_generator, load_tokenizer
+from alitok_fast.storage.files import locked
 from alitok_fast.studies.alignment import AlignmentStudy, Splits, held_out
 from alitok_fast.studies.budget import Budget
 from alitok_fast.studies.rows import ROWS, Row, own_row
@@ -126,6 +131,26 @@ def test_other_settings_and_data_are_refused(splits: Splits, tmp_path: Path):
         Budget(samples=0)
     with pytest.raises(ValueError, match="^seeds: expected at least 1, got 0"):
         study(splits, tmp_path / "out").run(ROWS, 0)
+
+
+def test_a_judge_that_another_process_trains_is_waited_for(splits: Splits, tmp_path: Path):
+    first = study(splits, tmp_path / "out")
+    held = threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path / "out" / ".judge.lock"):
+            held.set()
+            time.sleep(0.5)
+
+    with ThreadPoolExecutor(1) as other:
+        holding = other.submit(hold)
+        held.wait()
+        judge, facts = first.judge()
+        assert holding.done()
+    again, same = first.judge()
+    assert facts == same and 0 <= facts["test_accuracy"] <= 1
+    images = torch.from_numpy(np.stack([splits.test.image(i) for i in range(6)]).transpose(0, 3, 1, 2).copy())
+    assert torch.equal(features(judge, images), features(again, images))
 
 
 def test_the_command(photos: Path, tmp_path: Path, monkeypatch, capsys):
