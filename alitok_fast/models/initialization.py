@@ -49,21 +49,7 @@ def initialize(model: Any) -> None:
 
     With fewer than 4 channels all are noise.
     """
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.trunc_normal_(module.weight, std=STD)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("latent_tokens", "positional_embedding", "class_embedding")):
-            nn.init.normal_(parameter, std=STD)
-    for layers in (_layers(model.encoder), _layers(model.decoder)):
-        for last in [linear for layer in layers for linear in (layer.attn.out_proj, layer.mlp.c_proj)]:
-            last.weight.div_((2 * len(layers)) ** 0.5)
-    for name in ("conv_out", "conv_out_aux"):  # the identity on colours
-        if hasattr(model.decoder, name):
-            nn.init.dirac_(getattr(model.decoder, name).weight)
-
+    _draw_noise(model)
     if min(model.config.encoder_width, model.config.decoder_width) < 4:
         return
     code = PatchCode(model)
@@ -73,6 +59,33 @@ def initialize(model: Any) -> None:
     signs = 2.0 * torch.randint(2, (len(codebook), code.count), device="cpu") - 1
     laplace = signs.float() * torch.empty_like(signs, dtype=torch.float32).exponential_() / 2**0.5
     codebook.zero_()[:, : code.count].copy_(laplace * code.deviations * code.scale)
+
+
+@torch.no_grad()
+def initialize_with_noise(part: Any) -> None:
+    """Draw the weights of a `Tokenizer`, or of its decoder alone, as small noise: nothing ties a token to a patch."""
+    _draw_noise(part)
+    if hasattr(part, "quantize"):
+        codebook = part.quantize.codebook
+        codebook.uniform_(-1 / len(codebook), 1 / len(codebook))
+
+
+def _draw_noise(part: Any) -> None:
+    for module in part.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(module.weight, std=STD)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, parameter in part.named_parameters():
+        if name.endswith(("latent_tokens", "positional_embedding", "class_embedding")):
+            nn.init.normal_(parameter, std=STD)
+    decoder = getattr(part, "decoder", part)
+    for layers in map(_layers, (part.encoder, decoder) if hasattr(part, "encoder") else (decoder,)):
+        for last in [linear for layer in layers for linear in (layer.attn.out_proj, layer.mlp.c_proj)]:
+            last.weight.div_((2 * len(layers)) ** 0.5)
+    for name in ("conv_out", "conv_out_aux"):  # the identity on colours
+        if hasattr(decoder, name):
+            nn.init.dirac_(getattr(decoder, name).weight)
 
 
 class PatchCode:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from alitok_fast.storage.text import shown
 from alitok_fast.training.run_config import combine
 from alitok_fast.training.run_layers import Layer, preset_layer, set_layer
 
@@ -28,6 +29,8 @@ class Budget:
         for name in ("samples", "judge_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        self._check_sections("tokenizer", self.tokenizer)
+        self._check_sections("generator", self.generator)
 
     @property
     def image_size(self) -> int:
@@ -37,3 +40,15 @@ class Budget:
         """The settings of a training: the preset, over it `settings`, over these a row's own."""
         preset = preset_layer(kind, {"model": self.preset, "training": self.preset}, stage)
         return combine(kind, [preset, set_layer(kind, settings), Layer("row", dict(own))])
+
+    def _check_sections(self, kind: str, settings: Sequence[str]) -> None:
+        """A study decides for itself what a training reads, and what it begins with."""
+        plain, run = self.run(kind, (), {}), self.run(kind, settings, {})
+        for section in ("start", "data", "watch"):
+            for field in fields(getattr(run, section)):
+                value = getattr(getattr(run, section), field.name)
+                if value != getattr(getattr(plain, section), field.name):
+                    raise ValueError(
+                        f"{kind}-set: expected settings of the model's sizes and of the training, "
+                        f"got {field.name}={shown(value)}"
+                    )

@@ -132,6 +132,8 @@ def _figure(rows: Mapping[str, Sequence[Mapping[str, Any]]], judge: Mapping[str,
         axes.set_title(measure.title)
         if measure in (UNGUIDED, GUIDED):
             axes.axvline(judge["real_distance"], color="black", linestyle=":", label="real images")
+            axes.margins(x=0.6)  # room for the legend
+            axes.set_xlim(left=0)
             axes.legend(loc="lower right")
     return figure
 

@@ -15,6 +15,7 @@ PARALLELS = ("ddp", "fsdp")
 DECAYED = ("all", "matrices")
 CLASSIFIERS = ("convnext_small", "efficientnet_lite0")
 LPIPS_TRUNKS = ("vgg", "alex", "squeeze")
+INITIALIZATIONS = ("transform_coder", "noise")
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class TokenizerTrainConfig(TrainConfig):
     `adaptive_adversarial` multiplies the adversarial weight by the ratio of the gradients' norms at the decoder's last
     layer (VQGAN, arXiv 2012.09841, equation 7). `r1` and `lecam` weigh two regularisers of the discriminator
     (arXiv 1801.04406; 2104.03310). `freeze_encoder` trains the decoder alone, on the codes there are.
+    `initialization` is how what is new begins: all of stage 1, the decoder of stage 2.
     """
 
     steps: int = 350_000
@@ -147,6 +149,7 @@ class TokenizerTrainConfig(TrainConfig):
     r1: float = 0.0
     lecam: float = 0.0
     freeze_encoder: bool = False
+    initialization: str = later("transform_coder")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,6 +161,7 @@ class TokenizerTrainConfig(TrainConfig):
             self._check(name, getattr(self, name) >= 0, "0 or a positive number")
         self._check("perceptual_network", self.perceptual_network in CLASSIFIERS, f"one of {CLASSIFIERS}")
         self._check("lpips_network", self.lpips_network in LPIPS_TRUNKS, f"one of {LPIPS_TRUNKS}")
+        self._check("initialization", self.initialization in INITIALIZATIONS, f"one of {INITIALIZATIONS}")
 
     @property
     def schedule(self) -> Schedule:

@@ -18,6 +18,7 @@ from alitok_fast.data.loader import to_floats
 from alitok_fast.data.reading import default_processes
 from alitok_fast.data.sources import check_picture
 from alitok_fast.data.transforms import centre_crop
+from alitok_fast.models.initialization import initialize_with_noise
 from alitok_fast.models.loading import load_tokenizer
 from alitok_fast.models.tokenizer import Tokenizer, TokenizerOutput, aux_target, stage2_from_stage1
 from alitok_fast.storage.checkpoint import Checkpoint
@@ -207,7 +208,7 @@ def train_tokenizer(
     check_source(source)
     data = {"name": source.name, "images": len(source), "fingerprint": source_fingerprint(source)}
     torch.manual_seed(config.seed)
-    model, begins_with = _first_model(out, stage, model_config, stage1, init, resume)
+    model, begins_with = _first_model(out, stage, model_config, stage1, init, resume, config.initialization)
     with joined(device) as ranks:
         check_share(config, ranks.world)
         evaluation = None
@@ -229,34 +230,40 @@ def _first_model(
     stage1: str | Path | None,
     init: str | Path | None,
     resume: bool,
+    initialization: str,
 ) -> tuple[Tokenizer, dict[str, Any]]:
     """The model that a run begins with, and fingerprints of the weights that it was given; of a run that goes on, whose
     weights are in its checkpoint, those that it had been given."""
-    if init is not None:
-        first = load_tokenizer(init)
-        begins_with = {"init": weights_fingerprint(first.state_dict())}
-        if first.config.stage == stage:
+    if (given := stage1 if init is None else init) is not None:
+        first = load_tokenizer(given)
+        begins_with = {"stage1" if init is None else "init": weights_fingerprint(first.state_dict())}
+        if init is not None and first.config.stage == stage:
             return first, begins_with
-        return (_stage2_from(first, config) if stage == 2 else _stage1_from(first, config)), begins_with
-    if stage1 is not None:
-        first = load_tokenizer(stage1)
-        begins_with = {"stage1": weights_fingerprint(first.state_dict())}
-        return _stage2_from(first, config), begins_with
+        make = _stage2_from if stage == 2 else _stage1_from
+        return make(first, config, initialization), begins_with
     begins_with = begun_with(out, "init", "stage1") if resume else {}
     if stage == 1:
-        return Tokenizer(TokenizerConfig.from_dict({**config.to_dict(), "stage": 1})), begins_with
+        model = Tokenizer(TokenizerConfig.from_dict({**config.to_dict(), "stage": 1}))
+        if initialization == "noise":
+            initialize_with_noise(model)
+        return model, begins_with
     saved = TokenizerConfig.from_dict((read_settings(out) or {}).get("model", config.to_dict()))
-    return _stage2_from(Tokenizer(replace(saved, stage=1)), saved), begins_with
+    return _stage2_from(Tokenizer(replace(saved, stage=1)), saved, initialization), begins_with
 
 
-def _stage2_from(first: Tokenizer, config: TokenizerConfig) -> Tokenizer:
-    return stage2_from_stage1(first, config.num_buffer_tokens, config.causal_decoder)
+def _stage2_from(first: Tokenizer, config: TokenizerConfig, initialization: str) -> Tokenizer:
+    model = stage2_from_stage1(first, config.num_buffer_tokens, config.causal_decoder)
+    if initialization == "noise":
+        initialize_with_noise(model.decoder)
+    return model
 
 
-def _stage1_from(second: Tokenizer, config: TokenizerConfig) -> Tokenizer:
+def _stage1_from(second: Tokenizer, config: TokenizerConfig, initialization: str) -> Tokenizer:
     """A stage-1 tokenizer with the encoder, latent tokens and codebook of a stage-2 one, and a fresh decoder."""
     causal, auxiliary = config.causal_decoder, config.auxiliary_loss
     model = Tokenizer(replace(second.config, stage=1, causal_decoder=causal, auxiliary_loss=auxiliary))
+    if initialization == "noise":
+        initialize_with_noise(model.decoder)
     shared = {name: value for name, value in second.state_dict().items() if not name.startswith("decoder.")}
     model.load_state_dict(shared, strict=False)
     return model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alitok_fast.config import TokenizerConfig
 from alitok_fast.models import Tokenizer
-from alitok_fast.models.initialization import photograph_cosines, place_codes, places_of_tokens
+from alitok_fast.models.initialization import initialize_with_noise, photograph_cosines, place_codes, places_of_tokens
 
 SMALL = TokenizerConfig(
     image_size=64, patch_size=8, codebook_size=1024, encoder_width=64, encoder_layers=3, encoder_heads=2,
@@ -118,6 +118,29 @@ def test_aux_head_paints_the_first_row():
     p = SMALL.patch_size
     target = torch.cat([images[:, :, :p, :p], images[:, :, :p]], dim=3)
     assert (aux - target).square().mean() < 0.8 * flat_tiles(images, p)
+
+
+@torch.no_grad()
+def test_noise_ties_no_token_to_a_patch():
+    model, images = made(), clouds(1)
+    initialize_with_noise(model)
+    before, p = model.features(images)[0], SMALL.patch_size
+    changed = images.clone()
+    changed[..., :p, :p] += 0.3
+    moved = (model.features(changed)[0] - before).norm(dim=1)
+    own = [token for token, at in enumerate(places_of_tokens(SMALL.grid, SMALL.num_prefix_tokens)) if at == 0]
+    assert 0 < moved[own].mean() < 2 * moved.mean()
+    assert errors(model, images)[0] > 0.9 * images.var().item()
+    assert 0 < model.quantize.codebook.abs().max() <= 1 / SMALL.codebook_size
+
+
+def test_noise_in_a_decoder_leaves_the_rest():
+    torch.manual_seed(0)
+    model = made()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    initialize_with_noise(model.decoder)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert "decoder.decoder_embed.weight" in moved and all(name.startswith("decoder.") for name in moved)
 
 
 def test_seed_decides_the_weights():

@@ -129,6 +129,10 @@ def test_other_settings_and_data_are_refused(splits: Splits, tmp_path: Path):
         study(splits, tmp_path / "mine")
     with pytest.raises(ValueError, match="^samples: expected at least 1, got 0"):
         Budget(samples=0)
+    with pytest.raises(ValueError, match="^tokenizer-set: expected settings of the model's sizes and .* got init="):
+        Budget(tokenizer=("model.init=mine",))
+    with pytest.raises(ValueError, match="^generator-set: expected settings .* got cache="):
+        Budget(generator=("data.cache=mine",))
     with pytest.raises(ValueError, match="^seeds: expected at least 1, got 0"):
         study(splits, tmp_path / "out").run(ROWS, 0)
 

@@ -177,6 +177,22 @@ def test_a_frozen_encoder_keeps_its_tokens(idx_folder: Path, tmp_path: Path) -> 
     assert moved and all(name.startswith("decoder.") for name in moved)
 
 
+def test_noise_may_begin_what_is_new(idx_folder: Path, tmp_path: Path) -> None:
+    coder = train(idx_folder, tmp_path / "coder", steps=2)
+    noise = train(idx_folder, tmp_path / "noise", steps=2, initialization="noise")
+    weights = [load_tokenizer(run).encoder.patch_embed.weight for run in (coder, noise)]
+    assert weights[0].std() > 1.5 * weights[1].std() and abs(weights[1].std() - 0.02) < 0.01
+    runs = {
+        name: train(idx_folder, tmp_path / f"second_{name}", stage=2, stage1=coder, steps=2, initialization=name)
+        for name in ("transform_coder", "noise")
+    }
+    two, other = (load_tokenizer(run) for run in runs.values())
+    assert torch.equal(two.encoder.patch_embed.weight, other.encoder.patch_embed.weight)
+    assert two.decoder.decoder_embed.weight.std() > 1.5 * other.decoder.decoder_embed.weight.std()
+    with pytest.raises(ValueError, match="initialization"):
+        train(idx_folder, tmp_path / "noise", steps=3, resume=True)
+
+
 def test_any_checkpoint_may_begin_a_run(idx_folder: Path, tmp_path: Path) -> None:
     first = train(idx_folder, tmp_path / "first", steps=3)
     second = train(idx_folder, tmp_path / "second", stage=2, stage1=first, steps=3)
