@@ -37,19 +37,20 @@ class Adversary:
     def generator_terms(self, fake: Tensor, rest: Tensor, last_layer: Tensor, weight: float) -> dict[str, Tensor]:
         """What the tokenizer's reconstruction (B, 3, H, W) adds to the `rest` of its loss, and figures for the log.
 
-        With adaptive weights, `weight` is multiplied by the ratio of the gradients' norms at `last_layer`.
+        With adaptive weights, `weight` is multiplied by the ratio of the gradients' norms at `last_layer`: the gradient
+        that comes to it from here is then `weight` times as large as that of the rest.
         """
         self.module.requires_grad_(False)
         try:
-            term = adversarial_loss(self.module(fake), weight)
+            logits = self.module(fake)
         finally:
             self.module.requires_grad_(True)
-        if self.config.adaptive_adversarial:
-            gradients = gradients_at(last_layer, rest, term)
-            own, added = (self.ranks.mean(gradient) for gradient in gradients)
-            ratio = adaptive_weight(own, added)
-            return {"adversarial": term * ratio, "adaptive_weight": ratio}
-        return {"adversarial": term}
+        if not self.config.adaptive_adversarial:
+            return {"adversarial": adversarial_loss(logits, weight)}
+        plain = adversarial_loss(logits, 1.0, 1.0)
+        own, added = (self.ranks.mean(gradient) for gradient in gradients_at(last_layer, rest, plain))
+        ratio = adaptive_weight(own, added)
+        return {"adversarial": weight * ratio * plain, "adaptive_weight": ratio}
 
     def discriminator_terms(self, images: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss for images and reconstructions (B, 3, H, W), and figures for the log."""

@@ -17,8 +17,10 @@ from alitok_fast.data import open_source, validate_token_cache
 from alitok_fast.models.loading import load_generator, load_tokenizer
 from alitok_fast.models.tokenizer import Tokenizer
 from alitok_fast.training import loop
+from alitok_fast.training.adversary import Adversary
 from alitok_fast.training.config import TokenizerTrainConfig
 from alitok_fast.training.generator import train_generator
+from alitok_fast.training.losses import gradients_at
 from alitok_fast.training.phases import Phase
 from alitok_fast.training.tokenize import tokenize
 from alitok_fast.training.tokenizer import TokenizerTask, train_tokenizer
@@ -68,6 +70,18 @@ def test_turns_and_what_each_logs(idx_folder: Path, tmp_path: Path) -> None:
     assert {"grad_norm/model.encoder", "grad_norm/model.quantize", "grad_norm/model.decoder"} <= parts
     assert "grad_norm/discriminator.to_logits" in parts
     assert all(np.isfinite(list(entry.values())).all() for entry in log)
+
+
+@pytest.mark.parametrize("weight", [0.05, 0.4])
+def test_the_adaptive_weight_is_a_share_of_the_gradient(weight: float) -> None:
+    adversary = Adversary(settings(phases=GAN, adaptive_adversarial=True))
+    layer = torch.randn(3, requires_grad=True)
+    fake = torch.rand(2, 3, 8, 8) * layer[:, None, None]
+    adversary.module.to_logits[-1].weight.data *= 1e3  # a gradient far above what is added to its norm
+    rest = (fake - 0.5).square().mean()
+    terms = adversary.generator_terms(fake, rest, layer, weight)
+    own, added = gradients_at(layer, rest, terms["adversarial"])
+    assert added.norm() / own.norm() == pytest.approx(weight, rel=0.05)
 
 
 def test_a_turn_moves_its_own_part_alone(idx_folder: Path, tmp_path: Path) -> None:
