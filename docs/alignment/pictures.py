@@ -1,6 +1,8 @@
-"""Gathers a finished alignment study into this folder: `python docs/alignment/pictures.py STUDY` (needs matplotlib).
+"""Gathers finished alignment studies into this folder: `python docs/alignment/pictures.py STUDY NOISE` (needs
+matplotlib).
 
-Copies table.md, results.json, figure.png and every training's log, as ROW-tokenizer.jsonl and ROW-generator.jsonl;
+Copies table.md, results.json, figure.png and every training's log, as ROW-tokenizer.jsonl and ROW-generator.jsonl; of
+the study NOISE, whose tokenizers begin as noise, the tables and the logs, with names that begin with noise-. Then it
 draws curves.png from the logs, and samples.png, a row of pictures for each row of the study, one of every class.
 """
 
@@ -22,11 +24,11 @@ HERE = Path(__file__).parent
 WINDOW = 8  # log entries that a curve is averaged over
 
 
-def copy(study: Path) -> None:
-    for name in ("table.md", "results.json", "figure.png"):
-        shutil.copyfile(study / name, HERE / name)
+def copy(study: Path, names: tuple[str, ...], prefix: str = "") -> None:
+    for name in names:
+        shutil.copyfile(study / name, HERE / f"{prefix}{name}")
     for log in study.glob("seed-0/*/*/log.jsonl"):
-        shutil.copyfile(log, HERE / f"{log.parent.parent.name}-{log.parent.name}.jsonl")
+        shutil.copyfile(log, HERE / f"{prefix}{log.parent.parent.name}-{log.parent.name}.jsonl")
 
 
 def curve(axes: plt.Axes, name: str, key: str, row: Row) -> None:
@@ -60,8 +62,9 @@ def samples(study: Path) -> None:
 
 
 def main() -> None:
-    study = Path(sys.argv[1])
-    copy(study)
+    study, noise = map(Path, sys.argv[1:])
+    copy(study, ("table.md", "results.json", "figure.png"))
+    copy(noise, ("table.md", "results.json"), "noise-")
     curves()
     samples(study)
 
