@@ -80,7 +80,8 @@ def _draw_noise(part: Any) -> None:
         if name.endswith(("latent_tokens", "positional_embedding", "class_embedding")):
             nn.init.normal_(parameter, std=STD)
     decoder = getattr(part, "decoder", part)
-    for layers in map(_layers, (part.encoder, decoder) if hasattr(part, "encoder") else (decoder,)):
+    for half in (part.encoder, decoder) if decoder is not part else (decoder,):
+        layers = _layers(half)
         for last in [linear for layer in layers for linear in (layer.attn.out_proj, layer.mlp.c_proj)]:
             last.weight.div_((2 * len(layers)) ** 0.5)
     for name in ("conv_out", "conv_out_aux"):  # the identity on colours

@@ -38,7 +38,7 @@ class Adversary:
         """What the tokenizer's reconstruction (B, 3, H, W) adds to the `rest` of its loss, and figures for the log.
 
         With adaptive weights, `weight` is multiplied by the ratio of the gradients' norms at `last_layer`: the gradient
-        that comes to it from here is then `weight` times as large as that of the rest.
+        that comes to it from here is then `weight` times as large as that of the rest, if far above 1e-4 by itself.
         """
         self.module.requires_grad_(False)
         try:
