@@ -2,11 +2,12 @@
 
     python -m alitok_fast.evaluation.demo --data /usr/share/datasets/fashion-mnist
 
-PSNR and codebook use of the tokenizer on all test images; then, for every
-guidance and precision asked for, the share of samples that a small
-classifier, trained here on the real training images, gives the class asked
-for, and the Frechet distance of its features from those of the test images,
-each with its standard error.
+A small classifier is trained on the real training images. Then come PSNR and
+codebook use of the tokenizer on all test images; and, for every guidance and
+precision asked for, the share of samples to which the classifier gives the
+class asked for. Reconstructions and samples have the Frechet distance of the
+classifier's features from those of the test images, with standard errors; as
+many real images, which are drawn from the training images, are beside them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alitok_fast.data import open_source
 from alitok_fast.evaluation.classifier import features, predict, train_classifier
@@ -44,15 +47,18 @@ def main() -> None:
     size = tokenizer.config.image_size
     train_source, test_source = (open_source(arguments.data, name, size, draft=False) for name in ("train", "test"))
     test_images, test_labels = all_images(test_source, size), torch.from_numpy(test_source.labels)
-    print(json.dumps({"tokenizer": evaluate_tokenizer(tokenizer, test_images)}), flush=True)
-
-    classifier = train_classifier(
-        all_images(train_source, size), torch.from_numpy(train_source.labels), len(train_source.class_names)
-    )
+    train_images, train_labels = all_images(train_source, size), torch.from_numpy(train_source.labels)
+    classifier = train_classifier(train_images, train_labels, len(train_source.class_names))
     accuracy = (predict(classifier, test_images) == test_labels).double().mean()
     print(json.dumps({"classifier_test_accuracy": float(accuracy)}), flush=True)
 
-    config, real_features = generator.config, features(classifier, test_images)
+    real_features = features(classifier, test_images)
+    drawn = drawn_of_each_class(train_labels, arguments.per_class)
+    real = evaluate_samples(classifier, train_images[drawn].float() / 255, train_labels[drawn], real_features)
+    print(json.dumps({"real": _named(real, train_source.class_names)}), flush=True)
+    print(json.dumps({"tokenizer": evaluate_tokenizer(tokenizer, test_images, classifier=classifier)}), flush=True)
+
+    config = generator.config
     guidance = arguments.guidance or [f"{config.guidance_scale},{config.guidance_power}"]
     for text, precision in itertools.product(guidance, arguments.precision or ["float32"]):
         scale, power = map(float, text.split(","))
@@ -62,11 +68,21 @@ def main() -> None:
             prepare(generator, dtype), decode, arguments.per_class, arguments.seed,
             guidance_scale=scale, guidance_power=power, temperature=arguments.temperature,
         )  # fmt: skip
-        result: dict[str, Any] = evaluate_samples(classifier, images, labels, real_features)
-        result["by_class"] = dict(zip(train_source.class_names, result["by_class"], strict=True))
+        result = _named(evaluate_samples(classifier, images, labels, real_features), train_source.class_names)
         setting = {"guidance_scale": scale, "guidance_power": power, "weight_dtype": precision,
                    "decode_dtype": str(decode.dtype).removeprefix("torch.")}  # fmt: skip
         print(json.dumps({**setting, **result}), flush=True)
+
+
+def drawn_of_each_class(labels: Tensor, per_class: int, seed: int = 0) -> Tensor:
+    """Indices of `per_class` images of every class, drawn without replacement; of all, where a class has fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    return torch.cat([order[labels[order] == label][:per_class] for label in labels.unique()])
+
+
+def _named(result: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:
+    return {**result, "by_class": dict(zip(class_names, result["by_class"], strict=True))}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from alitok_fast.data import open_source
 from alitok_fast.data.transforms import centre_crop
 from alitok_fast.evaluation.classifier import features, predict, train_classifier
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
+from alitok_fast.evaluation.demo import drawn_of_each_class
 from alitok_fast.evaluation.judge import evaluate_samples, evaluate_tokenizer, generate_samples
 from alitok_fast.evaluation.psnr import psnr
 from alitok_fast.inference.image_decoder import ImageDecoder
@@ -74,6 +75,14 @@ def test_tokenizer_and_samples_are_measured() -> None:
     drawn, labels = generate_samples(generator, tokenizer.decode, per_class=2, seed=3, batch_size=4)
     assert drawn.shape == (6, 3, 8, 8) and labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert torch.allclose(drawn, tokenizer.decode(sample(generator, labels, seed=3)), atol=1e-5)
+
+
+def test_real_images_of_every_class_are_drawn_once() -> None:
+    labels = torch.tensor([2, 0, 1, 0, 1, 2, 0, 0])
+    drawn = drawn_of_each_class(labels, 2)
+    assert labels[drawn].tolist() == [0, 0, 1, 1, 2, 2] and len(drawn.unique()) == 6
+    assert torch.equal(drawn, drawn_of_each_class(labels, 2))
+    assert sorted(drawn_of_each_class(labels, 100).tolist()) == list(range(8))
 
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")

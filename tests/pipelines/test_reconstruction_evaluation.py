@@ -13,7 +13,7 @@ from torchvision_here import smooth_pictures
 
 from alitok_fast.data import open_source
 from alitok_fast.data.transforms import to_tensor
-from alitok_fast.evaluation.demo import all_images, evaluate_tokenizer
+from alitok_fast.evaluation.judge import all_images, evaluate_tokenizer
 from alitok_fast.evaluation.measures import frechet_distance, kernel_distance
 from alitok_fast.evaluation.moments import Moments
 from alitok_fast.evaluation.networks import Network, load_network
