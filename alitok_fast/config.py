@@ -246,7 +246,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
     "demo": TokenizerConfig(
         image_size=32,
         patch_size=4,
-        codebook_size=512,
+        codebook_size=1024,
         code_dim=16,
         encoder_width=128,
         encoder_layers=4,
@@ -272,8 +272,8 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
 }
 
 _DEMO = GeneratorConfig(
-    width=192, num_layers=6, num_heads=4, grid=8, codebook_size=512, num_classes=10, hidden_multiple=64, dropout=0.0,
-    guidance_scale=4.0, guidance_power=0.5,
+    width=192, num_layers=6, num_heads=4, grid=8, codebook_size=1024, num_classes=10, hidden_multiple=64, dropout=0.0,
+    guidance_scale=4.0, guidance_power=1.0,
 )  # fmt: skip
 
 GENERATORS: dict[str, GeneratorConfig] = {

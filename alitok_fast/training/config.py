@@ -196,14 +196,17 @@ def _published(first: int, second: int, third: int) -> TokenizerTrainConfig:
     return TokenizerTrainConfig(steps=first + second + third, phases=phases, precision="fp16")
 
 
-# The demo fits two CPU cores and an hour: smaller batches, higher rates, shorter schedules (docs/demo.md).
+# The demo fits two CPU cores and an afternoon: smaller batches, higher rates, shorter schedules (docs/demo.md).
 _DEMO: dict[str, Any] = dict(end_lr=2e-5, warmup=100, log_every=25, save_every=100)
 _DEMO_TOKENIZER: dict[str, Any] = dict(
     _DEMO, lr=1e-3, betas=(0.9, 0.99), max_grad_norm=1.0, weight_decay_on="matrices", pictures_every=200
 )
-_DEMO_STAGE1 = TokenizerTrainConfig(steps=2400, batch_size=64, **_DEMO_TOKENIZER)
-_DEMO_STAGE2 = TokenizerTrainConfig(steps=2000, batch_size=32, **_DEMO_TOKENIZER)
-_DEMO_GENERATOR = GeneratorTrainConfig(steps=4000, batch_size=32, lr=1.5e-3, **_DEMO)
+_DEMO_STAGE1 = TokenizerTrainConfig(steps=5000, batch_size=64, **_DEMO_TOKENIZER)
+_DEMO_STAGE2 = TokenizerTrainConfig(
+    steps=4100, batch_size=32, **_DEMO_TOKENIZER, adaptive_adversarial=True, lecam=1e-3,
+    phases=(Phase(1500, 1e-3, 3e-4), Phase(2600, 3e-4, 2e-5, adversarial=0.5)),
+)  # fmt: skip
+_DEMO_GENERATOR = GeneratorTrainConfig(steps=16_000, batch_size=32, lr=1.5e-3, ema_decay=0.999, **_DEMO)
 # A few hundred photographs in 20 minutes on two cores (docs/training.md).
 _PHOTOS = TokenizerTrainConfig(steps=2000, batch_size=16, **_DEMO_TOKENIZER)
 _STAGE1, _STAGE2 = _published(50_000, 200_000, 100_000), _published(50_000, 150_000, 100_000)

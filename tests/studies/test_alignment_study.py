@@ -177,5 +177,5 @@ def test_the_command(photos: Path, tmp_path: Path, monkeypatch, capsys):
 def test_the_row_of_a_model_folder_is_not_trained(splits: Splits, tmp_path: Path):
     study(splits, tmp_path / "out").run([own_row("shipped=demo")])
     (found,) = study(splits, tmp_path / "out").results()
-    assert (found["row"], found["tokens"], found["codebook_size"]) == ("shipped", 73, 512)
+    assert (found["row"], found["tokens"], found["codebook_size"]) == ("shipped", 73, 1024)
     assert not (tmp_path / "out" / "seed-0" / "shipped" / "tokenizer").exists()
