@@ -24,10 +24,11 @@ class TrainConfig(Config):
 
     `batch_size` is the number of samples in one optimizer step, over all processes and all `grad_accumulation`
     micro-batches: more of them take less memory for the same result (but for the generator's dropout, which is new in
-    each). `max_grad_norm` 0 does not clip, `ema_decay` 0 keeps no moving average. `weight_decay_on` "matrices" leaves
-    out biases, norms and embeddings. `precision` "fp16" scales the loss. `parallel` is for several processes: "ddp"
-    copies the model to each, "fsdp" spreads its weights and the optimizer's state over them. With `plateau_patience`
-    above 0 the learning rate is multiplied by `plateau_factor` where the mean loss has not fallen for so many steps.
+    each). `max_grad_norm` 0 does not clip, `ema_decay` 0 keeps no moving average; another one begins as (1 + step) /
+    (10 + step), where that is lower. `weight_decay_on` "matrices" leaves out biases, norms and embeddings. `precision`
+    "fp16" scales the loss. `parallel` is for several processes: "ddp" copies the model to each, "fsdp" spreads its
+    weights and the optimizer's state over them. With `plateau_patience` above 0 the learning rate is multiplied by
+    `plateau_factor` where the mean loss has not fallen for so many steps.
     Every `pictures_every` steps (0: never) pictures are written, and every `evaluate_every` steps (0: never) the model
     is evaluated on `evaluate_images` images.
     """
@@ -219,7 +220,7 @@ _GENERATOR = GeneratorTrainConfig()
 _XL = replace(_GENERATOR, steps=250_000)
 GENERATOR_PRESETS: dict[str, GeneratorTrainConfig] = {
     "demo": _DEMO_GENERATOR,
-    "photos-64": replace(_DEMO_GENERATOR, steps=1000, batch_size=16),
+    "photos-64": replace(_DEMO_GENERATOR, steps=1000, batch_size=16, ema_decay=0.0),
     **{name: _GENERATOR for name in ("b", "l", "b-512", "l-512")},
     **{name: _XL for name in ("xl", "xl-512")},
 }

@@ -158,7 +158,7 @@ class _Trainer:
             self.norms = self._kept_norms(part.name) | gradient_norms(part.module, part.name)
         part.update(self.schedule.lr(step) * self.plateau.scale)
         if place.turn == GENERATOR_TURN:
-            self.average.update(self.task.model)
+            self.average.update(self.task.model, step)
         self.loss, self.norm = loss, float(norm)
         return stopping > 0
 

@@ -64,19 +64,24 @@ def load_random_state(states: list[dict[str, Any]], ranks: Ranks) -> None:
 
 
 class MovingAverage:
-    """An exponential moving average of a model's weights and buffers; of its own part where the model is spread."""
+    """An exponential moving average of a model's weights and buffers; of its own part where the model is spread.
+
+    The decay begins low, as (1 + step) / (10 + step), so that the average of a short run is not that of its beginning.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self._values = {name: value.detach().clone() for name, value in module.state_dict().items()} if decay else {}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self, module: nn.Module, step: int) -> None:
+        """With the weights after `step`, counted from 0."""
         if not self.decay:
             return
+        decay = min(self.decay, (1 + step) / (10 + step))
         for name, value in module.state_dict().items():
             if value.is_floating_point():
-                self._values[name].lerp_(value, 1 - self.decay)
+                self._values[name].lerp_(value, 1 - decay)
             else:
                 self._values[name].copy_(value)
 

@@ -194,8 +194,8 @@ def test_damaged_checkpoints_name_the_file(cache, tmp_path: Path, change, messag
 def test_weights_that_are_no_numbers_are_never_saved(cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = loop.MovingAverage.update
 
-    def poison(average, model) -> None:
-        real(average, model)
+    def poison(average, model, step) -> None:
+        real(average, model, step)
         poison.calls += 1
         if poison.calls == 4:
             with torch.no_grad():

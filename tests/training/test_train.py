@@ -134,7 +134,19 @@ def test_moving_average(runs: Path, tmp_path: Path) -> None:
     averaged = load_generator(tmp_path / "model").state_dict()
     assert not torch.equal(trained["output.weight"], start["output.weight"])
     for name, value in averaged.items():
-        torch.testing.assert_close(value, 0.75 * start[name] + 0.25 * trained[name])
+        torch.testing.assert_close(value, 0.1 * start[name] + 0.9 * trained[name])  # the first step of its warm-up
+
+
+def test_moving_average_begins_with_a_lower_decay() -> None:
+    from alitok_fast.training.state import MovingAverage
+
+    weight = torch.nn.Linear(1, 1, bias=False)
+    average, expected = MovingAverage(weight, 0.5), weight.weight.detach().clone()
+    for step, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5, 0.5)):
+        torch.nn.init.constant_(weight.weight, step)
+        average.update(weight, step)
+        expected = decay * expected + (1 - decay) * step
+        torch.testing.assert_close(average.weights()["weight"], expected)
 
 
 def test_bf16_trains(idx_folder: Path, tmp_path: Path) -> None:
