@@ -234,7 +234,7 @@ def test_tied_tensors_train_apart(tmp_path, states):
 
 def test_a_part_of_a_larger_tensor_does_not_bring_the_rest(tmp_path, states):
     large = torch.zeros(10**6)
-    state = {name: value for name, value in states[1].items()} | {"output.bias": large[:512]}
+    state = states[1] | {"output.bias": large[: len(states[1]["output.bias"])]}
     torch.save(state, tmp_path / "x.pth")
     convert(tmp_path / "x.pth", tmp_path / "y.pth")
     assert (tmp_path / "x.pth").stat().st_size - (tmp_path / "y.pth").stat().st_size > 3_900_000
