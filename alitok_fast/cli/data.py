@@ -17,7 +17,7 @@ from alitok_fast.storage.text import shown
 if TYPE_CHECKING:
     from alitok_fast.data.inspection import Inspection
 
-HELD_OUT, NO_SPLITS = ("val", "validation", "test"), "train"  # splits; what data without any are opened as
+NO_SPLITS = "train"  # what data without splits are opened as
 HELP = """Look at a data set before it is trained on.
 
 \b

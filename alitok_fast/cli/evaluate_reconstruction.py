@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alitok_fast.cli.data import HELD_OUT, NO_SPLITS, SourceOptions, first_split
+from alitok_fast.cli.data import NO_SPLITS, SourceOptions, first_split
 from alitok_fast.cli.evaluate_options import NetworkOptions, check_result, say_result, warnings, working_folder
 from alitok_fast.cli.options import (
     BatchSize,
@@ -34,6 +34,8 @@ class HeldOutOptions(SourceOptions):
 
     def open(self, report: Callable[[str], object], **reading: Any) -> Any:
         """The source; raises as `alitok_fast.data.open_source`."""
+        from alitok_fast.data.sources import HELD_OUT
+
         if self.split != AUTO:
             return super().open(report, **reading)
         splits = (*HELD_OUT, NO_SPLITS)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alitok_fast.cli.data import HELD_OUT, NO_SPLITS, SourceOptions, first_split
+from alitok_fast.cli.data import NO_SPLITS, SourceOptions, first_split
 from alitok_fast.cli.options import MaybeInt, MaybeText, Progress, with_options
 from alitok_fast.cli.run_options import RunOptions, given_layer
 from alitok_fast.training.run_config import combine
@@ -121,7 +121,7 @@ def tokenizer_command(
 def _held_out(read: Any, watch: Any, size: int) -> Any:
     """The pictures that a tokenizer is evaluated with, read as `evaluate reconstruction` reads them: those of another
     folder, or of another split of the run's own data."""
-    from alitok_fast.data import open_source
+    from alitok_fast.data.sources import HELD_OUT, open_source
 
     own = watch.evaluate_data is None
     path, places = (read.path, {name: getattr(read, name) for name in PLACES[1:]}) if own else (watch.evaluate_data, {})

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+HELD_OUT = ("val", "validation", "test")  # the splits that nothing is trained on, in the order they are looked for
 _SAMPLED_IMAGES = 16
 
 

@@ -8,6 +8,10 @@ precision asked for, the share of samples to which the classifier gives the
 class asked for. Reconstructions and samples have the Frechet distance of the
 classifier's features from those of the test images, with standard errors; as
 many real images, which are drawn from the training images, are beside them.
+
+With --choose, a classifier of another seed judges, and 10,000 training images
+take the place of the test images: what is chosen by these numbers (weights,
+guidance) has not seen those that are then reported.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.step_model import prepare
 from alitok_fast.models.loading import dtype_from_name, load_generator, load_tokenizer
 
+CHOOSING_PER_CLASS = 1000  # as many of each class as the test images of Fashion-MNIST
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -41,6 +47,7 @@ def main() -> None:
                         help="float32, bfloat16 or int8; repeatable; default: float32")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--choose", action="store_true", help="another classifier, and training images for test images")
     arguments = parser.parse_args()
 
     tokenizer, generator = load_tokenizer(arguments.tokenizer), load_generator(arguments.generator)
@@ -48,15 +55,19 @@ def main() -> None:
     train_source, test_source = (open_source(arguments.data, name, size, draft=False) for name in ("train", "test"))
     test_images, test_labels = all_images(test_source, size), torch.from_numpy(test_source.labels)
     train_images, train_labels = all_images(train_source, size), torch.from_numpy(train_source.labels)
-    classifier = train_classifier(train_images, train_labels, len(train_source.class_names))
+    classifier = train_classifier(train_images, train_labels, len(train_source.class_names), seed=int(arguments.choose))
     accuracy = (predict(classifier, test_images) == test_labels).double().mean()
     print(json.dumps({"classifier_test_accuracy": float(accuracy)}), flush=True)
 
-    real_features = features(classifier, test_images)
-    drawn = drawn_of_each_class(train_labels, arguments.per_class)
+    judged, others = test_images, torch.arange(len(train_images))
+    if arguments.choose:
+        chosen = drawn_of_each_class(train_labels, CHOOSING_PER_CLASS, seed=1)
+        judged, others = train_images[chosen], without(len(train_images), chosen)
+    real_features = features(classifier, judged)
+    drawn = others[drawn_of_each_class(train_labels[others], arguments.per_class)]
     real = evaluate_samples(classifier, train_images[drawn].float() / 255, train_labels[drawn], real_features)
     print(json.dumps({"real": _named(real, train_source.class_names)}), flush=True)
-    print(json.dumps({"tokenizer": evaluate_tokenizer(tokenizer, test_images, classifier=classifier)}), flush=True)
+    print(json.dumps({"tokenizer": evaluate_tokenizer(tokenizer, judged, classifier=classifier)}), flush=True)
 
     config = generator.config
     guidance = arguments.guidance or [f"{config.guidance_scale},{config.guidance_power}"]
@@ -79,6 +90,13 @@ def drawn_of_each_class(labels: Tensor, per_class: int, seed: int = 0) -> Tensor
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     return torch.cat([order[labels[order] == label][:per_class] for label in labels.unique()])
+
+
+def without(count: int, chosen: Tensor) -> Tensor:
+    """The indices below `count` that are not among `chosen`, in order."""
+    kept = torch.ones(count, dtype=torch.bool)
+    kept[chosen] = False
+    return kept.nonzero().squeeze(1)
 
 
 def _named(result: dict[str, Any], class_names: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from alitok_fast import __version__
+from alitok_fast.data.sources import HELD_OUT
 from alitok_fast.evaluation.comparison import PRECISION_IMAGES, check_pairing, compare, doubts
 from alitok_fast.evaluation.feature_folder import CHUNK, FeatureFolder, compute_features
 from alitok_fast.evaluation.image_sets import ImageSet, StoredImages
@@ -34,7 +35,6 @@ from alitok_fast.storage.files import read_json
 from alitok_fast.storage.text import shown
 
 FORMAT = "alitok_fast evaluation 1"
-HELD_OUT = ("val", "validation", "test")
 STD = "_std"  # of a measure over its own parts, as `compare` calls it
 
 

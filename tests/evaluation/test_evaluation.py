@@ -14,7 +14,7 @@ from alitok_fast.data import open_source
 from alitok_fast.data.transforms import centre_crop
 from alitok_fast.evaluation.classifier import features, predict, train_classifier
 from alitok_fast.evaluation.codebook import codebook_perplexity, codebook_usage
-from alitok_fast.evaluation.demo import drawn_of_each_class
+from alitok_fast.evaluation.demo import drawn_of_each_class, without
 from alitok_fast.evaluation.judge import evaluate_samples, evaluate_tokenizer, generate_samples
 from alitok_fast.evaluation.psnr import psnr
 from alitok_fast.inference.image_decoder import ImageDecoder
@@ -83,6 +83,7 @@ def test_real_images_of_every_class_are_drawn_once() -> None:
     assert labels[drawn].tolist() == [0, 0, 1, 1, 2, 2] and len(drawn.unique()) == 6
     assert torch.equal(drawn, drawn_of_each_class(labels, 2))
     assert sorted(drawn_of_each_class(labels, 100).tolist()) == list(range(8))
+    assert without(8, drawn).tolist() == sorted(set(range(8)) - set(drawn.tolist()))
 
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
