@@ -273,7 +273,7 @@ TOKENIZERS: dict[str, TokenizerConfig] = {
 
 _DEMO = GeneratorConfig(
     width=192, num_layers=6, num_heads=4, grid=8, codebook_size=1024, num_classes=10, hidden_multiple=64, dropout=0.0,
-    guidance_scale=4.0, guidance_power=1.0,
+    guidance_scale=3.0, guidance_power=0.7,
 )  # fmt: skip
 
 GENERATORS: dict[str, GeneratorConfig] = {
