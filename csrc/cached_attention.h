@@ -1,4 +1,5 @@
-// cached_attention: attention of one new position of each row over a static key/value cache, to which it is appended.
+// cached_attention: attention of one or more new positions of each row, which has a position of its own, over a static
+// key/value cache, to which they are appended.
 // RMSNorm of query and key and the rotary table are applied on the way.
 // The definition is cached_attention_reference in alitok_fast/ops/cached_attention.py.
 #pragma once
@@ -16,13 +17,15 @@ enum class CachedAttentionDtype : int { float32, bfloat16, float16, e4m3 };
 struct CachedAttentionParams {
   CachedAttentionDtype dtype;               // of qkv, out and the norm weights; not e4m3
   CachedAttentionDtype cache_dtype;         // `dtype` or e4m3
-  int64_t rows, heads, head_dim, capacity;  // rows * heads below 2^31, one CUDA block or more each
+  int64_t rows, columns, heads, head_dim;   // rows * columns * heads below 2^31, one CUDA block or more each
+  int64_t slots, capacity;                  // of the cache: sequences, and positions of each
 
-  const void* qkv;  // (rows, 3, heads, head_dim) contiguous
-  // Element (r, h, j, d) at r * row_stride + h * head_stride + j * head_dim + d; for CUDA cached_attention_aligned().
+  const void* qkv;  // (rows, columns, 3, heads, head_dim) contiguous
+  // Element (s, h, j, d) at s * slot_stride + h * head_stride + j * head_dim + d; for CUDA cached_attention_aligned().
   void *keys, *values;
-  int64_t row_stride, head_stride;
-  const int64_t* position;  // one element: the index of the new position, in [0, capacity)
+  int64_t slot_stride, head_stride;
+  const int64_t* positions;  // (rows): where the first new position of a row is, in [0, capacity)
+  const int64_t* slot_of;    // (rows): its sequence in the cache, another for each; null: its own number
 
   const float* q_norm_weight;  // (head_dim), both or neither; used as rounded to `dtype`
   const float* k_norm_weight;
@@ -30,15 +33,16 @@ struct CachedAttentionParams {
   const float* rope;  // null, or (at least capacity, head_dim / 2, 2): cos, sin of each position
   float scale;
 
-  void* out;  // (rows, heads, head_dim)
+  void* out;  // (rows, columns, heads, head_dim)
 
-  // CUDA: blocks that share the keys of a row and head, as many as cached_attention_splits() says, or 1.
+  // CUDA: blocks that share the keys of a row, column and head, as many as cached_attention_splits() says, or 1.
   int64_t splits;
   float* workspace;    // as many as cached_attention_workspace() says
-  unsigned* arrivals;  // (rows * heads) zeros, and zeros again when the kernel has ended; not used when splits is 1
+  unsigned* arrivals;  // (rows * columns * heads) zeros, and zeros again when the kernel has ended; unless splits is 1
 };
 
-// A position outside [0, capacity) touches nothing and gives NaN: it is known on the device alone.
+// A position outside [0, capacity) touches nothing and gives NaN, as does a slot outside [0, slots): they are known on the
+// device alone. So does a column that lies behind the last position.
 ALITOK_DECLARE_PER_ISA(void cached_attention_cpu(const CachedAttentionParams&, const Parallel&));
 
 // Bytes of a cache that CUDA moves at once: eight elements, in accesses of up to 16 bytes.
@@ -46,11 +50,11 @@ inline int64_t cached_attention_access(CachedAttentionDtype cache_dtype) {
   return cache_dtype == CachedAttentionDtype::e4m3 ? 8 : 16;
 }
 // Whether each of them may begin where it does. A view may begin anywhere and stride anyhow; head_dim is a multiple of 8.
-inline bool cached_attention_aligned(const void* data, int64_t row_stride, int64_t head_stride,
+inline bool cached_attention_aligned(const void* data, int64_t slot_stride, int64_t head_stride,
                                      CachedAttentionDtype cache_dtype) {
   const int64_t access = cached_attention_access(cache_dtype);
   const int64_t element = cache_dtype == CachedAttentionDtype::float32 ? 4 : access / 8;
-  return reinterpret_cast<uintptr_t>(data) % access == 0 && row_stride * element % access == 0 &&
+  return reinterpret_cast<uintptr_t>(data) % access == 0 && slot_stride * element % access == 0 &&
          head_stride * element % access == 0;
 }
 
@@ -62,15 +66,15 @@ constexpr int64_t kCachedAttentionMostPositions = 16384;
 // another has some, and the one that merges has at most kMost results to read. To merge takes about as long as to read
 // some hundreds of keys, so caches of up to twice the least share are not shared.
 constexpr int64_t kCachedAttentionLeastShare = 256;
-inline int64_t cached_attention_splits(int64_t rows_and_heads, int64_t capacity) {
+inline int64_t cached_attention_splits(int64_t queries, int64_t capacity) {
   constexpr int64_t kBlocks = 256, kMost = 32;
   if (capacity <= 2 * kCachedAttentionLeastShare) return 1;
-  const int64_t wanted = (kBlocks + rows_and_heads - 1) / rows_and_heads;
+  const int64_t wanted = (kBlocks + queries - 1) / queries;
   const int64_t useful = (capacity + kCachedAttentionLeastShare - 1) / kCachedAttentionLeastShare;
   return std::max<int64_t>(1, std::min({wanted, useful, kMost}));
 }
 inline int64_t cached_attention_workspace(const CachedAttentionParams& p) {
-  return p.splits == 1 ? 0 : p.rows * p.heads * p.splits * (p.head_dim + 2);
+  return p.splits == 1 ? 0 : p.rows * p.columns * p.heads * p.splits * (p.head_dim + 2);
 }
 
 void cached_attention_cuda(const CachedAttentionParams&, void* stream);

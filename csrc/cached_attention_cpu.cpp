@@ -37,19 +37,21 @@ void normalise_and_rotate(const typename Type::Storage* x, float* y, const float
 
 // `scratch`: query (dim), total (dim), scores (capacity).
 template <class Type, class Cache>
-void attend(const CachedAttentionParams& p, int64_t row, int64_t head, float* scratch) {
+void attend(const CachedAttentionParams& p, int64_t row, int64_t column, int64_t head, float* scratch) {
   using T = typename Type::Storage;
   using C = typename Cache::Storage;
-  const int64_t dim = p.head_dim, position = *p.position;
+  const int64_t dim = p.head_dim, first = p.positions[row], slot = p.slot_of == nullptr ? row : p.slot_of[row];
   float *query = scratch, *total = query + dim, *scores = total + dim;
-  T* out = static_cast<T*>(p.out) + (row * p.heads + head) * dim;
-  if (position < 0 || position >= p.capacity) {
+  const int64_t index = row * p.columns + column;
+  T* out = static_cast<T*>(p.out) + (index * p.heads + head) * dim;
+  if (first < 0 || first >= p.capacity - column || slot < 0 || slot >= p.slots) {
     for (int64_t d = 0; d < dim; ++d) Type::set(out + d, std::numeric_limits<float>::quiet_NaN());
     return;
   }
-  const T* qkv = static_cast<const T*>(p.qkv) + (row * 3 * p.heads + head) * dim;
-  C* keys = static_cast<C*>(p.keys) + row * p.row_stride + head * p.head_stride;
-  C* values = static_cast<C*>(p.values) + row * p.row_stride + head * p.head_stride;
+  const int64_t position = first + column;
+  const T* qkv = static_cast<const T*>(p.qkv) + (index * 3 * p.heads + head) * dim;
+  C* keys = static_cast<C*>(p.keys) + slot * p.slot_stride + head * p.head_stride;
+  C* values = static_cast<C*>(p.values) + slot * p.slot_stride + head * p.head_stride;
   const float* rope = p.rope == nullptr ? nullptr : p.rope + position * dim;
   normalise_and_rotate<Type>(qkv + p.heads * dim, total, p.k_norm_weight, p.norm_eps, rope, dim);
   const T* value = qkv + 2 * p.heads * dim;
@@ -85,7 +87,10 @@ void run(const CachedAttentionParams& p, const Parallel& parallel) {
   Scratch<FloatBuffer> scratch(parallel, p.rows * p.heads, 2 * p.head_dim + p.capacity);
   parallel(0, p.rows * p.heads, 1, [&](int64_t begin, int64_t end) {
     float* mine = scratch.take();
-    for (int64_t task = begin; task < end; ++task) attend<Type, Cache>(p, task / p.heads, task % p.heads, mine);
+    for (int64_t task = begin; task < end; ++task) {
+      for (int64_t column = 0; column < p.columns; ++column)
+        attend<Type, Cache>(p, task / p.heads, column, task % p.heads, mine);
+    }
   });
 }
 

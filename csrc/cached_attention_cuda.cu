@@ -9,7 +9,11 @@
 // round. In the end the sums of the warps are added up in their order.
 //
 // The new key and value come first in the tile of the last block's first warp, in front of the old ones. They are
-// stored there as the cache rounds them, and in the cache, from where nobody reads them in this launch.
+// stored there as the cache rounds them, and in the cache.
+//
+// A window of new positions has blocks for each of them (blockIdx.z), which wait for nobody: a block puts the new keys and
+// values before its own into the cache itself, as several others do at the same time with the same bits, and copies them
+// from there with the old ones. So the bits of a position do not depend on the window that it is in.
 //
 // The position is known on the device alone, so the host chooses the number of blocks by rows, heads and capacity, and
 // each block finds its keys of [0, position]; those that have none leave at once. The block that finishes last, by a
@@ -51,9 +55,15 @@ ALITOK_HOST_DEVICE int share_of(int keys, int splits) {
   return equal > least ? equal : least;
 }
 
+// Of this block's row, column and head.
+__device__ __forceinline__ int64_t query_number(const CachedAttentionParams& p) {
+  const int64_t row = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
+  return (row * p.columns + blockIdx.z) * p.heads + head;
+}
+
 // What a block leaves of its share: the largest score, the sum of exp(score - largest), and its values weighted by those.
 __device__ __forceinline__ float* share_result(const CachedAttentionParams& p, int split) {
-  return p.workspace + (static_cast<int64_t>(blockIdx.x) * p.splits + split) * (p.head_dim + 2);
+  return p.workspace + (query_number(p) * p.splits + split) * (p.head_dim + 2);
 }
 
 // Whether this block is the last of `blocks` to come here; if so it sees what the others wrote before.
@@ -103,6 +113,17 @@ __device__ __forceinline__ Pairs load_pairs(const T* x, int head_dim) {
     if (even >= head_dim) pairs.even[i] = pairs.odd[i] = 0;
   }
   return pairs;
+}
+
+template <class T>
+__device__ __forceinline__ void store_pairs(T* x, const Pairs& pairs, int head_dim) {
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    const int even = 2 * (threadIdx.x % 32 + 32 * i);
+    if (even >= head_dim) break;
+    x[even] = from_float<T>(pairs.even[i]);
+    x[even + 1] = from_float<T>(pairs.odd[i]);
+  }
 }
 
 // One warp: RMSNorm, weight and rotation of a head, rounded to T where the reference rounds. Weight and rope may be
@@ -209,8 +230,10 @@ __device__ __forceinline__ void score_keys(const Cache* keys, int count, int chu
 template <class Cache>
 __device__ __forceinline__ void prefetch_cache(const CachedAttentionParams& p, int64_t row, int64_t head) {
   constexpr int kLine = 128;
-  const int64_t position = __ldcg(p.position), first = row * p.row_stride + head * p.head_stride;
-  const int64_t bytes = position < 0 || position >= p.capacity ? 0 : position * p.head_dim * sizeof(Cache);
+  const int64_t position = __ldcg(p.positions + row), slot = p.slot_of == nullptr ? row : __ldcg(p.slot_of + row);
+  const bool rests = position < 0 || position >= p.capacity || slot < 0 || slot >= p.slots;
+  const int64_t first = rests ? 0 : slot * p.slot_stride + head * p.head_stride;
+  const int64_t bytes = rests ? 0 : position * p.head_dim * sizeof(Cache);
   const char* keys = reinterpret_cast<const char*>(static_cast<const Cache*>(p.keys) + first);
   const char* values = reinterpret_cast<const char*>(static_cast<const Cache*>(p.values) + first);
 #pragma unroll 1
@@ -229,6 +252,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Cache) == 4 ? 4 : 5)
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const unsigned heads = static_cast<unsigned>(p.heads);
   const int64_t row = blockIdx.x / heads, head = blockIdx.x % heads;
+  const int column = blockIdx.z;
   const int split = blockIdx.y, splits = gridDim.y;
   let_next_kernel_begin();
   if (p.q_norm_weight != nullptr && tid * 32 < dim) {
@@ -238,13 +262,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(Cache) == 4 ? 4 : 5)
   if (splits == 1 && gridDim.x <= kEarlyBlocks) prefetch_cache<Cache>(p, row, head);
   wait_for_kernel_ahead();
 
-  T* out = static_cast<T*>(p.out) + static_cast<int64_t>(blockIdx.x) * dim;
-  const int64_t position = __ldcg(p.position);
+  T* out = static_cast<T*>(p.out) + query_number(p) * dim;
+  const int64_t first_position = __ldcg(p.positions + row), position = first_position + column;
+  const int64_t slot = p.slot_of == nullptr ? row : __ldcg(p.slot_of + row);
   const int part = warp;  // of qkv: the first warp takes the query, the second the new key, the third the new value
-  const T* qkv = static_cast<const T*>(p.qkv) + (row * 3 * p.heads + head) * dim;
+  const int64_t column_stride = 3 * p.heads * dim;
+  const T* qkv = static_cast<const T*>(p.qkv) + (row * p.columns + column) * column_stride + head * dim;
   Pairs x{};
   if (part < 3) x = load_pairs(qkv + part * p.heads * dim, dim);
-  if (position < 0 || position >= p.capacity) {
+  if (first_position < 0 || first_position >= p.capacity - column || slot < 0 || slot >= p.slots) {
     if (split == 0 && tid < dim) out[tid] = from_float<T>(NAN);
     return;
   }
@@ -265,8 +291,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(Cache) == 4 ? 4 : 5)
   Cache* tile_keys = first_tile + warp * 2 * tile * dim;
   Cache* tile_values = tile_keys + tile * dim;
 
-  Cache* keys = static_cast<Cache*>(p.keys) + row * p.row_stride + head * p.head_stride;
-  Cache* values = static_cast<Cache*>(p.values) + row * p.row_stride + head * p.head_stride;
+  Cache* keys = static_cast<Cache*>(p.keys) + slot * p.slot_stride + head * p.head_stride;
+  Cache* values = static_cast<Cache*>(p.values) + slot * p.slot_stride + head * p.head_stride;
+  if (column > 0) {
+    // Of the window's positions before this one; a warp takes every second key, or every second value.
+    for (int before = warp / 2; before < column; before += kWarps / 2) {
+      const bool is_key = warp % 2 == 0;
+      const T* from = qkv - (column - before) * column_stride + (is_key ? 1 : 2) * p.heads * dim;
+      Pairs earlier = load_pairs(from, dim);
+      const int64_t at = first_position + before;
+      const float* rope = !is_key || p.rope == nullptr ? nullptr : p.rope + at * dim;
+      normalise_and_rotate<T>(earlier, is_key ? p.k_norm_weight : nullptr, p.norm_eps, rope, dim);
+      store_pairs((is_key ? keys : values) + at * dim, earlier, dim);
+    }
+    __syncthreads();
+  }
   // Begins to copy what belongs into a tile: old keys or values from number `first` of this warp's share on.
   const int64_t old = static_cast<int64_t>(begin + warp_begin - fresh) * dim;
   const auto begin_copy = [&](Cache* target, const Cache* source, int first) {
@@ -283,17 +322,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Cache) == 4 ? 4 : 5)
     normalise_and_rotate<T>(x, weight, p.norm_eps, rope, dim);
     Cache* in_tile = part == 1 ? first_tile : first_tile + tile * dim;
     Cache* in_cache = (part == 1 ? keys : values) + position * dim;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int even = 2 * (lane + 32 * i);
-      if (even >= dim) break;
-      if (part == 0) {
-        query[even] = x.even[i];
-        query[even + 1] = x.odd[i];
-      } else {
-        in_tile[even] = in_cache[even] = from_float<Cache>(x.even[i]);
-        in_tile[even + 1] = in_cache[even + 1] = from_float<Cache>(x.odd[i]);
-      }
+    if (part == 0) {
+      store_pairs(query, x, dim);
+    } else {
+      store_pairs(in_tile, x, dim);
+      store_pairs(in_cache, x, dim);
     }
   }
   __syncthreads();  // query, new key and new value are there
@@ -386,13 +419,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Cache) == 4 ? 4 : 5)
   }
   if (blocks == 1) return;
   if (tid == 0) mine[0] = largest, mine[1] = sum;
-  if (is_last(p.arrivals + blockIdx.x, blocks)) merge_shares(p, out, blocks);
+  if (is_last(p.arrivals + query_number(p), blocks)) merge_shares(p, out, blocks);
 }
 
 template <class T, class Cache>
 void launch(const CachedAttentionParams& p, void* stream) {
   const int64_t share = share_of(static_cast<int>(p.capacity), static_cast<int>(p.splits));
-  const int64_t bytes = p.rows * p.heads * p.splits <= kFewBlocks ? kBytesOfFew : kBytesOfMany;
+  const int64_t bytes = p.rows * p.columns * p.heads * p.splits <= kFewBlocks ? kBytesOfFew : kBytesOfMany;
   const int64_t key_bytes = kWarps * 2 * p.head_dim * sizeof(Cache);
   int64_t tile = std::min<int64_t>((std::min(share, p.capacity) + kWarps - 1) / kWarps, kKeys * kPass);
   tile = (std::min(tile, bytes / key_bytes) + 1) / 2 * 2;  // even, so that every tile is aligned to 16 bytes
@@ -400,7 +433,8 @@ void launch(const CachedAttentionParams& p, void* stream) {
   const size_t shared_bytes = floats * sizeof(float) + tile * key_bytes;
   const auto kernel = cached_attention_kernel<T, Cache>;
   allow_shared_bytes(kernel, shared_bytes);
-  const dim3 grid(static_cast<unsigned>(p.rows * p.heads), static_cast<unsigned>(p.splits));
+  const dim3 grid(static_cast<unsigned>(p.rows * p.heads), static_cast<unsigned>(p.splits),
+                  static_cast<unsigned>(p.columns));
   ALITOK_LAUNCH_EARLY(kernel, grid, kThreads, shared_bytes, stream, p, static_cast<int>(tile));
 }
 

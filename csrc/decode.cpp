@@ -6,9 +6,12 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "checks.h"
 #include "overlap.h"
+#include "sample_settings.h"
 #include "torch_parallel.h"
 
 namespace alitok {
@@ -29,24 +32,53 @@ void check_plain(const Tensor& t, const char* argument, std::initializer_list<Sc
   check_contiguous(t, argument);
 }
 
-void check_values(const int64_t* values, int64_t count, const char* argument, int64_t end) {
-  for (int64_t i = 0; i < count; ++i) check_range(values[i], argument, 0, end - 1);
+// Positions lie on the CPU, as all that these operators read: rows that rest have -1.
+void check_positions(const DecodeParams& p, int64_t last) {
+  for (int64_t r = 0; r < p.rows; ++r) check_range(p.positions[r], "positions", -1, last);
 }
 
-// What both operators share: everything but the logits.
+// No two rows write to one sequence of the cache.
+void check_slots(const DecodeParams& p) {
+  std::vector<bool> taken(static_cast<size_t>(p.slots));
+  for (int64_t r = 0; r < p.rows; ++r) {
+    if (p.positions[r] < 0) continue;
+    const int64_t slot = p.slot_of == nullptr ? r : p.slot_of[r];
+    check_range(slot, "slots", 0, p.slots - 1);
+    check(!taken[static_cast<size_t>(slot)], "slots", "another one for each row", "slot " + std::to_string(slot) + " twice");
+    taken[static_cast<size_t>(slot)] = true;
+  }
+}
+
+// The first `columns` ids of each row that does not rest.
+void check_ids(const DecodeParams& p, int64_t columns, int64_t vocabulary) {
+  for (int64_t r = 0; r < p.rows; ++r) {
+    if (p.positions[r] < 0) continue;
+    for (int64_t w = 0; w < columns; ++w) check_range(p.ids[r * p.columns + w], "ids", 0, vocabulary - 1);
+  }
+}
+
+// What both operators share: everything but the logits and what ids and positions hold.
 DecodeParams decode_params(const Tensor& arena, const Tensor& vectors, const Tensor& embeddings, const Tensor& rope,
-                           const Tensor& ids, Tensor& keys, Tensor& values, const Tensor& position, int64_t steps,
-                           int64_t hidden, int64_t codes, int64_t bytes, double norm_eps) {
+                           const Tensor& ids, Tensor& keys, Tensor& values, const Tensor& positions,
+                           const std::optional<Tensor>& slots, int64_t hidden, int64_t codes, int64_t bytes,
+                           double norm_eps) {
   check_plain(arena, "arena", {ScalarType::Byte}, 1);
   check_plain(vectors, "vectors", {ScalarType::Float}, 1);
   check_plain(embeddings, "embeddings", {ScalarType::Float}, 2);
   check_plain(rope, "rope", {ScalarType::Float}, 3);
-  check_plain(ids, "ids", {ScalarType::Long}, 1);
-  check_plain(position, "position", {ScalarType::Long}, 0);
+  check_plain(ids, "ids", {ScalarType::Long}, 2);
+  check_plain(positions, "positions", {ScalarType::Long}, 1);
+  check_size(positions, "positions", 0, ids.size(0));
   check_plain(keys, "keys", {ScalarType::Float, ScalarType::BFloat16}, 5);
   check_plain(values, "values", {keys.scalar_type()}, 5);
   for (int64_t axis = 0; axis < 5; ++axis) check_size(values, "values", axis, keys.size(axis));
-  check_size(keys, "keys", 1, ids.size(0));
+  if (slots) {
+    check_plain(*slots, "slots", {ScalarType::Long}, 1);
+    check_size(*slots, "slots", 0, ids.size(0));
+  } else {
+    check(keys.size(1) >= ids.size(0), "keys", "a sequence for each of the " + std::to_string(ids.size(0)) + " rows",
+          "shape " + shape_name(keys));
+  }
   check_range(hidden, "hidden", 1, 1 << 16);
   check_range(codes, "codes", 1, int64_t{1} << 30);
 
@@ -55,21 +87,21 @@ DecodeParams decode_params(const Tensor& arena, const Tensor& vectors, const Ten
   p.cache = keys.scalar_type() == ScalarType::Float ? CacheFormat::float32 : CacheFormat::bfloat16;
   check(keys.size(0) <= 1 << 16, "keys", "at most 2^16 layers", "shape " + shape_name(keys));
   p.layers = keys.size(0);
-  p.rows = keys.size(1);
+  p.slots = keys.size(1);
   p.heads = keys.size(2);
   p.capacity = keys.size(3);
   p.head_dim = keys.size(4);
   p.width = p.heads * p.head_dim;
   p.hidden = hidden;
   p.codes = codes;
+  p.rows = ids.size(0);
+  p.columns = ids.size(1);
+  check(p.columns >= 1, "ids", "a column or more", "shape " + shape_name(ids));
   check(p.head_dim >= 2 && p.head_dim % 2 == 0, "keys", "an even head dimension", p.head_dim);
   check_range(p.width, "keys: heads * head_dim", 1, 1 << 16);
   check_size(embeddings, "embeddings", 1, p.width);
-  p.position = *static_cast<const int64_t*>(position.const_data_ptr());
-  check(p.capacity >= steps, "keys", "a capacity of " + std::to_string(steps) + " or more", p.capacity);
-  check_range(p.position, "position", 0, p.capacity - steps);
-  check(rope.size(0) >= p.position + steps && rope.size(1) == p.head_dim / 2 && rope.size(2) == 2, "rope",
-        "shape (" + std::to_string(p.position + steps) + " or more, " + std::to_string(p.head_dim / 2) + ", 2)",
+  check(rope.size(0) >= p.capacity && rope.size(1) == p.head_dim / 2 && rope.size(2) == 2, "rope",
+        "shape (" + std::to_string(p.capacity) + " or more, " + std::to_string(p.head_dim / 2) + ", 2)",
         shape_name(rope));
   check_size(arena, "arena", 0, arena_size(p));
   check_size(vectors, "vectors", 0, vectors_size(p));
@@ -81,15 +113,16 @@ DecodeParams decode_params(const Tensor& arena, const Tensor& vectors, const Ten
   p.embeddings = static_cast<const float*>(embeddings.const_data_ptr());
   p.rope = static_cast<const float*>(rope.const_data_ptr());
   p.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  p.positions = static_cast<const int64_t*>(positions.const_data_ptr());
+  p.slot_of = slots ? static_cast<const int64_t*>(slots->const_data_ptr()) : nullptr;
   p.keys = keys.mutable_data_ptr();
   p.values = values.mutable_data_ptr();
-  check_values(p.ids, p.rows, "ids", embeddings.size(0));
   return p;
 }
 
 Tensor decode(const Tensor& arena, const Tensor& vectors, const Tensor& embeddings, const Tensor& rope,
-              const Tensor& ids, Tensor keys, Tensor values, const Tensor& position, int64_t hidden, int64_t codes,
-              int64_t bytes, double norm_eps) {
+              const Tensor& ids, Tensor keys, Tensor values, const Tensor& positions,
+              const std::optional<Tensor>& slots, int64_t hidden, int64_t codes, int64_t bytes, double norm_eps) {
   check_tensors({{"arena", arena},
                  {"vectors", vectors},
                  {"embeddings", embeddings},
@@ -97,32 +130,34 @@ Tensor decode(const Tensor& arena, const Tensor& vectors, const Tensor& embeddin
                  {"ids", ids},
                  {"keys", keys},
                  {"values", values},
-                 {"position", position}});
-  DecodeParams p =
-      decode_params(arena, vectors, embeddings, rope, ids, keys, values, position, 1, hidden, codes, bytes, norm_eps);
+                 {"positions", positions},
+                 {"slots", slots}});
+  DecodeParams p = decode_params(arena, vectors, embeddings, rope, ids, keys, values, positions, slots, hidden, codes,
+                                 bytes, norm_eps);
+  check(p.capacity >= p.columns, "keys", "a capacity of " + std::to_string(p.columns) + " or more", p.capacity);
+  check_positions(p, p.capacity - p.columns);
+  check_slots(p);
+  check_ids(p, p.columns, embeddings.size(0));
   check_no_overlap({{"keys", keys}, {"values", values}}, {{"arena", arena},
                                                           {"vectors", vectors},
                                                           {"embeddings", embeddings},
                                                           {"rope", rope},
                                                           {"ids", ids},
-                                                          {"position", position}});
-  Tensor logits = torch::stable::new_empty(vectors, {p.rows, p.codes});
+                                                          {"positions", positions},
+                                                          {"slots", slots}});
+  Tensor logits = torch::stable::new_empty(vectors, {p.rows, p.columns, p.codes});
   if (p.rows == 0) return logits;
   p.logits = static_cast<float*>(logits.mutable_data_ptr());
   ALITOK_DISPATCH_ISA(decode_cpu, p, process_crew(), torch_parallel());
   return logits;
 }
 
-int64_t one_integer(const Tensor& t, const char* argument) {
-  check_plain(t, argument, {ScalarType::Long}, 0);
-  return *static_cast<const int64_t*>(t.const_data_ptr());
-}
-
 void decode_tokens(const Tensor& arena, const Tensor& vectors, const Tensor& embeddings, const Tensor& rope, Tensor ids,
-                   Tensor keys, Tensor values, Tensor position, Tensor tokens, const Tensor& prompt_length,
-                   const std::optional<Tensor>& schedule, double temperature, std::optional<int64_t> top_k,
-                   std::optional<double> top_p, const Tensor& seed, const Tensor& image_ids, int64_t steps,
-                   int64_t hidden, int64_t codes, int64_t bytes, double norm_eps) {
+                   Tensor keys, Tensor values, Tensor positions, const std::optional<Tensor>& slots, Tensor tokens,
+                   const Tensor& prompt_lengths, const std::optional<Tensor>& schedule, const Tensor& temperature,
+                   const Tensor& top_k, const Tensor& top_p, const Tensor& seeds, const Tensor& image_ids,
+                   Tensor passes_done, int64_t passes, int64_t window, int64_t hidden, int64_t codes, int64_t bytes,
+                   double norm_eps) {
   check_tensors({{"arena", arena},
                  {"vectors", vectors},
                  {"embeddings", embeddings},
@@ -130,59 +165,78 @@ void decode_tokens(const Tensor& arena, const Tensor& vectors, const Tensor& emb
                  {"ids", ids},
                  {"keys", keys},
                  {"values", values},
-                 {"position", position},
+                 {"positions", positions},
+                 {"slots", slots},
                  {"tokens", tokens},
-                 {"prompt_length", prompt_length},
+                 {"prompt_lengths", prompt_lengths},
                  {"schedule", schedule},
-                 {"seed", seed},
-                 {"image_ids", image_ids}});
-  check_range(steps, "steps", 1, int64_t{1} << 30);
-  DecodeParams p = decode_params(arena, vectors, embeddings, rope, ids, keys, values, position, steps, hidden, codes,
+                 {"temperature", temperature},
+                 {"top_k", top_k},
+                 {"top_p", top_p},
+                 {"seeds", seeds},
+                 {"image_ids", image_ids},
+                 {"passes_done", passes_done}});
+  DecodeParams p = decode_params(arena, vectors, embeddings, rope, ids, keys, values, positions, slots, hidden, codes,
                                  bytes, norm_eps);
+  check_range(passes, "passes", 1, int64_t{1} << 30);
+  check_range(window, "window", 1, p.columns);
   check(codes <= embeddings.size(0), "codes", "at most the rows of embeddings, " + std::to_string(embeddings.size(0)),
         codes);
-  const int64_t end = p.position + steps;
   DrawParams draw{};
-  draw.steps = steps;
+  draw.passes = passes;
+  draw.window = window;
   check_plain(tokens, "tokens", {ScalarType::Long}, 2);
   draw.batch = tokens.size(0);
-  check(tokens.size(1) >= end, "tokens", "size " + std::to_string(end) + " or more along dimension 1",
-        "shape " + shape_name(tokens));
+  draw.length = tokens.size(1);
+  check_range(draw.length, "tokens: size along dimension 1", 1, p.capacity);
   check_size(ids, "ids", 0, schedule ? 2 * draw.batch : draw.batch);
   if (schedule) {
-    check_plain(*schedule, "schedule", {ScalarType::Float}, 1);
-    check(schedule->size(0) >= end, "schedule", "size " + std::to_string(end) + " or more",
-          "shape " + shape_name(*schedule));
+    check_plain(*schedule, "schedule", {ScalarType::Float}, 2);
+    check_shape(*schedule, "schedule", {draw.batch, draw.length});
     draw.guidance = static_cast<const float*>(schedule->const_data_ptr());
   }
-  draw.rule = sample_rule(temperature, top_k, top_p, codes);
-  draw.seed = static_cast<uint64_t>(one_integer(seed, "seed"));
-  check_plain(image_ids, "image_ids", {ScalarType::Long}, 1);
-  check_size(image_ids, "image_ids", 0, draw.batch);
-  draw.image_ids = static_cast<const int64_t*>(image_ids.const_data_ptr());
-  draw.prompt_length = one_integer(prompt_length, "prompt_length");
-  draw.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
-  draw.tokens_stride = tokens.size(1);
-  draw.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
-  check_no_overlap({{"ids", ids}, {"keys", keys}, {"values", values}, {"position", position}, {"tokens", tokens}},
+  draw.settings = sample_settings(temperature, top_k, top_p, seeds, image_ids, draw.batch);
+  check_plain(prompt_lengths, "prompt_lengths", {ScalarType::Long}, 1);
+  check_size(prompt_lengths, "prompt_lengths", 0, draw.batch);
+  check_plain(passes_done, "passes_done", {ScalarType::Long}, 1);
+  check_size(passes_done, "passes_done", 0, draw.batch);
+  draw.prompt_lengths = static_cast<const int64_t*>(prompt_lengths.const_data_ptr());
+  check_no_overlap({{"ids", ids},
+                    {"keys", keys},
+                    {"values", values},
+                    {"positions", positions},
+                    {"tokens", tokens},
+                    {"passes_done", passes_done}},
                    {{"arena", arena},
                     {"vectors", vectors},
                     {"embeddings", embeddings},
                     {"rope", rope},
-                    {"prompt_length", prompt_length},
+                    {"slots", slots},
+                    {"prompt_lengths", prompt_lengths},
                     {"schedule", schedule},
-                    {"seed", seed},
+                    {"temperature", temperature},
+                    {"top_k", top_k},
+                    {"top_p", top_p},
+                    {"seeds", seeds},
                     {"image_ids", image_ids}});
-  const int64_t given = std::clamp(draw.prompt_length, p.position, end) - p.position;
-  for (int64_t b = 0; b < draw.batch; ++b)
-    check_values(draw.tokens + b * draw.tokens_stride + p.position, given, "tokens: the prompt", codes);
-
-  if (p.rows > 0) {
-    const Tensor logits = torch::stable::new_empty(vectors, {p.rows, p.codes});
-    p.logits = static_cast<float*>(logits.mutable_data_ptr());
-    ALITOK_DISPATCH_ISA(decode_tokens_cpu, p, draw, process_crew(), torch_parallel());
+  draw.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
+  draw.passes_done = static_cast<int64_t*>(passes_done.mutable_data_ptr());
+  draw.ids = static_cast<int64_t*>(ids.mutable_data_ptr());
+  draw.positions = static_cast<int64_t*>(positions.mutable_data_ptr());
+  check_positions(p, draw.length - 1);
+  check_slots(p);
+  check_ids(p, window, embeddings.size(0));
+  for (int64_t b = 0; b < draw.batch; ++b) {
+    const int64_t position = p.positions[b];
+    if (schedule && p.positions[b + draw.batch] >= 0)
+      check(p.positions[b + draw.batch] == position, "positions", "the same for both rows of an image",
+            std::to_string(position) + " and " + std::to_string(p.positions[b + draw.batch]));
+    if (position < 0) continue;
+    const int64_t given = std::min(draw.prompt_lengths[b], draw.length);
+    for (int64_t i = position; i < given; ++i)
+      check_range(draw.tokens[b * draw.length + i], "tokens: the prompt", 0, codes - 1);
   }
-  *static_cast<int64_t*>(position.mutable_data_ptr()) = end;
+  if (p.rows > 0) ALITOK_DISPATCH_ISA(decode_tokens_cpu, p, draw, process_crew(), torch_parallel());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alitok, CPU, m) {

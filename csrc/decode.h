@@ -1,5 +1,5 @@
-// decode: one cached step of the generator for all rows, conditional and unconditional together.
-// decode_tokens: several of them, each with its draw, within one call.
+// decode: one cached pass of the generator over consecutive inputs of each row, which has a position of its own.
+// decode_tokens: several of them, each with its draws, within one call.
 // The definitions are decode_reference and decode_tokens_reference in alitok_fast/ops/decode.py.
 #pragma once
 
@@ -39,8 +39,9 @@ constexpr int64_t panels(int64_t outputs) { return round_up(outputs, kPanelOutpu
 struct DecodeParams {
   WeightFormat weights;
   CacheFormat cache;
-  int64_t layers, rows, width, heads, head_dim, hidden, codes;
-  int64_t capacity, position;  // positions of the cache, and the one that the (first) step appends
+  int64_t layers, width, heads, head_dim, hidden, codes;
+  int64_t slots, capacity;  // of the cache: sequences, and positions of each
+  int64_t rows, columns;    // rows and, of each, consecutive inputs
 
   const uint8_t* arena;  // aligned to 64 bytes
   // float32: for each layer norm1 (width), qkv bias (3 width), q norm (head_dim), k norm (head_dim), proj bias (width),
@@ -50,23 +51,28 @@ struct DecodeParams {
   const float* rope;        // (positions, head_dim / 2, 2): cos, sin
   float norm_eps;
 
-  const int64_t* ids;   // (rows), in [0, vocabulary)
-  void *keys, *values;  // (layers, rows, heads, capacity, head_dim); keys normalised and rotated
-  float* logits;        // (rows, codes)
+  const int64_t* ids;        // (rows, columns), in [0, vocabulary) in rows that do not rest
+  const int64_t* positions;  // (rows): where the first input of a row stands; -1: it rests
+  const int64_t* slot_of;    // (rows): its sequence in the cache, another for each; null: its own number
+  void *keys, *values;       // (layers, slots, heads, capacity, head_dim); keys normalised and rotated
+  float* logits;             // (rows, columns, codes); not written for rows that rest
 };
 
-// What follows the logits of step `position`: token `position` of each image.
+// What follows a pass: the draws, and what the next one is fed. Of row r, r % batch is the image.
 struct DrawParams {
-  int64_t steps, batch;   // rows = batch, or 2 batch with guidance: conditional, then unconditional ones
-  const float* guidance;  // scale at each position; null: no guidance
-  SampleRule rule;
-  uint64_t seed;
-  const int64_t* image_ids;  // (batch)
-  int64_t prompt_length;     // tokens before this position are given
-  int64_t* tokens;           // (batch, tokens_stride)
-  int64_t tokens_stride;
-  int64_t* ids;  // (rows): DecodeParams::ids, which the next step reads
+  int64_t passes, batch;  // rows = batch, or 2 batch with guidance: conditional, then unconditional ones
+  int64_t window;         // inputs of each row, at most `columns`: the first is certain, the others are guesses
+  int64_t length;         // tokens of an image; DecodeParams::capacity is as much or more
+  const float* guidance;  // (batch, length): scale at each position; null: no guidance
+  SampleSettings settings;         // of each image
+  const int64_t* prompt_lengths;  // (batch): tokens before this position are given
+  int64_t* tokens;                // (batch, length)
+  int64_t* passes_done;           // (batch): counts those in which the image did not rest
+  int64_t *ids, *positions;       // those of DecodeParams, which the next pass reads; an image that is done rests
 };
+
+// The inputs of one pass that only reads a prompt.
+constexpr int64_t kPrefillInputs = 256;
 
 constexpr WeightFormat head_format(WeightFormat weights) {
   return weights == WeightFormat::int8 ? WeightFormat::bfloat16 : weights;
@@ -88,7 +94,8 @@ constexpr int64_t arena_size(const DecodeParams& p) {
   return p.layers * layer_arena(p).bytes + panels(p.codes) * panel_bytes(head_format(p.weights), p.width);
 }
 
-// A row's logits do not depend on the other rows nor on the number of threads, to the last bit.
+// The logits at a position depend neither on the other inputs of the pass, of any row, nor on the slot, nor on the number
+// of threads, to the last bit.
 // `crew` says when one thread is faster than all.
 ALITOK_DECLARE_PER_ISA(void decode_cpu(const DecodeParams&, Crew& crew, const Parallel&));
 ALITOK_DECLARE_PER_ISA(void decode_tokens_cpu(const DecodeParams&, const DrawParams&, Crew& crew, const Parallel&));

@@ -1,4 +1,4 @@
-// CPU kernel of decode: one parallel region for a step, or for many with their draws. Each thread owns fixed panels of every matrix, so that it
+// CPU kernel of decode: one parallel region for a pass, or for many with their draws. Each thread owns fixed panels of every matrix, so that it
 // streams through its own part of the arena, and meets the others at a barrier where a phase needs all of the last one.
 #include "decode.h"
 
@@ -98,12 +98,13 @@ class Shift {
   Shift(Crew& crew, const Crew::Work& work, int threads)
       : crew_(crew), work_(work), threads_(threads), modes_{{threads == 1 ? Mode::alone : crew.next(work)}, {}} {}
 
-  // Of a step, counted from 0. All threads see the same one: it is written before they meet at the end of the step
-  // before, and again two steps later, when each has read it.
+  // Of a step, counted from 0, and whether there is nothing left to do in it. All threads see the same: it is written
+  // before they meet at the end of the step before, and again two steps later, when each has read it.
   Mode mode(int64_t step) const { return modes_[step % 2].load(std::memory_order_relaxed); }
+  bool over(int64_t step) const { return over_[step % 2].load(std::memory_order_relaxed); }
 
-  // After a step, by the thread that leads, before all meet for the last time in it.
-  void after(int64_t step) {
+  // After a step, by the thread that leads, before all meet for the last time in it; `last`: there is no other.
+  void after(int64_t step, bool last) {
     const Mode done = mode(step);
     const double seconds = clock_.lap();
     Mode next = done;  // threads that have left do not come back in this call
@@ -112,6 +113,7 @@ class Shift {
       if (done != Mode::alone) next = crew_.next(work_);
     }
     modes_[(step + 1) % 2].store(next, std::memory_order_relaxed);
+    over_[(step + 1) % 2].store(last, std::memory_order_relaxed);
   }
 
   // When all threads of a call together have left.
@@ -123,6 +125,7 @@ class Shift {
   const int threads_;
   Clock clock_;
   std::atomic<Mode> modes_[2];
+  std::atomic<bool> over_[2] = {false, false};
 };
 
 // ---- AMX ----
@@ -317,41 +320,65 @@ void swiglu(const float* a, const float* b, int64_t n, float* out) {
   });
 }
 
-// ---- the step ----
+// ---- the pass ----
 
 constexpr int64_t kAhead = 512 << 10;  // bytes of weights that may wait in a core's second-level cache
+
+// One position that a pass appends to the cache.
+struct Input {
+  int64_t id, slot, position;
+  int64_t row;             // of ids
+  int64_t first, columns;  // the inputs of its row: the first one's number, and how many there are
+  int64_t logits;          // row of the result
+};
+
+// What the threads do in a pass: written by the one that leads, read by all of them.
+struct Plan {
+  int64_t inputs = 0;
+  bool windows = false;     // whether a row has several
+  bool reads_only = false;  // all are of prompts: nobody wants their logits
+};
 
 // Buffers shared by the threads, each beginning at a cache line.
 class Workspace {
  public:
-  float *x, *wide, *scale;  // residual stream (rows, width); results of the phases (rows, widest); int8 row scales
-  uint8_t* activations;     // (padded rows, planes, depth)
-  const int64_t widest;
+  float *x, *wide, *scale;  // residual stream (inputs, width); results of the phases (inputs, widest); int8 row scales
+  uint8_t* activations;     // (padded inputs, planes, depth)
+  float* logits;            // (inputs, codes), where they are drawn from
+  Input* inputs;            // of the pass
+  int64_t* draws;           // of each input
+  const int64_t most, widest;
 
-  // With what `threads` shares of the work need for themselves.
-  Workspace(const DecodeParams& p, bool draws, int64_t threads)
-      : widest(std::max(3 * p.width, p.hidden)),
+  // For up to `most` inputs, with what `threads` shares of the work need for themselves.
+  Workspace(const DecodeParams& p, int64_t most_inputs, int64_t drawn_inputs, int64_t threads)
+      : most(most_inputs),
+        widest(std::max(3 * p.width, p.hidden)),
         scores_size_(round_up(p.capacity + Vec::lanes, kLine / sizeof(float))),
-        row_size_(draws ? sample_row_size(p.codes) : 0) {
-    const int64_t padded_rows = round_up(p.rows, 16);  // a tile reads 16 rows
+        row_size_(drawn_inputs > 0 ? sample_row_size(p.codes) : 0) {
+    const int64_t padded = round_up(most, 16);  // a tile reads 16 rows
     const int64_t depth = round_up(std::max(p.width, p.hidden), kDepthMultiple);
-    const int64_t floats[] = {p.rows * p.width,       p.rows * widest,     padded_rows,
-                              padded_rows * depth,  // two planes of bfloat16 are as large as one of float32
-                              threads * scores_size_, threads * row_size_, threads * row_size_};
-    int64_t starts[7], size = 0;
-    for (int i = 0; i < 7; ++i) {
+    const int64_t bytes[] = {
+        most * p.width * kFloat, most * widest * kFloat, padded * kFloat,
+        padded * depth * kFloat,  // two planes of bfloat16 are as large as one of float32
+        drawn_inputs * p.codes * kFloat, most * int64_t{sizeof(Input)}, most * int64_t{sizeof(int64_t)},
+        threads * scores_size_ * kFloat, threads * row_size_ * kFloat, threads * row_size_ * kFloat};
+    int64_t starts[10], size = 0;
+    for (int i = 0; i < 10; ++i) {
       starts[i] = size;
-      size += round_up(floats[i], kLine / sizeof(float));
+      size += round_up(bytes[i], kLine);
     }
-    memory_ = static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t{kLine}));
-    std::fill(memory_, memory_ + size, 0.0f);
-    x = memory_ + starts[0];
-    wide = memory_ + starts[1];
-    scale = memory_ + starts[2];
-    activations = reinterpret_cast<uint8_t*>(memory_ + starts[3]);
-    scores_ = memory_ + starts[4];
-    row_ = memory_ + starts[5];
-    weights_ = reinterpret_cast<uint32_t*>(memory_ + starts[6]);
+    memory_ = static_cast<uint8_t*>(::operator new(size, std::align_val_t{kLine}));
+    std::fill(memory_, memory_ + size, 0);
+    x = reinterpret_cast<float*>(memory_ + starts[0]);
+    wide = reinterpret_cast<float*>(memory_ + starts[1]);
+    scale = reinterpret_cast<float*>(memory_ + starts[2]);
+    activations = memory_ + starts[3];
+    logits = reinterpret_cast<float*>(memory_ + starts[4]);
+    inputs = reinterpret_cast<Input*>(memory_ + starts[5]);
+    draws = reinterpret_cast<int64_t*>(memory_ + starts[6]);
+    scores_ = reinterpret_cast<float*>(memory_ + starts[7]);
+    row_ = reinterpret_cast<float*>(memory_ + starts[8]);
+    weights_ = reinterpret_cast<uint32_t*>(memory_ + starts[9]);
   }
   ~Workspace() { ::operator delete(memory_, std::align_val_t{kLine}); }
   Workspace(const Workspace&) = delete;
@@ -364,37 +391,171 @@ class Workspace {
 
  private:
   static constexpr size_t kLine = 64;
+  static constexpr int64_t kFloat = sizeof(float);
   const int64_t scores_size_, row_size_;
-  float *memory_, *scores_, *row_;
+  uint8_t* memory_;
+  float *scores_, *row_;
   uint32_t* weights_;
 };
 
-template <class Weights, class Head, class Cache>
-class Step {
+// Which inputs a pass has, and what becomes of its draws. The thread that leads calls it, between two barriers.
+class Schedule {
  public:
-  Step(const DecodeParams& p, const Workspace& workspace, Worker worker, int64_t share, MatmulUnit unit)
+  Schedule(const DecodeParams& p, const DrawParams* draw, const Workspace& workspace) : p_(p), d_(draw), w_(workspace) {}
+
+  Plan plan;
+  bool over() const { return plan.inputs == 0; }
+
+  // The inputs of the next pass. Those of one row follow each other, and with guidance the conditional rows come first.
+  void make() {
+    plan = Plan{};
+    if (d_ == nullptr) {
+      for (int64_t r = 0; r < p_.rows; ++r) {
+        if (p_.positions[r] >= 0) add_row(r, p_.columns, [&](int64_t w) { return p_.ids[r * p_.columns + w]; });
+      }
+      return;
+    }
+    for (int64_t r = 0; r < p_.rows; ++r) {
+      if (d_->prompt_lengths[r % d_->batch] >= d_->length) d_->positions[r] = -1;  // nothing is left to draw
+      plan.reads_only |= prompt_left(r) > 0;
+    }
+    for (int64_t r = 0; r < p_.rows; ++r) {
+      const int64_t position = d_->positions[r], *ids = d_->ids + r * p_.columns;
+      if (position < 0) continue;
+      if (!plan.reads_only) {
+        add_row(r, std::min(d_->window, d_->length - position), [&](int64_t w) { return ids[w]; });
+      } else if (const int64_t columns = std::min(prompt_left(r), w_.most - plan.inputs); columns > 0) {
+        const int64_t* before = tokens(r) + position - 1;
+        add_row(r, columns, [&](int64_t w) { return w == 0 ? ids[0] : before[w]; });
+      }
+    }
+  }
+
+  // How many inputs of the pass are drawn from: those of conditional rows, which come first.
+  int64_t drawn() const {
+    int64_t n = 0;
+    while (n < plan.inputs && w_.inputs[n].row < d_->batch) n += w_.inputs[n].columns;
+    return n;
+  }
+
+  // The unconditional input that belongs to conditional input i, or -1 where its image has no guidance.
+  int64_t partner(int64_t i) const {
+    if (d_->guidance == nullptr) return -1;
+    const int64_t row = w_.inputs[i].row + d_->batch;
+    if (d_->positions[row] < 0) return -1;
+    // Rows with guidance are all among the second half, in the same order.
+    for (int64_t j = i + 1; j < plan.inputs; j += w_.inputs[j].columns) {
+      if (w_.inputs[j].row == row) return w_.inputs[j].first + (i - w_.inputs[i].first);
+    }
+    return -1;
+  }
+
+  // After the draws: keeps those whose inputs were right, and writes what the next pass is fed.
+  void advance() {
+    for (int64_t i = 0; i < plan.inputs; i += w_.inputs[i].columns) {
+      plan.reads_only ? read_on(w_.inputs[i]) : keep_draws(i);
+    }
+    for (int64_t r = 0; r < p_.rows; ++r) {
+      if (d_->positions[r] >= d_->length) d_->positions[r] = -1;
+    }
+  }
+
+ private:
+  int64_t* tokens(int64_t row) const { return d_->tokens + row % d_->batch * d_->length; }
+
+  // Inputs that the prompt determines before the first draw.
+  int64_t prompt_left(int64_t row) const {
+    const int64_t position = d_->positions[row], given = d_->prompt_lengths[row % d_->batch];
+    return position < 0 ? 0 : given - position;
+  }
+
+  template <class Id>
+  void add_row(int64_t row, int64_t columns, const Id& id) {
+    const int64_t first = plan.inputs, slot = p_.slot_of == nullptr ? row : p_.slot_of[row];
+    const int64_t position = p_.positions[row];
+    for (int64_t w = 0; w < columns; ++w) {
+      const int64_t result = d_ == nullptr ? row * p_.columns + w : first + w;
+      w_.inputs[first + w] = {id(w), slot, position + w, row, first, columns, result};
+    }
+    plan.inputs += columns;
+    plan.windows |= columns > 1;
+  }
+
+  void read_on(const Input& first) {
+    feed(first.row, first.position + first.columns, nullptr, 0);
+    if (first.row < d_->batch) ++d_->passes_done[first.row];
+  }
+
+  void keep_draws(int64_t first) {
+    const Input* inputs = w_.inputs + first;
+    const int64_t row = inputs->row, columns = inputs->columns, *draws = w_.draws + first;
+    if (row >= d_->batch) return;  // moves on with its conditional row
+    int64_t* sequence = tokens(row) + inputs->position;
+    int64_t kept = 0;
+    do {
+      sequence[kept] = draws[kept];
+      ++kept;
+    } while (kept < columns && inputs[kept].id == draws[kept - 1]);
+    ++d_->passes_done[row];
+    const int64_t end = inputs->position + kept;
+    feed(row, end, draws + kept, columns - kept);
+    if (d_->guidance != nullptr && d_->positions[row + d_->batch] >= 0)
+      feed(row + d_->batch, end, draws + kept, columns - kept);
+  }
+
+  // Row `row` goes on at `position`: its last token is certain; then come tokens of the prompt, `count` guesses, and the
+  // last of all these again.
+  void feed(int64_t row, int64_t position, const int64_t* guesses, int64_t count) {
+    int64_t* ids = d_->ids + row * p_.columns;
+    d_->positions[row] = position;
+    const int64_t* follows = tokens(row) + position - 1;
+    const int64_t prompt = std::min(d_->prompt_lengths[row % d_->batch], d_->length) - position;
+    for (int64_t w = 0; w < d_->window; ++w) {
+      const int64_t guess = w == 0 || w <= prompt ? follows[w] : w <= count ? guesses[w - 1] : ids[w - 1];
+      ids[w] = std::max<int64_t>(guess, 0);  // a row without a distribution is marked -1; whoever reads the tokens reports it
+    }
+  }
+
+  const DecodeParams& p_;
+  const DrawParams* d_;
+  const Workspace& w_;
+};
+
+template <class Weights, class Head, class Cache>
+class Pass {
+ public:
+  Pass(const DecodeParams& p, const Workspace& workspace, Schedule& schedule, Worker worker, int64_t share,
+       MatmulUnit unit)
       : p_(p),
         w_(workspace),
+        schedule_(schedule),
+        plan_(schedule.plan),
         worker_(worker),
         share_(share),
         unit_(unit),
-        arena_(layer_arena(p)),
-        position_(p.position) {}
+        arena_(layer_arena(p)) {}
 
   // A thread that throws would be missed by the others for ever: all that it works with was allocated before.
   void run(const DrawParams* draw, Shift& shift) noexcept {
-    if (draw == nullptr) return decode();
+    if (draw == nullptr) return decode(p_.logits);
     const Worker one_of_all = worker_;
-    for (int64_t step = 0; step < draw->steps; ++step, ++position_) {
-      const Shift::Mode mode = shift.mode(step);
+    for (int64_t pass = 0; pass < draw->passes && !shift.over(pass); ++pass) {
+      const Shift::Mode mode = shift.mode(pass);
       if (mode == Shift::Mode::alone && !one_of_all.leads()) return;
       if (mode == Shift::Mode::together || one_of_all.leads()) {
         worker_ = mode == Shift::Mode::together ? one_of_all : one_of_all.with_all();
-        decode();
+        decode(w_.logits);
+        if (!plan_.reads_only) {
+          worker_.wait();
+          const Range mine = worker_.part_of(schedule_.drawn());
+          for (int64_t i = mine.begin; i < mine.end; ++i) w_.draws[i] = token(*draw, i);
+        }
         worker_.wait();
-        const Range mine = worker_.part_of(draw->batch);
-        for (int64_t b = mine.begin; b < mine.end; ++b) draw_token(*draw, b);
-        if (worker_.leads()) shift.after(step);
+        if (worker_.leads()) {
+          schedule_.advance();
+          schedule_.make();
+          shift.after(pass, schedule_.over());
+        }
       }
       worker_ = one_of_all;
       if (mode != Shift::Mode::alone) worker_.wait();
@@ -402,37 +563,41 @@ class Step {
   }
 
  private:
-  void decode() {
-    for_rows([&](int64_t r) {
-      const float* from = p_.embeddings + p_.ids[r] * p_.width;
-      std::copy(from, from + p_.width, x(r));
+  void decode(float* logits) {
+    for_inputs([&](int64_t i) {
+      const float* from = p_.embeddings + w_.inputs[i].id * p_.width;
+      std::copy(from, from + p_.width, x(i));
     });
     const float* vectors = p_.vectors;
     for (int64_t i = 0; i < p_.layers; ++i, vectors += layer_vectors(p_)) layer(i, vectors);
+    if (plan_.reads_only) return;
     norm_rows<Head>(vectors);
     const float* bias = vectors + p_.width;
     matmul<Head>(p_.arena + p_.layers * arena_.bytes, p_.width, p_.codes,
-                 [&](int64_t r, int64_t o, int64_t count, const float* product) {
-                   add_bias(product, bias + o, count, p_.logits + r * p_.codes + o);
+                 [&](int64_t i, int64_t o, int64_t count, const float* product) {
+                   add_bias(product, bias + o, count, logits + w_.inputs[i].logits * p_.codes + o);
                  });
   }
 
-  // Token `position_` of image b, which its rows are fed next.
-  void draw_token(const DrawParams& draw, int64_t b) {
+  // What follows input i of an image: a token of the prompt, or one that is drawn.
+  int64_t token(const DrawParams& draw, int64_t i) {
+    const Input& input = w_.inputs[i];
+    const int64_t image = input.row;
+    if (input.position < draw.prompt_lengths[image]) return draw.tokens[image * draw.length + input.position];
     float* row = w_.row(share_);
-    int64_t& token = draw.tokens[b * draw.tokens_stride + position_];
-    if (position_ >= draw.prompt_length) {
-      const float *c = p_.logits + b * p_.codes, *u = c + draw.batch * p_.codes;
-      if (draw.guidance == nullptr) {
-        std::copy(c, c + p_.codes, row);
-      } else {
-        guide_row(c, u, draw.guidance[position_], p_.codes, row);
-      }
-      const SampleKey key{draw.seed, static_cast<uint64_t>(draw.image_ids[b]), static_cast<uint32_t>(position_)};
-      token = sample_row(row, w_.weights(share_), p_.codes, draw.rule, key);
+    const float* c = w_.logits + i * p_.codes;
+    const int64_t partner = schedule_.partner(i);
+    if (partner < 0) {
+      std::copy(c, c + p_.codes, row);
+    } else {
+      const float scale = draw.guidance[image * draw.length + input.position];
+      guide_row(c, w_.logits + partner * p_.codes, scale, p_.codes, row);
     }
-    // A row without a distribution is marked -1; whoever reads the tokens reports it.
-    for (int64_t r = b; r < p_.rows; r += draw.batch) draw.ids[r] = std::max<int64_t>(token, 0);
+    const SampleSettings& settings = draw.settings;
+    const SampleKey key{static_cast<uint64_t>(of_image(settings.seed, image)),
+                        static_cast<uint64_t>(of_image(settings.image_id, image)),
+                        static_cast<uint32_t>(input.position)};
+    return sample_row(row, w_.weights(share_), p_.codes, rule_of(settings, image), key);
   }
 
   void layer(int64_t index, const float* vectors) {
@@ -449,15 +614,25 @@ class Step {
                       add_bias(product, qkv_bias + o, count, wide(r) + o);
                     });
     worker_.wait();
+    const Range items = worker_.part_of(plan_.inputs * p_.heads);
+    if (plan_.windows) {  // the later inputs of a row see the keys of the earlier ones, which another thread may append
+      for (int64_t i = items.begin; i < items.end; ++i) append(index, i / p_.heads, i % p_.heads, q_norm, k_norm);
+      worker_.wait();
+    }
     // Attention leaves the memory idle half of the time: the next matrix comes in meanwhile.
-    const Range items = worker_.part_of(p_.rows * p_.heads), proj = part_of_matrix<Weights>(p_.width, p_.width);
+    const Range proj = part_of_matrix<Weights>(p_.width, p_.width);
     const int64_t ahead = std::min(proj.end - proj.begin, kAhead) / std::max<int64_t>(items.end - items.begin, 1);
     for (int64_t i = items.begin; i < items.end; ++i) {
       prefetch_bytes(arena + arena_.proj + proj.begin + (i - items.begin) * ahead, ahead);
-      attention(index, i / p_.heads, i % p_.heads, q_norm, k_norm);
+      // All inputs of a row, then its next head: they share the keys and values.
+      const Input& some = w_.inputs[i / p_.heads];
+      const int64_t within = i - some.first * p_.heads, input = some.first + within % some.columns;
+      const int64_t head = within / some.columns;
+      if (!plan_.windows) append(index, input, head, q_norm, k_norm);
+      attention(index, input, head);
     }
     worker_.wait();
-    for_rows([&](int64_t r) { pack<Weights>(wide(r), p_.width, r); });
+    for_inputs([&](int64_t r) { pack<Weights>(wide(r), p_.width, r); });
     worker_.wait();
     matmul<Weights>(arena + arena_.proj, p_.width, p_.width,
                     [&](int64_t r, int64_t o, int64_t count, const float* product) {
@@ -472,7 +647,7 @@ class Step {
                     });
     prefetch_matrix<Weights>(arena + arena_.down, p_.hidden, p_.width);
     worker_.wait();
-    for_rows([&](int64_t r) { pack<Weights>(wide(r), p_.hidden, r); });
+    for_inputs([&](int64_t r) { pack<Weights>(wide(r), p_.hidden, r); });
     worker_.wait();
     matmul<Weights>(arena + arena_.down, p_.hidden, p_.width,
                     [&](int64_t r, int64_t o, int64_t count, const float* product) {
@@ -481,31 +656,46 @@ class Step {
     worker_.wait();
   }
 
-  // Norms and rotates the new query and key, appends key and value, attends. The result takes the query's place.
-  void attention(int64_t layer, int64_t row, int64_t head, const float* q_norm, const float* k_norm) {
-    float* q = wide(row) + head * p_.head_dim;
+  // Of a head of the cache: where its first position is.
+  int64_t cache_start(int64_t layer, const Input& input, int64_t head) const {
+    return ((layer * p_.slots + input.slot) * p_.heads + head) * p_.capacity * p_.head_dim;
+  }
+
+  // Norms and rotates the new query and key, and appends key and value.
+  void append(int64_t layer, int64_t index, int64_t head, const float* q_norm, const float* k_norm) {
+    const Input& input = w_.inputs[index];
+    float* q = wide(index) + head * p_.head_dim;
     float *k = q + p_.width, *v = k + p_.width;
     rms_norm(q, q_norm, p_.head_dim, p_.norm_eps, q);
     rms_norm(k, k_norm, p_.head_dim, p_.norm_eps, k);
-    const float* rope = p_.rope + position_ * p_.head_dim;
+    const float* rope = p_.rope + input.position * p_.head_dim;
     rotate(q, rope, p_.head_dim);
     rotate(k, rope, p_.head_dim);
-    const int64_t start = ((layer * p_.rows + row) * p_.heads + head) * p_.capacity * p_.head_dim;
+    const int64_t start = cache_start(layer, input, head) + input.position * p_.head_dim;
     auto* keys = static_cast<typename Cache::Element*>(p_.keys) + start;
     auto* values = static_cast<typename Cache::Element*>(p_.values) + start;
     for_vectors(p_.head_dim, [&](int64_t i, int count) {
-      Cache::store(Vec::load(k + i, count), keys + position_ * p_.head_dim + i, count);
-      Cache::store(Vec::load(v + i, count), values + position_ * p_.head_dim + i, count);
+      Cache::store(Vec::load(k + i, count), keys + i, count);
+      Cache::store(Vec::load(v + i, count), values + i, count);
     });
+  }
+
+  // Attends from a query to its position and those before. The result takes the query's place.
+  void attention(int64_t layer, int64_t index, int64_t head) {
+    const Input& input = w_.inputs[index];
+    float* q = wide(index) + head * p_.head_dim;
+    const int64_t start = cache_start(layer, input, head);
+    const auto* keys = static_cast<const typename Cache::Element*>(p_.keys) + start;
+    const auto* values = static_cast<const typename Cache::Element*>(p_.values) + start;
     const float scale = 1.0f / std::sqrt(static_cast<float>(p_.head_dim));
     const auto* next = keys + p_.capacity * p_.head_dim;  // those of the next head
-    attend<Cache>(q, keys, values, next, p_.head_dim, position_ + 1, scale, w_.scores(share_), q);
+    attend<Cache>(q, keys, values, next, p_.head_dim, input.position + 1, scale, w_.scores(share_), q);
   }
 
   // Normalised rows as activations, in place of the rows' results.
   template <class W>
   void norm_rows(const float* weight) {
-    for_rows([&](int64_t r) {
+    for_inputs([&](int64_t r) {
       rms_norm(x(r), weight, p_.width, p_.norm_eps, wide(r));
       pack<W>(wide(r), p_.width, r);
     });
@@ -518,7 +708,7 @@ class Step {
     W::pack_row(values, n, round_up(n, kDepthMultiple), a.data + r * a.row_bytes, a.plane_bytes, a.scale + r);
   }
 
-  // store(row, first output, outputs, products) for this thread's panels and all rows.
+  // store(input, first output, outputs, products) for this thread's panels and all inputs.
   template <class W, class Store>
   void matmul(const uint8_t* matrix, int64_t inputs, int64_t outputs, const Store& store) {
     const Activations a = activations<W>(inputs);
@@ -526,8 +716,8 @@ class Step {
     const Range mine = worker_.part_of(panels(outputs));
     for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
       const int64_t first = panel * kPanelOutputs, count = std::min(kPanelOutputs, outputs - first);
-      for (int64_t row0 = 0; row0 < p_.rows; row0 += kRowBlock) {
-        const int64_t rows = std::min(kRowBlock, p_.rows - row0);
+      for (int64_t row0 = 0; row0 < plan_.inputs; row0 += kRowBlock) {
+        const int64_t rows = std::min(kRowBlock, plan_.inputs - row0);
         W::multiply(unit_, matrix + panel * bytes, depth, a, row0, rows, products_);
         for (int64_t r = 0; r < rows; ++r) store(row0 + r, first, count, products_ + r * kPanelOutputs);
       }
@@ -560,8 +750,8 @@ class Step {
   }
 
   template <class F>
-  void for_rows(const F& f) {
-    const Range mine = worker_.part_of(p_.rows);
+  void for_inputs(const F& f) {
+    const Range mine = worker_.part_of(plan_.inputs);
     for (int64_t r = mine.begin; r < mine.end; ++r) f(r);
   }
 
@@ -575,26 +765,40 @@ class Step {
 
   const DecodeParams& p_;
   const Workspace& w_;
+  Schedule& schedule_;
+  const Plan& plan_;
   Worker worker_;
   const int64_t share_;  // whose scratch this thread has
   const MatmulUnit unit_;
   const LayerArena arena_;
-  int64_t position_;
   alignas(64) float products_[kRowBlock * kPanelOutputs];
 };
 
+// The most inputs that one pass may have.
+int64_t most_inputs(const DecodeParams& p, const DrawParams* draw) {
+  if (draw == nullptr) return p.rows * p.columns;
+  bool reads = false;
+  for (int64_t r = 0; r < p.rows; ++r)
+    reads |= p.positions[r] >= 0 && draw->prompt_lengths[r % draw->batch] > p.positions[r];
+  return std::max(p.rows * draw->window, reads ? kPrefillInputs : 0);
+}
+
 template <class Weights, class Head, class Cache>
-void run_steps(const DecodeParams& p, const DrawParams* draw, Crew& crew, const Parallel& parallel) {
+void run_passes(const DecodeParams& p, const DrawParams* draw, Crew& crew, const Parallel& parallel) {
   const MatmulUnit unit{cpu_has_amx()};
   const int shares = parallel.threads;
-  const Workspace workspace(p, draw != nullptr, shares);
-  const Crew::Work work = {
-      static_cast<int64_t>(p.weights), p.layers, p.rows, p.width, p.hidden, p.codes, shares, draw != nullptr};
+  const Workspace workspace(p, most_inputs(p, draw), draw == nullptr ? 0 : p.rows * draw->window, shares);
+  Schedule schedule(p, draw, workspace);
+  schedule.make();
+  if (schedule.over()) return;
+  const Crew::Work work = {static_cast<int64_t>(p.weights), p.layers, schedule.plan.inputs, p.width, p.hidden, p.codes,
+                           shares, draw != nullptr};
   Shift shift(crew, work, shares);
   Barrier barrier(shares);
   const auto run = [&](int64_t first, int64_t last) {
     const Tiles tiles(unit.amx && Weights::kFormat != WeightFormat::float32);
-    Step<Weights, Head, Cache>(p, workspace, Worker(barrier, first, last, shares), first, unit).run(draw, shift);
+    Pass<Weights, Head, Cache>(p, workspace, schedule, Worker(barrier, first, last, shares), first, unit)
+        .run(draw, shift);
   };
   const Crew::Mode mode = shift.mode(0);
   const bool together = mode == Crew::Mode::together || (mode == Crew::Mode::probe && draw != nullptr);
@@ -604,7 +808,7 @@ void run_steps(const DecodeParams& p, const DrawParams* draw, Crew& crew, const 
     run(0, shares);  // the other threads are not even woken
   }
   if (draw == nullptr) {
-    shift.after(0);
+    shift.after(0, true);
   } else if (together) {
     shift.part();
   }
@@ -613,10 +817,10 @@ void run_steps(const DecodeParams& p, const DrawParams* draw, Crew& crew, const 
 template <class Cache>
 void run_with_cache(const DecodeParams& p, const DrawParams* draw, Crew& crew, const Parallel& parallel) {
   switch (p.weights) {
-    case WeightFormat::float32: return run_steps<Float32Weights, Float32Weights, Cache>(p, draw, crew, parallel);
+    case WeightFormat::float32: return run_passes<Float32Weights, Float32Weights, Cache>(p, draw, crew, parallel);
     case WeightFormat::bfloat16:
-      return run_steps<Bfloat16Weights<1>, Bfloat16Weights<2>, Cache>(p, draw, crew, parallel);
-    case WeightFormat::int8: return run_steps<Int8Weights, Bfloat16Weights<2>, Cache>(p, draw, crew, parallel);
+      return run_passes<Bfloat16Weights<1>, Bfloat16Weights<2>, Cache>(p, draw, crew, parallel);
+    case WeightFormat::int8: return run_passes<Int8Weights, Bfloat16Weights<2>, Cache>(p, draw, crew, parallel);
   }
 }
 

@@ -10,15 +10,17 @@ STABLE_TORCH_LIBRARY(alitok, m) {
       "Tensor? seed) -> (Tensor grad_x, Tensor grad_delta, Tensor grad_weight)");
   m.def(
       "decode(Tensor arena, Tensor vectors, Tensor embeddings, Tensor rope, Tensor ids, Tensor(a!) keys, "
-      "Tensor(b!) values, Tensor position, int hidden, int codes, int weight_bytes, float norm_eps) -> Tensor");
+      "Tensor(b!) values, Tensor positions, Tensor? slots, int hidden, int codes, int weight_bytes, float norm_eps) "
+      "-> Tensor");
   m.def(
       "decode_tokens(Tensor arena, Tensor vectors, Tensor embeddings, Tensor rope, Tensor(a!) ids, Tensor(b!) keys, "
-      "Tensor(c!) values, Tensor(d!) position, Tensor(e!) tokens, Tensor prompt_length, Tensor? schedule, "
-      "float temperature, int? top_k, float? top_p, Tensor seed, Tensor image_ids, int steps, int hidden, int codes, "
-      "int weight_bytes, float norm_eps) -> ()");
+      "Tensor(c!) values, Tensor(d!) positions, Tensor? slots, Tensor(e!) tokens, Tensor prompt_lengths, "
+      "Tensor? schedule, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seeds, Tensor image_ids, "
+      "Tensor(f!) passes_done, int passes, int window, int hidden, int codes, int weight_bytes, float norm_eps) -> ()");
   m.def(
-      "cached_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor? q_norm_weight, "
-      "Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale, Tensor(c!)? arrivals) -> Tensor");
+      "cached_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor positions, Tensor? slots, "
+      "Tensor? q_norm_weight, Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale, Tensor(c!)? arrivals) "
+      "-> Tensor");
   m.def(
       "fused_linear(Tensor x, Tensor? norm_weight, float norm_eps, Tensor weight, Tensor? scale, Tensor? gate, "
       "Tensor? gate_scale, Tensor? bias) -> Tensor");
@@ -50,9 +52,10 @@ STABLE_TORCH_LIBRARY(alitok, m) {
       "Tensor? q_norm_weight, Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale, float dropout, "
       "Tensor? seed) -> (Tensor grad_qkv, Tensor grad_q_norm_weight, Tensor grad_k_norm_weight)");
   m.def(
-      "sample_tokens(Tensor logits, Tensor? guidance_scale, float temperature, int? top_k, float? top_p, Tensor seed, "
-      "Tensor image_ids, Tensor step) -> Tensor");
+      "sample_tokens(Tensor logits, Tensor? guidance_scale, Tensor temperature, Tensor top_k, Tensor top_p, "
+      "Tensor seed, Tensor image_ids, Tensor step) -> Tensor");
   m.def(
-      "sample_tokens_next(Tensor logits, Tensor(a!) ids, Tensor(b!) tokens, Tensor prompt_length, Tensor? schedule, "
-      "float temperature, int? top_k, float? top_p, Tensor seed, Tensor image_ids, Tensor position) -> ()");
+      "sample_tokens_next(Tensor logits, Tensor(a!) ids, Tensor(b!) positions, Tensor(c!) tokens, "
+      "Tensor prompt_lengths, Tensor? schedule, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seeds, "
+      "Tensor image_ids, Tensor(d!) passes_done, int window) -> ()");
 }

@@ -27,12 +27,12 @@ float to_float(Float16 x) { return from_f16(x.bits); }
 template <class T>
 void load_row(const SampleTokensParams& p, int64_t b, float* out) {
   const T* c = static_cast<const T*>(p.logits) + b * p.row_stride;
-  if (p.guidance_scale == nullptr) {
+  if (p.guidance_scale.data == nullptr) {
     for (int64_t k = 0; k < p.codes; ++k) out[k] = to_float(c[k]);
     return;
   }
   const T* u = c + p.batch * p.row_stride;
-  const float scale = p.guidance_scale[b * p.guidance_stride];
+  const float scale = of_image(p.guidance_scale, b);
   for (int64_t k = 0; k < p.codes; ++k) out[k] = guided(to_float(c[k]), to_float(u[k]), scale);
 }
 
@@ -149,7 +149,7 @@ int64_t sample_row(float* logits, uint32_t* weights, int64_t codes, const Sample
   const float largest = largest_logit(logits, size);
   if (largest == kInfinity || largest == -kInfinity) return -1;
   if (rule.temperature == 0) return first_at(logits, largest);
-  if (rule.top_k < codes) keep_top_k(logits, size, largest, rule.top_k);
+  if (rule.top_k > 0 && rule.top_k < codes) keep_top_k(logits, size, largest, rule.top_k);
   if (rule.top_p < 1) keep_top_p(logits, size, largest, rule, weights);
   return draw(logits, size, rule.temperature, key);
 }
@@ -170,9 +170,10 @@ void sample_tokens_cpu(const SampleTokensParams& p, const Parallel& parallel) {
         case LogitsDtype::bfloat16: load_row<BFloat16>(p, b, row.logits); break;
         case LogitsDtype::float16: load_row<Float16>(p, b, row.logits); break;
       }
-      const SampleKey key{static_cast<uint64_t>(*p.seed), static_cast<uint64_t>(p.image_ids[b]),
-                          static_cast<uint32_t>(*p.step)};
-      p.ids[b] = sample_row(row.logits, row.weights.get(), p.codes, p.rule, key);
+      const SampleKey key{static_cast<uint64_t>(of_image(p.settings.seed, b)),
+                          static_cast<uint64_t>(of_image(p.settings.image_id, b)),
+                          static_cast<uint32_t>(of_image(p.step, b))};
+      p.ids[b] = sample_row(row.logits, row.weights.get(), p.codes, rule_of(p.settings, b), key);
     }
   });
 }

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from alitok_fast.inference.cuda_graph import Turn, capture
+from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.step_model import StepModel
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.decode import SampleState
 
-STEPS_PER_CALL = 16  # Ctrl-C waits for the end of a native call; starting one costs far less than a step
+PASSES_PER_CALL = 16  # Ctrl-C waits for the end of a native call; starting one costs far less than a pass
+MOST_COLUMNS = 16  # of a window
 
 
 class SamplingLoop:
-    """One batch while it is sampled. Every tensor that a step reads or writes stays where it is.
+    """One batch while it is sampled. Every tensor that a pass reads or writes stays where it is.
 
-    On a CUDA device the first run captures a step as a CUDA graph and replays it, so that there is no launch overhead
-    and nothing is read back. A loop can be run again with other labels, seeds and schedules.
+    On a CUDA device the first run with a window captures its pass as a CUDA graph and replays it, so that there is no
+    launch overhead. A loop can be run again with other labels, settings and schedules.
 
     Runs from several threads take turns, whatever streams they use. `turn` is given by an owner of several loops: it
     makes them inside a turn, and calls `run` inside one, with `in_turn`.
@@ -31,18 +33,15 @@ class SamplingLoop:
         model: StepModel,
         batch_size: int,
         guided: bool,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
         kv_dtype: torch.dtype | None = None,
         turn: Turn | None = None,
     ) -> None:
         self.model, self.batch_size, self.guided = model, batch_size, guided
         rows, steps, device = batch_size * (2 if guided else 1), model.config.num_tokens, model.device
         try:
-            self.cache = self.model.new_cache(rows, kv_dtype)
+            self.cache = self.model.new_cache(rows, kv_dtype, MOST_COLUMNS)
         except RuntimeError as error:
-            size = rows * KVCache.bytes_per_row(model.config, kv_dtype or self.model.cache_dtype)
+            size = rows * KVCache.bytes_per_slot(model.config, kv_dtype or self.model.cache_dtype)
             raise MemoryError(
                 f"labels: expected a batch whose cache fits in memory, got {batch_size} images, "
                 f"{size / 2**30:.1f} GiB; alitok_fast.plan(gen) says how many fit"
@@ -53,18 +52,20 @@ class SamplingLoop:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.state = SampleState(
-            ids=zeros(rows),
+            ids=zeros(rows, MOST_COLUMNS),
+            positions=zeros(rows),
             tokens=zeros(batch_size, steps),
-            prompt_length=zeros(),
-            schedule=zeros(steps, dtype=torch.float32) if guided else None,
-            seed=zeros(),
+            prompt_lengths=zeros(batch_size),
+            schedule=zeros(batch_size, steps, dtype=torch.float32) if guided else None,
+            temperature=zeros(batch_size, dtype=torch.float32),
+            top_k=zeros(batch_size),
+            top_p=zeros(batch_size, dtype=torch.float64),
+            seeds=zeros(batch_size),
             image_ids=zeros(batch_size),
-            temperature=float(temperature),
-            top_k=top_k,
-            top_p=top_p,
+            passes=zeros(batch_size),
         )
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._read_by_graph: list[Tensor] = []
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._read_by_graphs: list[Tensor] = []
         self.turn = Turn(device) if turn is None else turn
         self.turn.outlives(self)
 
@@ -72,63 +73,82 @@ class SamplingLoop:
         self,
         labels: Tensor,
         schedule: Tensor | None,
-        seed: int,
+        params: SamplingParams,
         image_ids: Tensor,
         prompt_tokens: Tensor | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
+        window: int = 1,
         in_turn: bool = False,
     ) -> Tensor:
         """tokens (B, N); arguments as in `sampler.sample`, checked there. Rows without a distribution hold -1.
 
-        `in_turn`: the caller has the turn already.
+        `schedule` is (N,), the guidance scale of each step. `in_turn`: the caller has the turn already.
         """
         with contextlib.nullcontext() if in_turn else self.turn:
-            if self.model.device.type == "cuda" and self._graph is None:
-                self.start(labels, schedule, seed, image_ids, prompt_tokens)
-                self._graph = capture(self.model.device, self.step)
-                self._read_by_graph = self.model.tensors()
-            self.start(labels, schedule, seed, image_ids, prompt_tokens)
-            tokens = self.state.tokens
-            length = tokens.shape[1]
-            stride = 1 if on_step is not None else STEPS_PER_CALL
-            for begin in range(0, length, stride):
-                end = min(begin + stride, length)
-                self.advance(end - begin)
+            given = labels, schedule, params, image_ids, prompt_tokens
+            if self.model.device.type == "cuda" and window not in self._graphs:
+                self.start(*given)
+                self._graphs[window] = capture(self.model.device, lambda: self.do_pass(window))
+                self._read_by_graphs = self.model.tensors()
+            self.start(*given)
+            tokens, told = self.state.tokens, 0
+            for known in self._passes(window, one_by_one=on_step is not None):
                 if on_step is not None:
-                    on_step(begin, tokens[:, :end].clone())
+                    for step in range(told, known):
+                        on_step(step, tokens[:, : step + 1].clone())
+                told = known
             return tokens.clone()
 
     def start(
         self,
         labels: Tensor,
         schedule: Tensor | None,
-        seed: int,
+        params: SamplingParams,
         image_ids: Tensor,
         prompt_tokens: Tensor | None = None,
     ) -> None:
-        """Write the beginnings of these images where the next step reads them."""
+        """Write the beginnings of these images where the next pass reads them."""
         state, condition = self.state, self.model.condition_ids(labels, self.batch_size)
         if state.schedule is not None and schedule is not None:
             condition = torch.cat([condition, self.model.condition_ids(None, self.batch_size)])
-            state.schedule.copy_(schedule)
-        state.ids.copy_(condition)
-        self.cache.position.zero_()
-        state.seed.fill_(seed)
+            state.schedule.copy_(schedule.expand_as(state.schedule))
+        state.ids.copy_(condition[:, None].expand_as(state.ids))
+        state.positions.zero_()
+        state.passes.zero_()
+        state.seeds.fill_(params.seed)
         state.image_ids.copy_(image_ids)
-        state.prompt_length.fill_(0 if prompt_tokens is None else prompt_tokens.shape[1])
+        state.temperature.fill_(params.temperature)
+        state.top_k.fill_(params.top_k or 0)
+        state.top_p.fill_(1.0 if params.top_p is None else params.top_p)
+        state.prompt_lengths.fill_(0 if prompt_tokens is None else prompt_tokens.shape[1])
         if prompt_tokens is not None:
-            state.tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
+            length = prompt_tokens.shape[1]
+            state.tokens[:, :length] = prompt_tokens
+            guesses = prompt_tokens[:, : MOST_COLUMNS - 1]
+            state.ids[:, 1 : 1 + guesses.shape[1]] = guesses.repeat(len(condition) // len(guesses), 1)
 
-    def advance(self, steps: int) -> None:
-        """Sample the next `steps` tokens of each image: replays of the graph, where one was captured."""
-        if self._graph is None:
-            return self.model.sample_steps(self.state, self.cache, steps)
-        for _ in range(steps):
-            self._graph.replay()
+    def _passes(self, window: int, one_by_one: bool) -> Iterator[int]:
+        """Do passes until all images are done; yields how many tokens of each image are known, whenever that is read."""
+        length = self.state.tokens.shape[1]
+        at_once = PASSES_PER_CALL if self.model.device.type == "cpu" else length
+        left = length
+        while left > 0:
+            self.advance(1 if one_by_one else min(at_once, -(-left // window)), window)
+            positions = self.state.positions[: self.batch_size]
+            known = torch.where(positions < 0, length, positions)
+            left = length - int(known.min())
+            yield length - left
 
-    def step(self) -> None:
-        """Feed the current ids, sample the next token of each image and make it current; without the graph."""
-        self.model.sample_steps(self.state, self.cache, 1)
+    def advance(self, passes: int, window: int = 1) -> None:
+        """Up to `passes` passes: replays of the graph, where one was captured."""
+        if window not in self._graphs:
+            return self.model.sample_passes(self.state, self.cache, passes, window)
+        for _ in range(passes):
+            self._graphs[window].replay()
+
+    def do_pass(self, window: int = 1) -> None:
+        """Feed each row's ids, draw, and feed next what follows; without the graph."""
+        self.model.sample_passes(self.state, self.cache, 1, window)
 
     @property
     def nbytes(self) -> int:

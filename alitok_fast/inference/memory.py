@@ -58,7 +58,7 @@ def plan(
     config, rows = gen.config, 2 if guided else 1
     # Activations, in float32: the residual, the normed rows, the widest product and its input, three times the logits.
     activations = 4 * (2 * config.width + 2 * max(3 * config.width, 2 * config.hidden) + 3 * config.codebook_size)
-    per_row = KVCache.bytes_per_row(config, kv_dtype or gen.cache_dtype) + activations
+    per_row = KVCache.bytes_per_slot(config, kv_dtype or gen.cache_dtype) + activations
     return MemoryPlan(rows * per_row, available_bytes(device))
 
 

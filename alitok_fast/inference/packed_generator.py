@@ -65,23 +65,21 @@ class PackedGenerator:
         """The dtype of the key/value cache unless another is asked for: float32 for float32 weights, else bfloat16."""
         return torch.float32 if self.packed.dtype == torch.float32 else torch.bfloat16
 
-    def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `rows` sequences; `dtype` is float32, bfloat16 or None for `cache_dtype`."""
+    def new_cache(self, slots: int, dtype: torch.dtype | None = None, columns: int = 1) -> KVCache:
+        """An empty cache for `slots` sequences; `dtype` is float32, bfloat16 or None for `cache_dtype`."""
         dtype = dtype or self.cache_dtype
         if dtype not in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             raise ValueError(f"kv_dtype: expected float32 or bfloat16 on the CPU, got {name}")
-        return KVCache(self.config, rows, self.device, dtype)
+        return KVCache(self.config, slots, self.device, dtype, columns)
 
-    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+    def step(self, ids: Tensor, cache: KVCache, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """As `Generator.step`; the logits are float32. Raises ValueError past the cache's end."""
-        logits = decode(self.packed, ids, cache.keys, cache.values, cache.position)
-        cache.position += 1
-        return logits
+        return decode(self.packed, ids, cache.keys, cache.values, positions, slots)
 
-    def sample_steps(self, state: SampleState, cache: KVCache, steps: int) -> None:
-        """`steps` times `step` and `sample_next`, in one native call. Raises ValueError past the cache's end."""
-        decode_tokens(self.packed, state, cache.keys, cache.values, cache.position, steps)
+    def sample_passes(self, state: SampleState, cache: KVCache, passes: int, window: int = 1) -> None:
+        """Up to `passes` times `step` and `sample_next`, in one native call; prompts in passes of their own."""
+        decode_tokens(self.packed, state, cache.keys, cache.values, passes, window)
 
     def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """As `Generator.condition_ids`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alitok_fast.inference.cuda_graph import storage
 from alitok_fast.inference.origin import Origin
-from alitok_fast.models.generator import Generator, condition_ids, sample_steps
+from alitok_fast.models.generator import Generator, condition_ids, sample_passes
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.decode import SampleState
 from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
@@ -66,21 +66,21 @@ class QuantizedGenerator:
         """Whether the generator that this is a copy of is in training mode; False where it is gone."""
         return self._origin.training
 
-    def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
+    def new_cache(self, slots: int, dtype: torch.dtype | None = None, columns: int = 1) -> KVCache:
         """As `Generator.new_cache`."""
-        return KVCache(self.config, rows, self.device, dtype or self.cache_dtype)
+        return KVCache(self.config, slots, self.device, dtype or self.cache_dtype, columns)
 
-    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+    def step(self, ids: Tensor, cache: KVCache, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """As `Generator.step`."""
-        return self.module.step(ids, cache)
+        return self.module.step(ids, cache, positions, slots)
 
     def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """As `Generator.condition_ids`."""
         return condition_ids(self.config, labels, batch_size, self.device)
 
-    def sample_steps(self, state: SampleState, cache: KVCache, steps: int) -> None:
-        """As `Generator.sample_steps`."""
-        sample_steps(self, state, cache, steps)
+    def sample_passes(self, state: SampleState, cache: KVCache, passes: int, window: int = 1) -> None:
+        """As `Generator.sample_passes`."""
+        sample_passes(self, state, cache, passes, window)
 
     def tensors(self) -> list[Tensor]:
         """All tensors that a step reads besides the cache."""

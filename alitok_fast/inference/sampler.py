@@ -13,12 +13,13 @@ from torch import Tensor
 
 from alitok_fast.config import GeneratorConfig
 from alitok_fast.inference.cuda_graph import Turn
-from alitok_fast.inference.loop import SamplingLoop
+from alitok_fast.inference.loop import MOST_COLUMNS, SamplingLoop
 from alitok_fast.inference.memory import plan
 from alitok_fast.inference.origin import Origin
 from alitok_fast.inference.params import SamplingParams, sampling_params
 from alitok_fast.inference.step_model import StepModel, prepare
 from alitok_fast.models.generator import Generator
+from alitok_fast.ops.arguments import integer
 
 KEPT_BYTES = 256 << 20  # a CPU's cache that is larger is freed after the call
 
@@ -42,6 +43,8 @@ class Sampler:
             when its weights have changed since.
         weight_dtype: dtype of its matrices, as for `prepare`; None takes the generator's.
         kv_dtype: dtype of the cache; None takes the model's, torch.float8_e4m3fn stores it in 8 bits (CUDA only).
+        window: tokens that a pass may settle for each image, 1..16: the first, and those that were guessed rightly. The
+            images are the same; only the time is not.
     """
 
     def __init__(
@@ -49,9 +52,11 @@ class Sampler:
         gen: Generator | StepModel,
         weight_dtype: torch.dtype | None = None,
         kv_dtype: torch.dtype | None = None,
+        window: int = 1,
     ) -> None:
         self.model = prepare(gen, weight_dtype)
         self.kv_dtype = kv_dtype
+        self.window = integer("window", window, 1, MOST_COLUMNS)
         self._weight_dtype = weight_dtype
         self._origin = Origin(gen if isinstance(gen, Generator) and self.model is not gen else None)
         self._begin()
@@ -94,37 +99,29 @@ class Sampler:
         chosen = sampling_params(params, overrides).resolved(config)
         if prompt_tokens is not None:
             prompt_tokens = _check_prompt(prompt_tokens, count, config, device)
-        rule = chosen.guided, chosen.temperature, chosen.top_k, chosen.top_p
         schedule = None
         if chosen.guidance_scale and chosen.guidance_power:
             schedule = guidance_schedule(config.num_tokens, chosen.guidance_scale, chosen.guidance_power)
         parts = []
         with self._turn:
             self._refresh()
-            size = self._most_together(count, rule)
+            size = self._most_together(count, chosen.guided)
             for begin in range(0, count, size):
                 part = slice(begin, begin + size)
                 prompt = None if prompt_tokens is None else prompt_tokens[part]
-                loop = self._loop(len(labels[part]), *rule)
-                given = labels[part], schedule, chosen.seed, image_ids[part], prompt, on_step
-                parts.append(loop.run(*given, in_turn=True))
+                loop = self._loop(len(labels[part]), chosen.guided)
+                given = labels[part], schedule, chosen, image_ids[part], prompt, on_step
+                parts.append(loop.run(*given, window=self.window, in_turn=True))
             if device.type == "cpu" and sum(loop.nbytes for loop in self._loops.values()) > KEPT_BYTES:
                 self._loops.clear()
         tokens = torch.cat(parts)
         _check_sampled(tokens)
         return tokens
 
-    def loop(
-        self,
-        batch_size: int,
-        guided: bool,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> SamplingLoop:
+    def loop(self, batch_size: int, guided: bool) -> SamplingLoop:
         """The loop that samples such batches, kept from an earlier call or made anew. Raises MemoryError."""
         with self._turn:
-            return self._loop(batch_size, guided, temperature, top_k, top_p)
+            return self._loop(batch_size, guided)
 
     def _refresh(self) -> None:
         """Pack the generator anew where its weights have changed since."""
@@ -136,10 +133,8 @@ class Sampler:
             self._origin = Origin(gen)
             self._loops.clear()
 
-    def _loop(
-        self, batch_size: int, guided: bool, temperature: float, top_k: int | None, top_p: float | None
-    ) -> SamplingLoop:
-        key = batch_size, guided, temperature, top_k, top_p
+    def _loop(self, batch_size: int, guided: bool) -> SamplingLoop:
+        key = batch_size, guided
         if key not in self._loops:
             self._make_room(batch_size, guided)
             while len(self._loops) >= self._kept:
@@ -148,12 +143,12 @@ class Sampler:
         self._loops.move_to_end(key)
         return self._loops[key]
 
-    def _most_together(self, count: int, rule: tuple) -> int:
+    def _most_together(self, count: int, guided: bool) -> int:
         """How many of `count` images are sampled at a time."""
-        if (count, *rule) in self._loops:
+        if (count, guided) in self._loops:
             return count
-        self._make_room(count, rule[0])
-        return min(count, max(1, self._fits(rule[0])))
+        self._make_room(count, guided)
+        return min(count, max(1, self._fits(guided)))
 
     def _make_room(self, batch_size: int, guided: bool) -> None:
         """Free the loops of earlier calls, oldest first, while memory is too short for this one."""

@@ -19,7 +19,7 @@ from alitok_fast.ops.decode import SampleState
 
 @runtime_checkable
 class StepModel(Protocol):
-    """A generator that appends one position at a time: `Generator`, `PackedGenerator` or `QuantizedGenerator`.
+    """A generator that appends to cached sequences: `Generator`, `PackedGenerator` or `QuantizedGenerator`.
 
     `weight_dtype` is the dtype of the blocks' matrices, and `cache_dtype` that of the key/value cache unless another
     is asked for. `training` is read at every call, because modules change it.
@@ -40,16 +40,16 @@ class StepModel(Protocol):
         """Embedding rows (B,) of the labels, or of "no condition"."""
         ...
 
-    def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `rows` sequences."""
+    def new_cache(self, slots: int, dtype: torch.dtype | None = None, columns: int = 1) -> KVCache:
+        """An empty cache for `slots` sequences."""
         ...
 
-    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Append one id to each sequence, ids (R,); the logits (R, K) of what follows."""
+    def step(self, ids: Tensor, cache: KVCache, positions: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Append W ids to each row's sequence, ids (R, W), from its position on; the logits (R, W, K) after each."""
         ...
 
-    def sample_steps(self, state: SampleState, cache: KVCache, steps: int) -> None:
-        """`steps` times: feed the current ids, sample the next token of each image, make it current."""
+    def sample_passes(self, state: SampleState, cache: KVCache, passes: int, window: int = 1) -> None:
+        """Up to `passes` times: feed the first `window` ids of each row, draw, and feed next what follows."""
         ...
 
     def tensors(self) -> list[Tensor]:

@@ -9,7 +9,7 @@ from torch.nn.modules import module as torch_modules
 # Settings of a layer that only count in training, or that a check of its own covers.
 _FREE = {"training", "p", "dropout", "inplace", "config", "commitment", "usage_decay"}
 # What sampling itself calls, and `model(...)` does not: an own one counts where it is called.
-_STEPS = {"step", "sample_steps", "new_cache", "tensors"}
+_STEPS = {"step", "sample_passes", "new_cache", "tensors"}
 
 
 def check_tensor(name: str, value: object, dtype: torch.dtype | None, shape: tuple, device: torch.device) -> None:

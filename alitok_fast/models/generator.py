@@ -29,11 +29,11 @@ def condition_ids(
     return labels + config.first_class
 
 
-def sample_steps(model: Any, state: SampleState, cache: KVCache, steps: int) -> None:
-    """`Generator.sample_steps` for whatever has `step`, one step after the other."""
-    for _ in range(steps):
-        logits = model.step(state.ids, cache)
-        sample_next(state, logits, cache.position - 1)  # a kernel, where a copy kept from before costs twice as much
+def sample_passes(model: Any, state: SampleState, cache: KVCache, passes: int, window: int = 1) -> None:
+    """`Generator.sample_passes` for whatever has `step`, one pass after the other."""
+    ids = state.ids[:, :window]
+    for _ in range(passes):
+        sample_next(state, model.step(ids, cache, state.positions, state.slots), window)
 
 
 def _after_loading(generator: Generator, _: object) -> None:
@@ -155,30 +155,30 @@ class Generator(HubModel):
             x, delta = block(x, delta, rope)
         return self.output(self.norm(x + self.dropout(delta)))
 
-    def new_cache(self, rows: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `rows` sequences; `dtype` None is the model's, torch.float8_e4m3fn half of bfloat16."""
-        return KVCache(self.config, rows, self.device, dtype or self.cache_dtype)
+    def new_cache(self, slots: int, dtype: torch.dtype | None = None, columns: int = 1) -> KVCache:
+        """An empty cache for `slots` sequences; `dtype` None is the model's, torch.float8_e4m3fn half of bfloat16."""
+        return KVCache(self.config, slots, self.device, dtype or self.cache_dtype, columns)
 
     @torch.no_grad()
-    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Append one id to each cached sequence, ids (R,) rows of the embedding; logits (R, K) of what follows.
+    def step(self, ids: Tensor, cache: KVCache, positions: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Append W ids to each row's sequence, ids (R, W) rows of the embedding; logits (R, W, K) of what follows each.
 
-        A sequence begins with its condition (`condition_ids`), tokens follow. Nothing is read back from the device,
-        so a step can be captured in a CUDA graph; past the cache's end the logits are NaN.
+        A sequence begins with its condition (`condition_ids`), tokens follow. `positions` and `slots` as for
+        `alitok_fast.ops.decode`, on the device. Nothing is read back from it, so a step can be captured in a CUDA graph;
+        of rows that rest, and past the cache's end, the logits are NaN.
         """
-        check_tensor("ids", ids, torch.int64, (cache.rows,), self.device)
+        check_tensor("ids", ids, torch.int64, ("R", "W"), self.device)
         # By index and not as a module: of few rows, torch's kernel for that takes several times as long.
-        x, delta = self.embeddings.weight[ids], None
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x, delta = block.step(x, delta, self.rope, keys, values, cache.position, cache.arrivals)
-        cache.position += 1
+        x, delta = self.embeddings.weight[ids.flatten()], None
+        for layer, block in enumerate(self.blocks):
+            x, delta = block.step(x, delta, self.rope, cache, layer, positions, slots)
         # The last norm and the head are float32, and so is what they read.
         _, normed = add_rms_norm(x, None if delta is None else delta.float(), self.norm.weight, NORM_EPS)
-        return self.output(normed)
+        return self.output(normed).view(*ids.shape, -1)
 
-    def sample_steps(self, state: SampleState, cache: KVCache, steps: int) -> None:
-        """`steps` times: feed the current ids, sample the next token of each image and make it current."""
-        sample_steps(self, state, cache, steps)
+    def sample_passes(self, state: SampleState, cache: KVCache, passes: int, window: int = 1) -> None:
+        """`passes` times: feed the first `window` ids of each row, draw, and feed next what follows (`sample_next`)."""
+        sample_passes(self, state, cache, passes, window)
 
     def tensors(self) -> list[Tensor]:
         """What a step reads beside the cache."""

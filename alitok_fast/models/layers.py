@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
 from alitok_fast.ops.fused_linear import LinearWeights, linear_add, norm_linear
@@ -179,21 +180,24 @@ class GeneratorAttention(nn.Module):
         return self.proj(out.flatten(-2))
 
     def step(
-        self, packed: Tensor, rope: Tensor, keys: Tensor, values: Tensor, position: Tensor, arrivals: Tensor
+        self, packed: Tensor, rope: Tensor, cache: KVCache, layer: int, positions: Tensor, slots: Tensor | None
     ) -> Tensor:
-        """Attention of one new position of each row, given its query, key and value (R, 3 * width), before `proj`; its
-        layer's part of the cache is appended to."""
-        return cached_attention(
-            packed.unflatten(-1, (3, self.num_heads, -1)),
-            keys,
-            values,
-            position,
+        """Attention of W new positions of each row, given queries, keys and values (R * W, 3 * width), before `proj`;
+        its layer's part of the cache is appended to."""
+        rows = len(positions)
+        attended = cached_attention(
+            packed.view(rows, -1, 3, self.num_heads, packed.shape[-1] // (3 * self.num_heads)),
+            cache.keys[layer],
+            cache.values[layer],
+            positions,
+            slots=slots,
             q_norm_weight=self.q_norm.weight,
             k_norm_weight=self.k_norm.weight,
             norm_eps=NORM_EPS,
             rope=rope,
-            arrivals=arrivals,
-        ).flatten(-2)
+            arrivals=cache.arrivals_of(len(packed)),
+        )
+        return attended.view(len(packed), -1)
 
 
 class GeneratorBlock(nn.Module):
@@ -227,15 +231,15 @@ class GeneratorBlock(nn.Module):
         x: Tensor,
         delta: Tensor | None,
         rope: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        position: Tensor,
-        arrivals: Tensor,
+        cache: KVCache,
+        layer: int,
+        positions: Tensor,
+        slots: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `forward`, for one new position of each row (R, width). May write to `x`."""
+        """As `forward`, for W new positions of each row (R * W, width). May write to `x`."""
         attn, mlp = self.attn, self.mlp
         x, packed = norm_linear(x, delta, self.norm1.weight, NORM_EPS, weights_of(attn.qkv))
-        attended = attn.step(packed, rope, keys, values, position, arrivals)
+        attended = attn.step(packed, rope, cache, layer, positions, slots)
         x, delta = linear_add(x, attended, weights_of(attn.proj))
         gate = weights_of(mlp.w1)
         x, gated = norm_linear(x, delta, self.norm2.weight, NORM_EPS, weights_of(mlp.w3), gate)

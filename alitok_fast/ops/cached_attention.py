@@ -1,4 +1,4 @@
-"""Attention of one new position over a static key/value cache: `prefix_attention` for the sampling loop."""
+"""Attention of new positions over a static key/value cache: `prefix_attention` for the sampling loop."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def cached_attention(
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,
-    position: Tensor,
+    positions: Tensor,
     *,
+    slots: Tensor | None = None,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     norm_eps: float = 1e-5,
@@ -32,12 +33,13 @@ def cached_attention(
     scale: float | None = None,
     arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Append one position to each row's cache, and attend from it to all positions so far.
+    """Append W positions to each row's cache, and attend from each of them to itself and all before.
 
-    The result equals position `position` of `prefix_attention(..., prefix_len=0)` over the whole sequence. Nothing is
-    copied to the host: `position` lies on the device, so that one captured CUDA graph serves every step.
+    The result equals the rows' positions of `prefix_attention(..., prefix_len=0)` over whole sequences, and the bits of
+    a position depend neither on W, nor on other rows, nor on the slot. Nothing is copied to the host: positions lie on
+    the device, so that one captured CUDA graph serves every step.
 
-    Source: the generator's causal attention (AliTok, arXiv 2506.05289, section 3), one step at a time.
+    Source: the generator's causal attention (AliTok, arXiv 2506.05289, section 3), one pass at a time.
 
     Devices: CPU and CUDA. The dtype of the result is that of `qkv`, also under autocast.
 
@@ -46,24 +48,27 @@ def cached_attention(
     cache in place; a vmapped dimension belongs into R.
 
     Args:
-        qkv: (R, 3, H, D) float32, bfloat16 or float16, contiguous: query, key and value of the new position of R
-            sequences; D a multiple of 8 up to 128.
-        keys: (R, H, N, D), N up to 16,384, in the dtype of `qkv` or float8_e4m3fn; `position` is written in place.
-            Keys are stored normalised and rotated; float8_e4m3fn rounds them, saturating at 448.
+        qkv: (R, W, 3, H, D) float32, bfloat16 or float16, contiguous: query, key and value of W consecutive new
+            positions of R sequences; D a multiple of 8 up to 128.
+        keys: (S, H, N, D), S sequences, N up to 16,384, in the dtype of `qkv` or float8_e4m3fn; the new positions are
+            written in place. Keys are stored normalised and rotated; float8_e4m3fn rounds them, saturating at 448.
         values: as `keys`, with the same dtype and strides.
-        position: one int64 element on the device of `qkv`, in [0, N). Outside that range nothing is written and the
-            result is NaN, because only the device knows the value.
+        positions: (R,) int64 on the device of `qkv`, where the first new position of each row is, in [0, N). Outside
+            that range, such as at -1, the row rests: nothing is written and the result is NaN, because only the device
+            knows the value. So it is for columns behind N - 1.
+        slots: (R,) int64, the sequence of each row in [0, S), another for each; None: row r has sequence r. Outside that
+            range the row rests.
         q_norm_weight: (D,) floating point, or None: RMSNorm of the query, as in `prefix_attention`.
         k_norm_weight: (D,), the same for the key; given exactly where `q_norm_weight` is.
         norm_eps: a number >= 0, added to the mean square.
-        rope: (>= N, D / 2, 2) float32, (cos, sin) of each position, of which row `position` is used; or None.
+        rope: (>= N, D / 2, 2) float32, (cos, sin) of each position; or None.
         scale: finite factor on the logits; None is D ** -0.5.
-        arrivals: (R * H,) int32 zeros on the device of `qkv`, which are zeros again afterwards, or None. With them CUDA
+        arrivals: (R * W * H,) int32 zeros on the device of `qkv`, which are zeros again afterwards, or None. With them CUDA
             shares the keys of few rows among several blocks, which count here how many have finished; calls that may
             run at the same time need their own. Without them each row and head has one block. The CPU ignores them.
 
     Returns:
-        (R, H, D) in the dtype of `qkv`. Sums and softmax are float32.
+        (R, W, H, D) in the dtype of `qkv`. Sums and softmax are float32.
 
     Raises:
         TypeError: for an argument of another type.
@@ -72,10 +77,10 @@ def cached_attention(
         RuntimeError: where a derivative is asked for.
         ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
-    check_tensors(qkv=qkv, keys=keys, values=values, position=position)
-    check_optional_tensors(q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, rope=rope, arrivals=arrivals)
-    if qkv.ndim != 4:
-        raise ValueError(f"qkv: expected 4 dimensions, got shape {tuple(qkv.shape)}")
+    check_tensors(qkv=qkv, keys=keys, values=values, positions=positions)
+    check_optional_tensors(slots=slots, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, rope=rope, arrivals=arrivals)
+    if qkv.ndim != 5:
+        raise ValueError(f"qkv: expected 5 dimensions, got shape {tuple(qkv.shape)}")
     norm_eps = number("norm_eps", norm_eps, lowest=0)
     scale = qkv.shape[-1] ** -0.5 if scale is None else number("scale", scale)
     if q_norm_weight is not None and k_norm_weight is not None:
@@ -87,7 +92,7 @@ def cached_attention(
         refuse_gradients("cached_attention", "prefix_attention has gradients", **inputs)
         refuse_transforms("cached_attention", "prefix_attention has gradients", **inputs)
         operator = torch.ops.alitok.cached_attention
-    return operator(qkv, keys, values, position, q_norm_weight, k_norm_weight, norm_eps, rope, scale, arrivals)
+    return operator(qkv, keys, values, positions, slots, q_norm_weight, k_norm_weight, norm_eps, rope, scale, arrivals)
 
 
 @without_autocast
@@ -95,7 +100,8 @@ def cached_attention_reference(
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,
-    position: Tensor,
+    positions: Tensor,
+    slots: Tensor | None,
     q_norm_weight: Tensor | None,
     k_norm_weight: Tensor | None,
     norm_eps: float,
@@ -104,37 +110,45 @@ def cached_attention_reference(
     arrivals: Tensor | None = None,
 ) -> Tensor:
     """The definition of `cached_attention`."""
-    if not 0 <= int(position) < keys.shape[2]:
-        return qkv.new_full((qkv.shape[0], *qkv.shape[2:]), torch.nan)
-    q, k, v = qkv.unsqueeze(3).unbind(1)  # (R, H, 1, D)
-    row = position.reshape(1)
-    if q_norm_weight is not None and k_norm_weight is not None:
-        q, k = rms_norm(q, q_norm_weight, norm_eps), rms_norm(k, k_norm_weight, norm_eps)
-    if rope is not None:
-        q, k = rotate(q, rope[row]), rotate(k, rope[row])
-    _store(keys, row, k)
-    _store(values, row, v)
-    compute = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    seen = torch.arange(keys.shape[2], device=qkv.device) <= row
+    slots = torch.arange(len(qkv), device=qkv.device) if slots is None else slots
+    inside = (positions >= 0) & (positions < keys.shape[2]) & (slots >= 0) & (slots < len(keys))
+    out = torch.full_like(qkv[:, :, 0], torch.nan)
+    for column in range(qkv.shape[1]):
+        rows = (inside & (positions < keys.shape[2] - column)).nonzero().flatten()
+        q, k, v = qkv[rows, column].unbind(1)  # (rows, H, D)
+        at, slot = positions[rows] + column, slots[rows]
+        if q_norm_weight is not None and k_norm_weight is not None:
+            q, k = rms_norm(q, q_norm_weight, norm_eps), rms_norm(k, k_norm_weight, norm_eps)
+        if rope is not None:
+            q, k = (rotate(x.unsqueeze(2), rope[at, None, None]).squeeze(2) for x in (q, k))
+        _store(keys, slot, at, k)
+        _store(values, slot, at, v)
+        out[rows, column] = _attended(q, keys[slot], values[slot], at, scale).to(qkv.dtype)
+    return out
+
+
+def _attended(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """(R, H, D): of queries (R, H, D) over keys and values (R, H, N, D) up to the positions (R,)."""
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    seen = (torch.arange(keys.shape[2], device=q.device) <= positions[:, None])[:, None, :, None]  # (R, 1, N, 1)
     # Later positions are uninitialised, and may be NaN. They are replaced, since 0 * NaN is NaN.
-    stored_keys = torch.where(seen[:, None], keys.to(compute), 0)
-    stored_values = torch.where(seen[:, None], values.to(compute), 0)
-    logits = scale * (q.to(compute) @ stored_keys.transpose(-1, -2))
-    probabilities = logits.masked_fill(~seen, -torch.inf).softmax(-1)
-    return (probabilities @ stored_values).squeeze(2).to(qkv.dtype)
+    stored_keys, stored_values = (torch.where(seen, part.to(compute), 0) for part in (keys, values))
+    logits = scale * (stored_keys @ q.to(compute).unsqueeze(-1))
+    probabilities = logits.masked_fill(~seen, -torch.inf).softmax(2)
+    return (probabilities.transpose(2, 3) @ stored_values).squeeze(2)
 
 
-def _store(cache: Tensor, row: Tensor, x: Tensor) -> None:
+def _store(cache: Tensor, slots: Tensor, positions: Tensor, x: Tensor) -> None:
     if cache.dtype == torch.float8_e4m3fn:
-        # Copied as bytes, because index_copy_ does not know the dtype.
+        # Written as bytes, because index_put_ does not know the dtype.
         cache, x = cache.view(torch.uint8), x.clamp(-E4M3_MAX, E4M3_MAX).to(cache.dtype).view(torch.uint8)
-    cache.index_copy_(2, row, x.to(cache.dtype))
+    cache[slots, :, positions] = x.to(cache.dtype)
 
 
 @register_fake("cached_attention")
-def _(qkv, keys, values, position, q_norm_weight, k_norm_weight, norm_eps, rope, scale, arrivals):
+def _(qkv, keys, values, positions, slots, q_norm_weight, k_norm_weight, norm_eps, rope, scale, arrivals):
     check_one_device(
-        qkv=qkv, keys=keys, values=values, position=position, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
-        rope=rope, arrivals=arrivals,
+        qkv=qkv, keys=keys, values=values, positions=positions, slots=slots, q_norm_weight=q_norm_weight,
+        k_norm_weight=k_norm_weight, rope=rope, arrivals=arrivals,
     )  # fmt: skip
-    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
+    return qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:])

@@ -1,4 +1,4 @@
-"""Cached steps of the generator for all rows: one, with its logits, or several, each with its sample."""
+"""Cached passes of the generator for all rows: one, with its logits, or several, each with its draws."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alitok_fast._library import native_enabled, register_fake
-from alitok_fast.ops.arguments import check_one_device, integer, real, without_autocast
+from alitok_fast.ops.arguments import check_one_device, integer, without_autocast
 from alitok_fast.ops.decode_weights import PackedWeights, unpack_weights
 from alitok_fast.ops.prefix_attention import rotate
 from alitok_fast.ops.sample_tokens import sample_tokens
 
 
-def decode(weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """Append one position to every row, and return the logits after it.
+def decode(
+    weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, positions: Tensor, slots: Tensor | None = None
+) -> Tensor:
+    """Append W consecutive inputs to each row, and return the logits after each of them.
 
     Activations are float32 between the matrices. They enter float32 matrices as they are, bfloat16 matrices rounded to
     bfloat16 (the head: as a sum of two bfloat16 numbers), and int8 matrices as 16-bit integers with a scale per row.
-    Sums are float32, or exact integers for int8. A row's logits do not depend on the other rows.
+    Sums are float32, or exact integers for int8. The logits at a position depend on what its sequence holds up to
+    there, and to the last bit on nothing else: neither on W, nor on other rows, nor on the slot.
 
     Source: a step of AliTok's generator (arXiv 2506.05289, section 3) with a key/value cache.
 
@@ -28,48 +31,64 @@ def decode(weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, po
 
     Args:
         weights: the result of `pack_weights`.
-        ids: (R,) int64, rows of the embedding.
-        keys: (layers, R, heads, capacity, head_dim) float32 or bfloat16, contiguous; `position` is written, earlier
-            positions are read. Keys are stored normalised and rotated.
+        ids: (R, W) int64, rows of the embedding; W = 1 is a step, W > 1 a prompt or a window of guesses.
+        keys: (layers, S, heads, capacity, head_dim) float32 or bfloat16, contiguous: S sequences. A row writes the W
+            positions from its own on, and reads those before. Keys are stored normalised and rotated.
         values: of the shape and dtype of `keys`.
-        position: () int64 in [0, capacity).
+        positions: (R,) int64, where the first input of each row stands, at most capacity - W; or -1: the row rests,
+            nothing of it is read or written, and its logits are undefined.
+        slots: (R,) int64, the sequence of each row, another for each; None: row r has sequence r.
 
     Returns:
-        (R, codes) float32.
+        (R, W, codes) float32.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given.
         ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
     if not native_enabled():
-        return decode_reference(weights, ids, keys, values, position)
+        return decode_reference(weights, ids, keys, values, positions, slots)
     return torch.ops.alitok.decode(
         weights.arena, weights.vectors, weights.embeddings, weights.rope, ids, keys, values,
-        position, weights.hidden, weights.codes, weights.dtype.itemsize, weights.norm_eps,
+        positions, slots, weights.hidden, weights.codes, weights.dtype.itemsize, weights.norm_eps,
     )  # fmt: skip
 
 
 @without_autocast
-def decode_reference(weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+def decode_reference(
+    weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, positions: Tensor, slots: Tensor | None = None
+) -> Tensor:
     """The definition of `decode`, with float32 (float64 for a float64 cache) activations throughout."""
     compute = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    heads, head_dim = keys.shape[2], keys.shape[4]
-    row = int(position)
-    rope = weights.rope[row]
+    logits = torch.full((*ids.shape, weights.codes), torch.nan, dtype=compute)
+    for row, position in enumerate(positions.tolist()):
+        slot = row if slots is None else int(slots[row])
+        for column in range(ids.shape[1] if position >= 0 else 0):
+            sequence = (part[:, slot] for part in (keys, values))
+            logits[row, column] = _decode_one(weights, ids[row, column], *sequence, position + column, compute)
+    return logits
+
+
+def _decode_one(
+    weights: PackedWeights, token: Tensor, keys: Tensor, values: Tensor, position: int, compute: torch.dtype
+) -> Tensor:
+    """The logits (codes,) after one input of one sequence, whose keys and values are (layers, heads, capacity, D)."""
+    heads, head_dim = keys.shape[1], keys.shape[3]
+    rope = weights.rope[position]
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=weights.norm_eps) * weight.to(compute)
 
     layers, last_norm, head, head_bias = unpack_weights(weights, heads, head_dim)
-    x = weights.embeddings[ids].to(compute)
+    x = weights.embeddings[token].to(compute)
     for index, layer in enumerate(layers):
         qkv = F.linear(norm(x, layer.norm1), layer.qkv.to(compute), layer.qkv_bias.to(compute))
-        q, k, v = qkv.unflatten(-1, (3, heads, head_dim)).unbind(1)
-        keys[index, :, :, row] = rotate(norm(k, layer.k_norm), rope).to(keys.dtype)
-        values[index, :, :, row] = v.to(values.dtype)
-        seen_keys, seen_values = (part[index, :, :, : row + 1].to(compute) for part in (keys, values))
+        q, k, v = qkv.unflatten(-1, (3, heads, head_dim)).unbind(0)
+        keys[index, :, position] = rotate(norm(k, layer.k_norm), rope).to(keys.dtype)
+        values[index, :, position] = v.to(values.dtype)
+        seen_keys, seen_values = (part[index, :, : position + 1].to(compute) for part in (keys, values))
         logits = seen_keys @ rotate(norm(q, layer.q_norm), rope).unsqueeze(-1) * head_dim**-0.5
-        attended = (logits.softmax(2).transpose(2, 3) @ seen_values).flatten(1)
+        attended = (logits.softmax(1).transpose(1, 2) @ seen_values).flatten()
         x = x + F.linear(attended, layer.proj.to(compute), layer.proj_bias.to(compute))
         y = norm(x, layer.norm2)
         gated = F.silu(F.linear(y, layer.w1.to(compute))) * F.linear(y, layer.w3.to(compute))
@@ -79,130 +98,189 @@ def decode_reference(weights: PackedWeights, ids: Tensor, keys: Tensor, values: 
 
 @dataclass(frozen=True)
 class SampleState:
-    """A batch of token sequences being sampled: tensors that stay where they are, written by `sample_next`.
+    """A batch of token sequences being sampled: tensors that stay where they are.
+
+    Each image has one row, or with guidance two: B conditional rows, then B unconditional ones. An image whose
+    unconditional row rests has no guidance; one whose rows both rest is done.
 
     Attributes:
-        ids: (R,) int64, what each row is fed next; R = B, or 2 B with guidance, conditional rows first.
-        tokens: (B, N) int64, the sequences; from the present position on only those of the prompt count.
-        prompt_length: () int64, tokens before this position are given.
-        schedule: (N,) float32, the guidance scale of each step; None: no guidance.
-        seed: () int64.
+        ids: (R, W) int64, what each row is fed next: one token that is certain, and guesses of those that follow it.
+        positions: (R,) int64, where the first of them stands in its sequence; -1: the row rests.
+        tokens: (B, N) int64, the sequences; from an image's position on only what its prompt gives counts.
+        prompt_lengths: (B,) int64, tokens before this position are given.
+        schedule: (B, N) float32, the guidance scale at each position; None: no guidance.
+        temperature: (B,) float32, 0 is greedy.
+        top_k: (B,) int64, 0 keeps all.
+        top_p: (B,) float64, 1 keeps all.
+        seeds: (B,) int64.
         image_ids: (B,) int64.
-        temperature, top_k, top_p: as for `sample_tokens`.
+        passes: (B,) int64, counts the passes in which the image did not rest.
+        slots: (R,) int64, the rows' sequences in the cache; None: row r has sequence r.
     """
 
     ids: Tensor
+    positions: Tensor
     tokens: Tensor
-    prompt_length: Tensor
+    prompt_lengths: Tensor
     schedule: Tensor | None
-    seed: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seeds: Tensor
     image_ids: Tensor
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    passes: Tensor
+    slots: Tensor | None = None
 
 
-def sample_next(state: SampleState, logits: Tensor, position: Tensor) -> None:
-    """Sample token `position` of each image from the logits (R, K), and feed it next; the host reads nothing.
+def sample_next(state: SampleState, logits: Tensor, window: int) -> None:
+    """Draw from the logits (R, W, K) after the first `window` inputs, and feed next what follows; the host reads nothing.
 
-    On CUDA one kernel, to which a position outside the sequences is nothing to do.
+    Each column has a draw with the noise of its own position, or the prompt's token there. The first draw is right. The
+    next one is if the input between them was the first, and so on: those are kept, and the others are the guesses of
+    the next pass. So the tokens do not depend on the guesses, nor on the window; only the number of passes does.
+
+    Source: lossless Jacobi decoding with fixed noise (arXiv 2410.01699, 2510.24211).
     """
     if not (native_enabled() and logits.is_cuda):
-        return sample_next_reference(state, logits, position)
-    top_k = None if state.top_k is None else integer("top_k", state.top_k)
-    top_p = None if state.top_p is None else real("top_p", state.top_p)
+        return sample_next_reference(state, logits, window)
     torch.ops.alitok.sample_tokens_next(
-        logits, state.ids, state.tokens, state.prompt_length, state.schedule, real("temperature", state.temperature),
-        top_k, top_p, state.seed, state.image_ids, position,
+        logits, state.ids, state.positions, state.tokens, state.prompt_lengths, state.schedule, state.temperature,
+        state.top_k, state.top_p, state.seeds, state.image_ids, state.passes, window,
     )  # fmt: skip
 
 
-def sample_next_reference(state: SampleState, logits: Tensor, position: Tensor) -> None:
+def sample_next_reference(state: SampleState, logits: Tensor, window: int) -> None:
     """The definition of `sample_next`."""
-    column = position.reshape(1)
+    images, length = state.tokens.shape
+    for image in range(images):
+        position = int(state.positions[image])
+        if not 0 <= position < length:
+            continue
+        rows = [image]
+        if state.schedule is not None and state.positions[images + image] >= 0:
+            rows.append(images + image)
+        draws = _draws(state, logits, image, rows, position, min(window, length - position))
+        fed, kept = state.ids[image].tolist(), 1
+        while kept < len(draws) and fed[kept] == draws[kept - 1]:
+            kept += 1
+        state.tokens[image, position : position + kept] = torch.tensor(draws[:kept])
+        state.passes[image] += 1
+        ids = _fed_next(state, image, position + kept, draws[kept:], window)
+        for row in rows:
+            state.positions[row] = position + kept if position + kept < length else -1
+            state.ids[row, :window] = torch.tensor(ids)
+
+
+def _draws(
+    state: SampleState, logits: Tensor, image: int, rows: list[int], position: int, columns: int
+) -> list[int]:
+    """The tokens that follow the first columns of an image, -1 where there is no distribution."""
+    steps = torch.arange(position, position + columns, device=logits.device)
+
+    def of_image(values: Tensor) -> Tensor:
+        return values[image].expand(columns)
+
     sampled = sample_tokens(
-        logits,
-        guidance_scale=None if state.schedule is None else state.schedule.index_select(0, column).squeeze(0),
-        temperature=state.temperature,
-        top_k=state.top_k,
-        top_p=state.top_p,
-        seed=state.seed,
-        image_ids=state.image_ids,
-        step=position,
+        torch.cat([logits[row, :columns] for row in rows]),
+        guidance_scale=None if state.schedule is None or len(rows) == 1 else state.schedule[image, steps],
+        temperature=of_image(state.temperature),
+        top_k=of_image(state.top_k),
+        top_p=of_image(state.top_p),
+        seed=of_image(state.seeds),
+        image_ids=of_image(state.image_ids),
+        step=steps,
     )
-    given = state.tokens.index_select(1, column).squeeze(1)
-    sampled = torch.where(position < state.prompt_length, given, sampled)
-    state.tokens.index_copy_(1, column, sampled.unsqueeze(1))
-    # A row without a distribution is marked -1; it is reported at the end, so that no step waits for the device.
-    state.ids.copy_(sampled.clamp(min=0).repeat(state.ids.shape[0] // sampled.shape[0]))
+    return torch.where(steps < state.prompt_lengths[image], state.tokens[image, steps], sampled).tolist()
+
+
+def _fed_next(state: SampleState, image: int, position: int, guesses: list[int], window: int) -> list[int]:
+    """The last token, then those of the prompt, the guesses, and the last of all these again."""
+    length = state.tokens.shape[1]
+    prompt = state.tokens[image, position : min(int(state.prompt_lengths[image]), length)].tolist()
+    ids = [int(state.tokens[image, position - 1]), *prompt, *guesses[len(prompt) :]]
+    ids += [ids[-1]] * window
+    # A row without a distribution is marked -1; it is reported at the end, so that no pass waits for the device.
+    return [max(token, 0) for token in ids[:window]]
 
 
 def decode_tokens(
-    weights: PackedWeights, state: SampleState, keys: Tensor, values: Tensor, position: Tensor, steps: int
+    weights: PackedWeights, state: SampleState, keys: Tensor, values: Tensor, passes: int, window: int = 1
 ) -> None:
-    """Do `decode`, `sample_next` and position + 1, `steps` times, in one native call; all bits of the result agree.
+    """Do `decode` and `sample_next` up to `passes` times, or until all images are done, in one native call.
+
+    All bits of the tokens agree with those of single steps. Prompts are read in passes of their own, of up to 256
+    inputs, whose logits nobody computes.
 
     Devices: CPU. Gradients: none.
 
     Args:
         weights: the result of `pack_weights`.
-        state: sequences on the CPU, contiguous; its `ids` and `tokens` are written.
-        keys, values: as for `decode`.
-        position: () int64, moved on by `steps`.
-        steps: >= 1; position + steps is at most the capacity.
+        state: sequences on the CPU, contiguous; its `ids`, `positions`, `tokens` and `passes` are written.
+        keys, values: as for `decode`, with a capacity of N or more.
+        passes: >= 1.
+        window: inputs of each row in a pass that draws, 1..W.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given.
         ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
-    steps, temperature = integer("steps", steps), real("temperature", state.temperature)
-    top_k = None if state.top_k is None else integer("top_k", state.top_k)
-    top_p = None if state.top_p is None else real("top_p", state.top_p)
+    passes, window = integer("passes", passes), integer("window", window)
     if not native_enabled():
-        return decode_tokens_reference(weights, state, keys, values, position, steps)
+        return decode_tokens_reference(weights, state, keys, values, passes, window)
     return torch.ops.alitok.decode_tokens(
-        weights.arena, weights.vectors, weights.embeddings, weights.rope, state.ids, keys, values, position,
-        state.tokens, state.prompt_length, state.schedule, temperature, top_k, top_p,
-        state.seed, state.image_ids, steps, weights.hidden, weights.codes, weights.dtype.itemsize,
-        weights.norm_eps,
+        weights.arena, weights.vectors, weights.embeddings, weights.rope, state.ids, keys, values, state.positions,
+        state.slots, state.tokens, state.prompt_lengths, state.schedule, state.temperature, state.top_k, state.top_p,
+        state.seeds, state.image_ids, state.passes, passes, window, weights.hidden, weights.codes,
+        weights.dtype.itemsize, weights.norm_eps,
     )  # fmt: skip
 
 
 def decode_tokens_reference(
-    weights: PackedWeights, state: SampleState, keys: Tensor, values: Tensor, position: Tensor, steps: int
+    weights: PackedWeights, state: SampleState, keys: Tensor, values: Tensor, passes: int, window: int = 1
 ) -> None:
-    """The definition of `decode_tokens`."""
-    for _ in range(steps):
-        sample_next(state, decode_reference(weights, state.ids, keys, values, position), position)
-        position += 1
+    """The definition of `decode_tokens`, but for how many passes a prompt takes."""
+    length = state.tokens.shape[1]
+    for _ in range(passes):
+        columns = torch.where(state.positions < 0, 0, (length - state.positions).clamp(max=window))
+        logits = torch.full((*state.ids.shape, weights.codes), torch.nan)
+        for width in columns.unique().tolist():
+            if width:
+                positions = torch.where(columns == width, state.positions, -1)
+                ids = state.ids[:, :width].contiguous()
+                pass_logits = decode_reference(weights, ids, keys, values, positions, state.slots)
+                logits[columns == width, :width] = pass_logits[columns == width].float()
+        sample_next_reference(state, logits, window)
 
 
 @register_fake("sample_tokens_next")
-def _(logits, ids, tokens, prompt_length, schedule, temperature, top_k, top_p, seed, image_ids, position):
+def _(
+    logits, ids, positions, tokens, prompt_lengths, schedule, temperature, top_k, top_p, seeds, image_ids, passes_done,
+    window,
+):  # fmt: skip
     check_one_device(
-        logits=logits, ids=ids, tokens=tokens, prompt_length=prompt_length, schedule=schedule, seed=seed,
-        image_ids=image_ids, position=position,
+        logits=logits, ids=ids, positions=positions, tokens=tokens, prompt_lengths=prompt_lengths, schedule=schedule,
+        temperature=temperature, top_k=top_k, top_p=top_p, seeds=seeds, image_ids=image_ids, passes_done=passes_done,
     )  # fmt: skip
     return None
 
 
 @register_fake("decode")
-def _(arena, vectors, embeddings, rope, ids, keys, values, position, hidden, codes, weight_bytes, norm_eps):
+def _(arena, vectors, embeddings, rope, ids, keys, values, positions, slots, hidden, codes, weight_bytes, norm_eps):
     check_one_device(
         arena=arena, vectors=vectors, embeddings=embeddings, rope=rope, ids=ids, keys=keys, values=values,
-        position=position,
+        positions=positions, slots=slots,
     )  # fmt: skip
-    return vectors.new_empty(ids.shape[0], codes)
+    return vectors.new_empty(*ids.shape, codes)
 
 
 @register_fake("decode_tokens")
 def _(
-    arena, vectors, embeddings, rope, ids, keys, values, position, tokens, prompt_length, schedule, temperature, top_k,
-    top_p, seed, image_ids, *sizes,
+    arena, vectors, embeddings, rope, ids, keys, values, positions, slots, tokens, prompt_lengths, schedule,
+    temperature, top_k, top_p, seeds, image_ids, passes_done, *sizes,
 ):  # fmt: skip
     check_one_device(
         arena=arena, vectors=vectors, embeddings=embeddings, rope=rope, ids=ids, keys=keys, values=values,
-        position=position, tokens=tokens, prompt_length=prompt_length, schedule=schedule, seed=seed,
-        image_ids=image_ids,
+        positions=positions, slots=slots, tokens=tokens, prompt_lengths=prompt_lengths, schedule=schedule,
+        temperature=temperature, top_k=top_k, top_p=top_p, seeds=seeds, image_ids=image_ids, passes_done=passes_done,
     )  # fmt: skip
     return None

@@ -22,9 +22,9 @@ def sample_tokens(
     logits: Tensor,
     *,
     guidance_scale: Tensor | float | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    temperature: Tensor | float = 1.0,
+    top_k: Tensor | int | None = None,
+    top_p: Tensor | float | None = None,
     seed: Tensor | int,
     image_ids: Tensor,
     step: Tensor | int,
@@ -43,7 +43,9 @@ def sample_tokens(
     (see `alitok_fast.ops.philox`).
 
     Devices: CPU and CUDA. Tensors lie on the device of `logits`. Nothing is copied to the host, so that a captured CUDA
-    graph samples anew when `seed`, `image_ids`, `step` or `guidance_scale` change in place. Autocast changes nothing.
+    graph samples anew when any of them changes in place. Autocast changes nothing.
+
+    Each setting is a number for all images, or a tensor of shape () or (B,).
 
     Gradients: none; the result is an integer. `torch.vmap` runs the operator once per element, whose noise is the same
     where seed, image id and step are.
@@ -51,19 +53,21 @@ def sample_tokens(
     Args:
         logits: (B, K) float32, bfloat16 or float16, K in 1..2**30; with guidance (2 B, K): B conditional rows c, then B
             unconditional rows u. Computed in float32.
-        guidance_scale: s in u + (c - u) * s: a finite number that float32 holds, or a () or (B,) float32 tensor. None
-            is no guidance.
-        temperature: 0, or a number in 1e-30..1e30. 0 is greedy: the largest logit, the lowest index on a tie, no noise.
-        top_k: >= 1, keep the k largest logits. None keeps all.
+        guidance_scale: s in u + (c - u) * s: a finite number that float32 holds, or a float32 tensor. None is no
+            guidance.
+        temperature: 0, or a number in 1e-30..1e30; a tensor is float32. 0 is greedy: the largest logit, the lowest
+            index on a tie, no noise.
+        top_k: >= 1, keep the k largest logits. None keeps all, as does 0 in an int64 tensor.
         top_p: in (0, 1], keep the smallest set of codes, largest first, whose probability (at this temperature, among
-            what top-k kept) reaches top_p. None keeps all.
-        seed: int in the range of int64, or an int64 tensor of one element.
+            what top-k kept) reaches top_p. None keeps all; a tensor is float64.
+        seed: int in the range of int64, or an int64 tensor.
         image_ids: (B,) int64, any value.
-        step: int in [0, 2**32), or an int64 tensor of one element, of which the low 32 bits count.
+        step: int in [0, 2**32), or an int64 tensor, of which the low 32 bits count.
 
     Returns:
         (B,) int64 in [0, K). -1 stands for a row that is no distribution: one with NaN or +inf after guidance, or with
-        nothing but -inf. Looking for such rows here would stop a CUDA stream; whoever reads the ids back checks them.
+        nothing but -inf; on CUDA also for an image with a setting out of range. Looking for such rows here would stop
+        a CUDA stream; whoever reads the ids back checks them.
 
     Raises:
         TypeError: for an argument of another type.
@@ -77,9 +81,18 @@ def sample_tokens(
         if abs(guidance_scale) > LARGEST_FLOAT32:
             raise ValueError(f"guidance_scale: expected a number that float32 holds, got {guidance_scale}")
         guidance_scale = _filled(guidance_scale, torch.float32, logits.device)
-    temperature = real("temperature", temperature)
-    top_k = None if top_k is None else integer("top_k", top_k)
-    top_p = None if top_p is None else real("top_p", top_p)
+    if not isinstance(temperature, Tensor):
+        temperature = real("temperature", temperature)
+        if temperature != 0 and not 1e-30 <= temperature <= 1e30:
+            raise ValueError(f"temperature: expected 0 (greedy) or a number in 1e-30..1e30, got {temperature:g}")
+        temperature = _filled(temperature, torch.float32, logits.device)
+    if not isinstance(top_k, Tensor):
+        top_k = _filled(0 if top_k is None else integer("top_k", top_k, 1), torch.int64, logits.device)
+    if not isinstance(top_p, Tensor):
+        top_p = 1.0 if top_p is None else real("top_p", top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p:g}")
+        top_p = _filled(top_p, torch.float64, logits.device)
     if not isinstance(seed, Tensor):
         seed = _filled(integer("seed", seed), torch.int64, logits.device)
     if not isinstance(step, Tensor):
@@ -90,7 +103,10 @@ def sample_tokens(
 
 @register_fake("sample_tokens")
 def _(logits, guidance_scale, temperature, top_k, top_p, seed, image_ids, step):
-    check_one_device(logits=logits, guidance_scale=guidance_scale, seed=seed, image_ids=image_ids, step=step)
+    check_one_device(
+        logits=logits, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        image_ids=image_ids, step=step,
+    )  # fmt: skip
     return torch.empty_like(image_ids, memory_format=torch.contiguous_format)
 
 
@@ -103,9 +119,9 @@ def _filled(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 def sample_tokens_reference(
     logits: Tensor,
     guidance_scale: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
     seed: Tensor,
     image_ids: Tensor,
     step: Tensor,
@@ -114,10 +130,13 @@ def sample_tokens_reference(
     x = guided_logits(logits, guidance_scale)
     largest = x.amax(-1)
     valid = (largest > -torch.inf) & (largest < torch.inf)  # both are False for NaN, which amax passes on
-    if temperature > 0:
-        x = kept_logits(x, temperature, top_k, top_p)
-        x = x + temperature * gumbel_noise(seed, image_ids, step, x.shape[-1])
-    return torch.where(valid, x.argmax(-1), -1)
+    temperature, top_k, top_p, seed, step = (
+        setting.expand(len(x))[:, None] for setting in (temperature, top_k, top_p, seed, step)
+    )
+    valid &= ((temperature == 0) | ((temperature >= 1e-30) & (temperature <= 1e30)) & (top_k >= 0)).squeeze(1)
+    valid &= ((top_p > 0) & (top_p <= 1)).squeeze(1)
+    noisy = kept_logits(x, temperature, top_k, top_p) + temperature * gumbel_noise(seed, image_ids, step, x.shape[-1])
+    return torch.where(valid, torch.where(temperature > 0, noisy, x).argmax(-1), -1)
 
 
 def guided_logits(logits: Tensor, guidance_scale: Tensor | None) -> Tensor:
@@ -130,24 +149,22 @@ def guided_logits(logits: Tensor, guidance_scale: Tensor | None) -> Tensor:
     return torch.where(conditional + unconditional == -torch.inf, -torch.inf, x)
 
 
-def kept_logits(x: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """`x` (B, K) with -inf for every code that top-k, then top-p leave out."""
+def kept_logits(x: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """`x` (B, K) with -inf for every code that top-k, then top-p leave out; the settings are (B, 1)."""
     codes = x.shape[-1]
-    if top_k is not None and top_k < codes:
-        threshold = x.topk(top_k).values[:, -1:]
-        x = x.masked_fill(x < threshold, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered = x.sort(descending=True).values
-        mass = (ordered.double() / temperature).softmax(-1).cumsum(-1)
-        last = (mass < top_p).sum(-1, keepdim=True).clamp(max=codes - 1)
-        x = x.masked_fill(x < ordered.gather(-1, last), -torch.inf)
-    return x
+    ordered = x.sort(descending=True).values
+    last = torch.where((top_k > 0) & (top_k < codes), top_k, codes) - 1
+    x = x.masked_fill(x < ordered.gather(-1, last), -torch.inf)
+    ordered = x.sort(descending=True).values
+    mass = (ordered.double() / temperature).softmax(-1).cumsum(-1)
+    last = torch.where(top_p < 1, (mass < top_p).sum(-1, keepdim=True).clamp(max=codes - 1), codes - 1)
+    return x.masked_fill(x < ordered.gather(-1, last), -torch.inf)
 
 
 def gumbel_noise(
     seed: Tensor, image_ids: Tensor, step: Tensor, codes: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """(B, codes) standard Gumbel noise: -log(-log(u)).
+    """(B, codes) standard Gumbel noise: -log(-log(u)); seed and step are () or (B, 1).
 
     Code k takes word k % 4 of the counter (k // 4, step, image id low, image id high). A word r gives
     1 - u = (r + 1/2) / 2**32, which is rounded to float32; u itself is formed only inside log1p. The noise is large
