@@ -129,15 +129,18 @@ class SamplingLoop:
 
     def _passes(self, window: int, one_by_one: bool) -> Iterator[int]:
         """Do passes until all images are done; yields how many tokens of each image are known, whenever that is read."""
-        length = self.state.tokens.shape[1]
-        at_once = PASSES_PER_CALL if self.model.device.type == "cpu" else length
-        left = length
-        while left > 0:
-            self.advance(1 if one_by_one else min(at_once, -(-left // window)), window)
-            positions = self.state.positions[: self.batch_size]
-            known = torch.where(positions < 0, length, positions)
-            left = length - int(known.min())
-            yield length - left
+        length, on_cpu = self.state.tokens.shape[1], self.model.device.type == "cpu"
+        known = 0
+        while known < length:
+            passes = -(-(length - known) // window)  # at least
+            passes = 1 if one_by_one else min(passes, PASSES_PER_CALL) if on_cpu else passes
+            self.advance(passes, window)
+            if window > 1 or on_cpu:
+                positions = self.state.positions[: self.batch_size]
+                known = int(torch.where(positions < 0, length, positions).min())
+            else:  # nothing needs to be read back from a device
+                known += passes
+            yield known
 
     def advance(self, passes: int, window: int = 1) -> None:
         """Up to `passes` passes: replays of the graph, where one was captured."""

@@ -123,11 +123,11 @@ def cached_attention_reference(
             q, k = (rotate(x.unsqueeze(2), rope[at, None, None]).squeeze(2) for x in (q, k))
         _store(keys, slot, at, k)
         _store(values, slot, at, v)
-        out[rows, column] = _attended(q, keys[slot], values[slot], at, scale).to(qkv.dtype)
+        out[rows, column] = attended_values(q, keys[slot], values[slot], at, scale).to(qkv.dtype)
     return out
 
 
-def _attended(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+def attended_values(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
     """(R, H, D): of queries (R, H, D) over keys and values (R, H, N, D) up to the positions (R,)."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     seen = (torch.arange(keys.shape[2], device=q.device) <= positions[:, None])[:, None, :, None]  # (R, 1, N, 1)

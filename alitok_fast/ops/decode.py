@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alitok_fast._library import native_enabled, register_fake
 from alitok_fast.ops.arguments import check_one_device, integer, without_autocast
+from alitok_fast.ops.cached_attention import attended_values
 from alitok_fast.ops.decode_weights import PackedWeights, unpack_weights
 from alitok_fast.ops.prefix_attention import rotate
 from alitok_fast.ops.sample_tokens import sample_tokens
@@ -61,34 +62,33 @@ def decode_reference(
     """The definition of `decode`, with float32 (float64 for a float64 cache) activations throughout."""
     compute = torch.float64 if keys.dtype == torch.float64 else torch.float32
     logits = torch.full((*ids.shape, weights.codes), torch.nan, dtype=compute)
-    for row, position in enumerate(positions.tolist()):
-        slot = row if slots is None else int(slots[row])
-        for column in range(ids.shape[1] if position >= 0 else 0):
-            sequence = (part[:, slot] for part in (keys, values))
-            logits[row, column] = _decode_one(weights, ids[row, column], *sequence, position + column, compute)
+    rows = (positions >= 0).nonzero().flatten()
+    slots = rows if slots is None else slots[rows]
+    for column in range(ids.shape[1]):
+        at = positions[rows] + column
+        logits[rows, column] = _decode_column(weights, ids[rows, column], keys, values, slots, at, compute)
     return logits
 
 
-def _decode_one(
-    weights: PackedWeights, token: Tensor, keys: Tensor, values: Tensor, position: int, compute: torch.dtype
+def _decode_column(
+    weights: PackedWeights, ids: Tensor, keys: Tensor, values: Tensor, slots: Tensor, at: Tensor, compute: torch.dtype
 ) -> Tensor:
-    """The logits (codes,) after one input of one sequence, whose keys and values are (layers, heads, capacity, D)."""
-    heads, head_dim = keys.shape[1], keys.shape[3]
-    rope = weights.rope[position]
+    """The logits (R, codes) after one input of each row."""
+    heads, head_dim = keys.shape[2], keys.shape[4]
+    rope = weights.rope[at, None, None]  # for (R, heads, 1, head_dim)
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=weights.norm_eps) * weight.to(compute)
 
     layers, last_norm, head, head_bias = unpack_weights(weights, heads, head_dim)
-    x = weights.embeddings[token].to(compute)
+    x = weights.embeddings[ids].to(compute)
     for index, layer in enumerate(layers):
         qkv = F.linear(norm(x, layer.norm1), layer.qkv.to(compute), layer.qkv_bias.to(compute))
-        q, k, v = qkv.unflatten(-1, (3, heads, head_dim)).unbind(0)
-        keys[index, :, position] = rotate(norm(k, layer.k_norm), rope).to(keys.dtype)
-        values[index, :, position] = v.to(values.dtype)
-        seen_keys, seen_values = (part[index, :, : position + 1].to(compute) for part in (keys, values))
-        logits = seen_keys @ rotate(norm(q, layer.q_norm), rope).unsqueeze(-1) * head_dim**-0.5
-        attended = (logits.softmax(1).transpose(1, 2) @ seen_values).flatten()
+        q, k, v = qkv.unflatten(-1, (3, heads, 1, head_dim)).unbind(1)
+        keys[index, slots, :, at] = rotate(norm(k, layer.k_norm), rope).squeeze(2).to(keys.dtype)
+        values[index, slots, :, at] = v.squeeze(2).to(values.dtype)
+        q = rotate(norm(q, layer.q_norm), rope).squeeze(2)
+        attended = attended_values(q, keys[index, slots], values[index, slots], at, head_dim**-0.5).flatten(1)
         x = x + F.linear(attended, layer.proj.to(compute), layer.proj_bias.to(compute))
         y = norm(x, layer.norm2)
         gated = F.silu(F.linear(y, layer.w1.to(compute))) * F.linear(y, layer.w3.to(compute))
@@ -152,55 +152,65 @@ def sample_next(state: SampleState, logits: Tensor, window: int) -> None:
 def sample_next_reference(state: SampleState, logits: Tensor, window: int) -> None:
     """The definition of `sample_next`."""
     images, length = state.tokens.shape
-    for image in range(images):
-        position = int(state.positions[image])
-        if not 0 <= position < length:
-            continue
-        rows = [image]
-        if state.schedule is not None and state.positions[images + image] >= 0:
-            rows.append(images + image)
-        draws = _draws(state, logits, image, rows, position, min(window, length - position))
-        fed, kept = state.ids[image].tolist(), 1
-        while kept < len(draws) and fed[kept] == draws[kept - 1]:
-            kept += 1
-        state.tokens[image, position : position + kept] = torch.tensor(draws[:kept])
-        state.passes[image] += 1
-        ids = _fed_next(state, image, position + kept, draws[kept:], window)
-        for row in rows:
-            state.positions[row] = position + kept if position + kept < length else -1
-            state.ids[row, :window] = torch.tensor(ids)
+    positions = state.positions[:images]
+    active = (positions >= 0) & (positions < length)
+    draws = _draws(state, logits, positions[:, None] + torch.arange(window, device=logits.device))
+    columns = (length - positions).clamp(max=window)
+    right = state.ids[:images, 1:window] == draws[:, :-1]
+    right &= torch.arange(1, window, device=logits.device) < columns[:, None]
+    kept = 1 + right.cumprod(1).sum(1)
+
+    place = torch.arange(length, device=logits.device) - positions[:, None]
+    settled = active[:, None] & (place >= 0) & (place < kept[:, None])
+    state.tokens.copy_(torch.where(settled, draws.gather(1, place.clamp(0, window - 1)), state.tokens))
+    state.passes.add_(active)
+    goes_on = positions + kept
+    ids = _fed_next(state, draws, kept, columns, goes_on)
+    pairs = len(state.positions) // max(images, 1)
+    rows = (active & (positions >= 0)).repeat(pairs) & (state.positions >= 0)
+    state.ids[:, :window] = torch.where(rows[:, None], ids.repeat(pairs, 1), state.ids[:, :window])
+    ended = torch.where(goes_on < length, goes_on, -1)
+    state.positions.copy_(torch.where(rows, ended.repeat(pairs), state.positions))
 
 
-def _draws(
-    state: SampleState, logits: Tensor, image: int, rows: list[int], position: int, columns: int
-) -> list[int]:
-    """The tokens that follow the first columns of an image, -1 where there is no distribution."""
-    steps = torch.arange(position, position + columns, device=logits.device)
+def _draws(state: SampleState, logits: Tensor, steps: Tensor) -> Tensor:
+    """What follows each input: the tokens (B, W) at `steps` (B, W), -1 where there is no distribution."""
+    images, length = state.tokens.shape
+    at = steps.clamp(0, length - 1)
+    scale = None
+    if state.schedule is not None:
+        scale = state.schedule.gather(1, at).flatten()
+        conditional, unconditional = logits[:images], logits[images:]
+        with_guidance = (state.positions[images:] >= 0)[:, None, None]
+        logits = torch.cat([conditional, torch.where(with_guidance, unconditional, conditional)])
 
     def of_image(values: Tensor) -> Tensor:
-        return values[image].expand(columns)
+        return values[:, None].expand_as(steps).flatten()
 
     sampled = sample_tokens(
-        torch.cat([logits[row, :columns] for row in rows]),
-        guidance_scale=None if state.schedule is None or len(rows) == 1 else state.schedule[image, steps],
+        logits.flatten(0, 1),
+        guidance_scale=scale,
         temperature=of_image(state.temperature),
         top_k=of_image(state.top_k),
         top_p=of_image(state.top_p),
         seed=of_image(state.seeds),
         image_ids=of_image(state.image_ids),
-        step=steps,
+        step=at.flatten(),
     )
-    return torch.where(steps < state.prompt_lengths[image], state.tokens[image, steps], sampled).tolist()
+    given = steps < state.prompt_lengths[:, None]
+    return torch.where(given, state.tokens.gather(1, at), sampled.view_as(steps))
 
 
-def _fed_next(state: SampleState, image: int, position: int, guesses: list[int], window: int) -> list[int]:
-    """The last token, then those of the prompt, the guesses, and the last of all these again."""
-    length = state.tokens.shape[1]
-    prompt = state.tokens[image, position : min(int(state.prompt_lengths[image]), length)].tolist()
-    ids = [int(state.tokens[image, position - 1]), *prompt, *guesses[len(prompt) :]]
-    ids += [ids[-1]] * window
+def _fed_next(state: SampleState, draws: Tensor, kept: Tensor, columns: Tensor, goes_on: Tensor) -> Tensor:
+    """(B, W): the last token, then those of the prompt, the draws that were not kept, and the last of these again."""
+    length, window = state.tokens.shape[1], draws.shape[1]
+    prompt = state.prompt_lengths.clamp(max=length) - goes_on
+    known = torch.maximum(prompt, columns - kept).clamp(min=0)
+    place = torch.minimum(torch.arange(window, device=draws.device), known[:, None])
+    certain = state.tokens.gather(1, (goes_on[:, None] - 1 + place).clamp(0, length - 1))
+    guessed = draws.gather(1, (kept[:, None] - 1 + place).clamp(max=window - 1))
     # A row without a distribution is marked -1; it is reported at the end, so that no pass waits for the device.
-    return [max(token, 0) for token in ids[:window]]
+    return torch.where(place <= prompt.clamp(min=0)[:, None], certain, guessed).clamp(min=0)
 
 
 def decode_tokens(
@@ -242,7 +252,7 @@ def decode_tokens_reference(
     length = state.tokens.shape[1]
     for _ in range(passes):
         columns = torch.where(state.positions < 0, 0, (length - state.positions).clamp(max=window))
-        logits = torch.full((*state.ids.shape, weights.codes), torch.nan)
+        logits = torch.full((len(state.ids), window, weights.codes), torch.nan)
         for width in columns.unique().tolist():
             if width:
                 positions = torch.where(columns == width, state.positions, -1)
