@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -148,6 +149,11 @@ Tensor decode(const Tensor& arena, const Tensor& vectors, const Tensor& embeddin
   Tensor logits = torch::stable::new_empty(vectors, {p.rows, p.columns, p.codes});
   if (p.rows == 0) return logits;
   p.logits = static_cast<float*>(logits.mutable_data_ptr());
+  const int64_t row_size = p.columns * p.codes;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    if (p.positions[r] < 0)
+      std::fill_n(p.logits + r * row_size, row_size, std::numeric_limits<float>::quiet_NaN());
+  }
   ALITOK_DISPATCH_ISA(decode_cpu, p, process_crew(), torch_parallel());
   return logits;
 }

@@ -55,7 +55,7 @@ struct DecodeParams {
   const int64_t* positions;  // (rows): where the first input of a row stands; -1: it rests
   const int64_t* slot_of;    // (rows): its sequence in the cache, another for each; null: its own number
   void *keys, *values;       // (layers, slots, heads, capacity, head_dim); keys normalised and rotated
-  float* logits;             // (rows, columns, codes); not written for rows that rest
+  float* logits;             // (rows, columns, codes); those of rows that rest stay
 };
 
 // What follows a pass: the draws, and what the next one is fed. Of row r, r % batch is the image.

@@ -78,7 +78,9 @@ def cached_attention(
         ImportError: when the extension is missing (`use_reference` is the explicit way around it).
     """
     check_tensors(qkv=qkv, keys=keys, values=values, positions=positions)
-    check_optional_tensors(slots=slots, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, rope=rope, arrivals=arrivals)
+    check_optional_tensors(
+        slots=slots, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, rope=rope, arrivals=arrivals
+    )
     if qkv.ndim != 5:
         raise ValueError(f"qkv: expected 5 dimensions, got shape {tuple(qkv.shape)}")
     norm_eps = number("norm_eps", norm_eps, lowest=0)

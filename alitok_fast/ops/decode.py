@@ -37,7 +37,7 @@ def decode(
             positions from its own on, and reads those before. Keys are stored normalised and rotated.
         values: of the shape and dtype of `keys`.
         positions: (R,) int64, where the first input of each row stands, at most capacity - W; or -1: the row rests,
-            nothing of it is read or written, and its logits are undefined.
+            nothing of it is read or written, and its logits are NaN.
         slots: (R,) int64, the sequence of each row, another for each; None: row r has sequence r.
 
     Returns:

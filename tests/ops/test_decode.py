@@ -1,7 +1,9 @@
-"""decode: native against the reference, packing, and independence of a row from batch and threads."""
+"""decode: native against the reference, packing, and independence of a position from window, batch, slot and threads."""
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from alitok_fast._library import use_reference
@@ -67,7 +69,12 @@ def make_ids(shape, rows) -> Tensor:
 
 def run(weights, ids, caches, step=decode) -> Tensor:
     """Logits of every position in turn, (positions, rows, codes)."""
-    return torch.stack([step(weights, row, *caches, torch.tensor(position)) for position, row in enumerate(ids)])
+    return torch.stack([one(weights, row, caches, position, step) for position, row in enumerate(ids)])
+
+
+def one(weights, ids, caches, position, step=decode) -> Tensor:
+    """One input of every row, all at the same position."""
+    return step(weights, ids[:, None], *caches, torch.full((len(ids),), position)).squeeze(1)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -104,6 +111,71 @@ def test_a_row_does_not_depend_on_the_others(cpu_isa, dtype, rows):
     whole = run(weights, ids[:3], make_caches(shape, 40))
     part = run(weights, ids[:3, -rows:].contiguous(), make_caches(shape, rows))
     assert torch.equal(part, whole[:, -rows:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [2, 5, POSITIONS])
+def test_a_window_equals_single_steps(cpu_isa, dtype, width):
+    """Logits and cache to the last bit; rows that rest between them, and slots in another order."""
+    shape, rows = SHAPES[0], 3
+    weights, ids = make(shape, dtype), make_ids(shape, rows)
+    caches, windowed = make_caches(shape, rows), make_caches(shape, 5)
+    expected = run(weights, ids, caches)
+    slots = torch.tensor([4, 0, 1, 3])
+    for begin in range(0, POSITIONS, width):
+        part = ids[begin : begin + width].T
+        fed = torch.cat([part[:2], torch.full_like(part[:1], -(2**60)), part[2:]])  # row 2 rests
+        got = decode(weights, fed, *windowed, torch.tensor([begin, begin, -1, begin]), slots)
+        assert torch.equal(got[[0, 1, 3]].transpose(0, 1), expected[begin : begin + width])
+    assert torch.equal(windowed[:, :, slots[[0, 1, 3]]], caches)
+    assert windowed[:, :, [1, 2]].isnan().all()
+
+
+def test_a_window_equals_the_reference():
+    shape, rows = SHAPES[2], 4
+    weights, ids = make(shape, torch.float32), make_ids(shape, rows).T.contiguous()
+    caches, expected_caches = make_caches(shape, 6), make_caches(shape, 6).double()
+    slots = torch.tensor([5, 1, 0, 2])
+    for positions, width in (([0, 0, -1, 0], 4), ([4, -1, 0, 1], 2), ([3, 4, 2, 0], 15)):
+        arguments = torch.tensor(positions), slots
+        got = decode(weights, ids[:, :width].contiguous(), *caches, *arguments)
+        expected = decode_reference(weights, ids[:, :width], *expected_caches, *arguments)
+        active = torch.tensor(positions) >= 0
+        assert expected[~active].isnan().all()
+        assert error(got[active], expected[active]) < ERROR[torch.float32]
+
+
+SCHEDULES = st.lists(  # passes: of each, which sequences take part, in which order of rows, and how far they look ahead
+    st.tuples(st.lists(st.sampled_from(range(4)), min_size=1, max_size=4, unique=True), st.integers(1, 6)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(SCHEDULES, st.permutations(range(6)), st.sampled_from([torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sequence_alone_and_in_any_company(cpu_isa, dtype, schedule, slots, cache_dtype):
+    """Random windows, joins, leaves and slots, with wrong guesses that are overwritten later: the same bits."""
+    shape, count = SHAPES[0], 4
+    weights, ids = make(shape, dtype), make_ids(shape, count).T
+    alone = [run(weights, ids[i][:, None], make_caches(shape, 1, cache_dtype)).squeeze(1) for i in range(count)]
+    caches, reached = make_caches(shape, 6, cache_dtype), [0] * count
+    for sequences, width in schedule:
+        sequences = [i for i in sequences if reached[i] + width <= POSITIONS]
+        if not sequences:
+            continue
+        right = {i: 1 + (reached[i] + i) % width for i in sequences}  # so many of the window's inputs
+        fed = torch.stack([ids[i, reached[i] : reached[i] + width] for i in sequences])
+        for row, i in enumerate(sequences):
+            fed[row, right[i] :] = (fed[row, right[i] :] + 1) % shape[-1]
+        positions, where = torch.tensor([reached[i] for i in sequences]), torch.tensor([slots[i] for i in sequences])
+        logits = decode(weights, fed, *caches, positions, where)
+        for row, i in enumerate(sequences):
+            assert torch.equal(logits[row, : right[i]], alone[i][reached[i] : reached[i] + right[i]])
+            reached[i] += right[i]
+    unused = [slot for slot in range(6) if slot not in slots[:count]]
+    assert caches[:, :, unused].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,7 +229,7 @@ def test_nan_stays_in_its_row(cpu_isa, dtype):
     shape = SHAPES[0]
     weights, ids = make(shape, dtype), torch.tensor([1, 2, 3])
     weights.embeddings[2, 5] = torch.inf
-    logits = decode(weights, ids, *make_caches(shape, 3), torch.tensor(0))
+    logits = one(weights, ids, make_caches(shape, 3), 0)
     assert logits[1].isnan().any() and logits[[0, 2]].isfinite().all()
 
 
@@ -166,26 +238,42 @@ def test_opcheck():
     weights, (keys, values) = make(shape, torch.bfloat16), make_caches(shape, 2).zero_()
     torch.library.opcheck(
         torch.ops.alitok.decode.default,
-        (weights.arena, weights.vectors, weights.embeddings, weights.rope, torch.tensor([1, 2]), keys, values,
-         torch.tensor(3), weights.hidden, weights.codes, weights.dtype.itemsize, weights.norm_eps),
+        (weights.arena, weights.vectors, weights.embeddings, weights.rope, torch.tensor([[1, 2], [3, 4]]), keys,
+         values, torch.tensor([3, 5]), torch.tensor([1, 0]), weights.hidden, weights.codes, weights.dtype.itemsize, weights.norm_eps),
     )  # fmt: skip
 
 
 def test_no_rows():
     shape = SHAPES[0]
-    ids = torch.empty(0, dtype=torch.int64)
-    assert decode(make(shape, torch.float32), ids, *make_caches(shape, 0), torch.tensor(0)).shape == (0, 96)
+    ids, positions = torch.empty(0, 3, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    assert decode(make(shape, torch.float32), ids, *make_caches(shape, 0), positions).shape == (0, 3, 96)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ids": torch.tensor([0, 99])}, r"ids: expected a value in 0..98, got 99"),
-        ({"ids": torch.tensor([0, -1])}, r"ids: expected a value in 0..98, got -1"),
-        ({"ids": torch.tensor([0.0, 1.0])}, r"ids: expected int64, got float32"),
-        ({"ids": torch.tensor([0, 1, 2])}, r"keys: expected size 3 along dimension 1, got shape \(2, 2, 2, 19, 48\)"),
-        ({"position": torch.tensor(POSITIONS)}, r"position: expected a value in 0..18, got 19"),
-        ({"position": torch.tensor(-1)}, r"position: expected a value in 0..18, got -1"),
+        ({"ids": torch.tensor([[0, 0], [0, 99]])}, r"ids: expected a value in 0..98, got 99"),
+        ({"ids": torch.tensor([[0, -1], [0, 0]])}, r"ids: expected a value in 0..98, got -1"),
+        ({"ids": torch.tensor([[0.0], [1.0]])}, r"ids: expected int64, got float32"),
+        ({"ids": torch.tensor([0, 1])}, r"ids: expected 2 dimensions, got shape \(2,\)"),
+        ({"ids": torch.zeros(2, 0, dtype=torch.int64)}, r"ids: expected a column or more, got shape \(2, 0\)"),
+        ({"ids": torch.zeros(2, 20, dtype=torch.int64)}, r"keys: expected a capacity of 20 or more, got 19"),
+        (
+            {"ids": torch.zeros(3, 2, dtype=torch.int64)},
+            r"positions: expected size 3 along dimension 0, got shape \(2,\)",
+        ),
+        (
+            {"ids": torch.zeros(3, 1, dtype=torch.int64), "positions": torch.zeros(3, dtype=torch.int64)},
+            r"keys: expected a sequence for each of the 3 rows, got shape \(2, 2, 2, 19, 48\)",
+        ),
+        ({"positions": torch.tensor([0, POSITIONS - 1])}, r"positions: expected a value in -1..17, got 18"),
+        ({"positions": torch.tensor([0, -2])}, r"positions: expected a value in -1..17, got -2"),
+        ({"positions": torch.tensor([0.0, 1.0])}, r"positions: expected int64, got float32"),
+        ({"positions": torch.tensor(0)}, r"positions: expected 1 dimensions, got shape \(\)"),
+        ({"slots": torch.tensor([1, 1])}, r"slots: expected another one for each row, got slot 1 twice"),
+        ({"slots": torch.tensor([0, 2])}, r"slots: expected a value in 0..1, got 2"),
+        ({"slots": torch.tensor([0, -1])}, r"slots: expected a value in 0..1, got -1"),
+        ({"slots": torch.tensor([0])}, r"slots: expected size 2 along dimension 0, got shape \(1,\)"),
         ({"keys": torch.zeros(2, 2, 2, 19, 48).half()}, r"keys: expected float32 or bfloat16, got float16"),
         ({"values": torch.zeros(2, 2, 2, 19, 48).bfloat16()}, r"values: expected float32, got bfloat16"),
         ({"values": torch.zeros(2, 2, 2, 18, 48)}, r"values: expected size 19 along dimension 3, got shape"),
@@ -196,9 +284,11 @@ def test_no_rows():
 def test_bad_arguments(changes, message):
     shape = SHAPES[0]
     keys, values = make_caches(shape, 2)
-    arguments = {"ids": torch.tensor([0, 1]), "keys": keys, "values": values, "position": torch.tensor(0), **changes}
+    ids, positions = torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 4])
+    arguments = {"ids": ids, "keys": keys, "values": values, "positions": positions, **changes}
     with pytest.raises(ValueError, match=message):
         decode(make(shape, torch.float32), **arguments)
+    assert keys.isnan().all() and values.isnan().all(), "nothing is written"
 
 
 def test_unknown_weight_dtype():
