@@ -87,7 +87,9 @@ def sample_tokens(
             raise ValueError(f"temperature: expected 0 (greedy) or a number in 1e-30..1e30, got {temperature:g}")
         temperature = _filled(temperature, torch.float32, logits.device)
     if not isinstance(top_k, Tensor):
-        top_k = _filled(0 if top_k is None else integer("top_k", top_k, 1), torch.int64, logits.device)
+        if top_k is not None and integer("top_k", top_k) < 1:
+            raise ValueError(f"top_k: expected None or a number >= 1, got {top_k}")
+        top_k = _filled(0 if top_k is None else integer("top_k", top_k), torch.int64, logits.device)
     if not isinstance(top_p, Tensor):
         top_p = 1.0 if top_p is None else real("top_p", top_p)
         if not 0 < top_p <= 1:

@@ -25,8 +25,9 @@ def make(rows=2, heads=3, dim=48, capacity=20, dtype=torch.float32, cache_dtype=
 
 def step(qkv, caches, options, position, source=None):
     """Position `source` of qkv, by default `position` too."""
-    new = qkv[:, position if source is None else source].contiguous()
-    return cached_attention(new, caches[0], caches[1], torch.tensor(position, device=qkv.device), **options)
+    source = position if source is None else source
+    positions = torch.full((len(qkv),), position, device=qkv.device)
+    return cached_attention(qkv[:, source : source + 1].contiguous(), *caches, positions, **options).squeeze(1)
 
 
 def run(qkv, caches, options):
@@ -67,8 +68,8 @@ def test_e4m3_rounding_is_torchs(target):
     values = torch.cat([values, values.new_zeros(-len(values) % 8)]).view(-1, 1, 1, 8)
     rows = len(values)
     caches = torch.zeros(2, rows, 1, 1, 8, dtype=torch.float8_e4m3fn, device=target)
-    qkv = values.expand(rows, 3, 1, 8).contiguous().to(target)
-    cached_attention(qkv, caches[0], caches[1], torch.tensor(0, device=target))
+    qkv = values.expand(rows, 3, 1, 8).unsqueeze(1).contiguous().to(target)
+    cached_attention(qkv, caches[0], caches[1], torch.zeros(rows, dtype=torch.int64, device=target))
     expected = values.clamp(-448, 448).to(torch.float8_e4m3fn)
     assert torch.equal(caches[0].cpu().view(torch.uint8), expected.view(torch.uint8))
 
@@ -79,6 +80,48 @@ def test_position_outside_gives_nan_and_writes_nothing(device):
     for position in (-1, 20):
         out = step(qkv, caches, options, position, source=0)
         assert out.isnan().all() and not caches.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("capacity", [20, 600])
+def test_a_window_equals_single_steps(target, dtype, cache_dtype, capacity):
+    """To the last bit, result and cache: rows at their own positions, in slots of their own, some at rest."""
+    qkv, caches, options = make(3, 2, 48, capacity, dtype, cache_dtype, device=target)
+    _, windowed, _ = make(5, 2, 48, capacity, dtype, cache_dtype, device=target)
+    windowed.zero_()
+    begins, width, slots = [capacity - 5, -1, 3], 5, torch.tensor([4, 0, 2], device=target)
+    arrivals = torch.zeros(3 * width * 2, dtype=torch.int32, device=target)
+    for row, begin in enumerate(begins):
+        for position in range(max(begin, 0)):
+            one = qkv[row : row + 1, position : position + 1].contiguous()
+            at = torch.tensor([position], device=target)
+            cached_attention(one, *windowed, at, slots=slots[row : row + 1], **options)
+    alone, expected = windowed.clone(), []
+    fed = torch.stack([qkv[row, max(begin, 0) : max(begin, 0) + width] for row, begin in enumerate(begins)])
+    for column in range(width):
+        at = torch.tensor([begin + column if begin >= 0 else -1 for begin in begins], device=target)
+        counters = arrivals[:6] if capacity > 512 else None
+        one = fed[:, column : column + 1].contiguous()
+        expected.append(cached_attention(one, *alone, at, slots=slots, arrivals=counters, **options))
+    positions = torch.tensor(begins, device=target)
+    got = cached_attention(fed, *windowed, positions, slots=slots, arrivals=arrivals, **options)
+    assert got[1].isnan().all() and not got[[0, 2]].isnan().any()
+    if capacity <= 512:  # else more queries share the keys among fewer blocks
+        assert torch.equal(got[[0, 2]], torch.cat(expected, 1)[[0, 2]])
+    else:
+        torch.testing.assert_close(got, torch.cat(expected, 1), rtol=1e-2, atol=1e-2, equal_nan=True)
+    assert torch.equal(windowed.float(), alone.float()) and not arrivals.any()
+    assert not windowed[:, [0, 1, 3]].float().any(), "no one's slots"
+
+
+def test_columns_behind_the_end_and_slots_outside_rest(target):
+    qkv, caches, options = make(device=target)
+    caches.zero_()
+    positions, fed = torch.tensor([18, 18], device=target), qkv[:, :4].contiguous()
+    got = cached_attention(fed, *caches, positions, slots=torch.tensor([1, 2], device=target), **options)
+    assert got[1].isnan().all() and got[0, 2:].isnan().all() and not got[0, :2].isnan().any()
+    assert not caches[:, 0].any() and not caches[:, 1, :, :18].any() and caches[:, 1, :, 18:].any()
 
 
 def test_strided_cache_and_no_rows(device):
@@ -106,9 +149,10 @@ def test_counters_share_the_keys_and_are_zeros_again(device):
 @pytest.mark.parametrize("counted", [False, True])
 def test_opcheck(device, counted):
     qkv, caches, options = make(device=device)
-    arguments = (qkv[:, 0].contiguous(), caches[0].zero_(), caches[1].zero_(), torch.tensor(3, device=device))
+    positions, slots = torch.tensor([3, 7], device=device), torch.tensor([1, 0], device=device)
+    arguments = (qkv[:, :2].contiguous(), caches[0].zero_(), caches[1].zero_(), positions, slots)
     arguments += (options["q_norm_weight"], options["k_norm_weight"], 1e-5, options["rope"], 0.2)
-    arguments += (torch.zeros(6, dtype=torch.int32, device=device) if counted else None,)
+    arguments += (torch.zeros(12, dtype=torch.int32, device=device) if counted else None,)
     torch.library.opcheck(torch.ops.alitok.cached_attention.default, arguments)
 
 
@@ -116,10 +160,19 @@ def test_opcheck(device, counted):
     ("change", "message"),
     [
         (lambda a: a.update(qkv=a["qkv"].double()), "qkv: expected float32 or bfloat16 or float16, got float64"),
-        (lambda a: a.update(qkv=a["qkv"][0]), "qkv: expected 4 dimensions"),
-        (lambda a: a.update(keys=a["keys"][:1]), "keys: expected size 2 along dimension 0"),
+        (lambda a: a.update(qkv=a["qkv"][0]), "qkv: expected 5 dimensions"),
+        (lambda a: a.update(keys=a["keys"][:1]), "values: expected size 1 along dimension 0"),
+        (
+            lambda a: a.update(keys=a["keys"][:1], values=a["values"][:1]),
+            "keys: expected a sequence for each of the 2 rows, got shape",
+        ),
         (lambda a: a.update(values=a["values"].to(torch.float8_e4m3fn)), "values: expected the dtype of keys"),
-        (lambda a: a.update(position=torch.tensor(0, dtype=torch.int32)), "position: expected int64, got int32"),
+        (lambda a: a.update(positions=torch.tensor([0, 0]).int()), "positions: expected int64, got int32"),
+        (lambda a: a.update(positions=torch.tensor(0)), r"positions: expected 1 dimensions, got shape \(\)"),
+        (lambda a: a.update(positions=torch.arange(3)), "positions: expected size 2 along dimension 0"),
+        (lambda a: a.update(slots=torch.arange(3)), "slots: expected size 2 along dimension 0"),
+        (lambda a: a.update(slots=[0, 1]), "slots: expected a tensor or None, got list"),
+        (lambda a: a.update(slots=torch.ones(2)), "slots: expected int64, got float32"),
         (lambda a: a.update(k_norm_weight=None), "k_norm_weight: expected given exactly when q_norm_weight is"),
         (lambda a: a.update(rope=a["rope"][:5]), r"rope: expected shape \(at least 20, 24, 2\), got \(5, 24, 2\)"),
         (lambda a: a.update(arrivals=torch.zeros(6)), "arrivals: expected int32, got float32"),
@@ -128,8 +181,8 @@ def test_opcheck(device, counted):
 )
 def test_messages(change, message):
     qkv, caches, options = make()
-    arguments = {"qkv": qkv[:, 0].contiguous(), "keys": caches[0], "values": caches[1], "position": torch.tensor(0)}
-    arguments |= options
+    arguments = {"qkv": qkv[:, :1].contiguous(), "keys": caches[0], "values": caches[1]}
+    arguments |= {"positions": torch.tensor([0, 0]), **options}
     change(arguments)
     with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         cached_attention(**arguments)
@@ -141,17 +194,18 @@ def test_messages(change, message):
 )
 def test_misaligned_cache_is_refused_on_cuda(cuda, cache_dtype, access):
     """On the CPU it does no harm."""
-    qkv = torch.zeros(2, 3, 3, 16, device=cuda, dtype=cache_dtype if cache_dtype == torch.float16 else torch.float32)
+    positions = torch.zeros(2, dtype=torch.int64, device=cuda)
+    qkv = torch.zeros(2, 1, 3, 3, 16, device=cuda, dtype=cache_dtype if cache_dtype == torch.float16 else torch.float32)
     flat, step = torch.zeros(4096, device=cuda).to(cache_dtype), access // 2 // cache_dtype.itemsize
     good = flat.as_strided((2, 3, 20, 16), (960 + 2 * step, 320, 16, 1))
-    cached_attention(qkv, good, flat.clone().as_strided(good.shape, good.stride()), torch.tensor(0, device=cuda))
+    cached_attention(qkv, good, flat.clone().as_strided(good.shape, good.stride()), positions)
     for keys in (
         flat[step:].as_strided(good.shape, good.stride()),
         flat.as_strided(good.shape, (960 + step, 320, 16, 1)),
     ):
         message = f"keys: expected memory aligned to {access} bytes, strides that are multiples of {access} bytes"
         with pytest.raises(ValueError, match=message):
-            cached_attention(qkv, keys, keys.clone(), torch.tensor(0, device=cuda))
+            cached_attention(qkv, keys, keys.clone(), positions)
 
 
 def test_odd_layers_of_an_e4m3_cache_with_head_dim_24(device):

@@ -104,6 +104,39 @@ def test_an_image_is_the_same_in_any_batch(device):
         assert torch.equal(draw_on(device, logits[part], seed=3, image_ids=images[part], step=9), together[part])
 
 
+def test_each_image_has_its_own_settings(target):
+    """As alone, to the last id, on every instruction set and device."""
+    logits, images = random_logits(12, 300), torch.tensor([5, 5, 7, 2**40, -1, 0])
+    each = {
+        "guidance_scale": torch.tensor([1.0, 3.0, 0.0, 2.0, 8.0, 1.5]),
+        "temperature": torch.tensor([0.0, 1.0, 0.5, 1.0, 2.0, 1.0]),
+        "top_k": torch.tensor([0, 4, 0, 0, 20, 1000]),
+        "top_p": torch.tensor([1.0, 1.0, 0.3, 1.0, 0.9, 0.5]).double(),
+        "seed": torch.tensor([1, 2, 3, 2**62, -9, 0]),
+        "step": torch.tensor([9, 9, 0, 2**32 - 1, 2, 3]),
+    }
+    for reference in (False, True):
+        with use_reference(reference):
+            together = draw_on(target, logits, image_ids=images, **each)
+            for i in range(6):
+                one = {name: value[i : i + 1] for name, value in each.items()}
+                pair = logits[[i, 6 + i]]
+                assert draw_on(target, pair, image_ids=images[i : i + 1], **one) == together[i]
+
+
+@NATIVE_AND_REFERENCE
+def test_images_with_bad_settings_are_marked(reference, cuda):
+    """Where the values lie on a device, the host does not look."""
+    logits, images = random_logits(4, 30), torch.arange(4)
+    bad = {"temperature": torch.tensor([1.0, NAN, -1.0, INF]), "top_k": torch.tensor([0, -1, 5, 5]),
+           "top_p": torch.tensor([1.0, 0.0, NAN, 2.0]).double()}  # fmt: skip
+    for name, values in bad.items():
+        with use_reference(reference):
+            ids = draw_on(cuda, logits, image_ids=images, seed=0, step=0, **{name: values})
+        wrong = torch.tensor([False, True, name != "top_k", name != "top_k"])
+        assert torch.equal(ids == -1, wrong)
+
+
 def test_every_part_of_the_key_counts():
     logits, images = torch.zeros(1, 64).expand(8192, -1), torch.arange(8192)
     keys = [(0, 0, 0), (1, 0, 0), (2**32, 0, 0), (0, 2**32, 0), (0, 2**50, 0), (0, 0, 1), (0, 0, 2**31)]
@@ -204,7 +237,7 @@ def test_layouts():
     assert torch.equal(sample_tokens(wide[:, 1, 1:129], **draw), expected)
     assert torch.equal(sample_tokens(logits.T.contiguous().T, **draw), expected)
     apart = torch.stack([torch.arange(6), torch.full((6,), 99)], 1)[:, 0]
-    assert torch.equal(sample_tokens(logits, seed=torch.tensor([0]), image_ids=apart, step=torch.tensor(0)), expected)
+    assert torch.equal(sample_tokens(logits, seed=torch.tensor(0), image_ids=apart, step=torch.tensor(0)), expected)
     none = torch.empty(0, dtype=torch.int64)
     empty = sample_tokens(torch.empty(0, 7), seed=0, image_ids=none, step=0, guidance_scale=2.0)
     assert empty.shape == (0,) and empty.dtype == torch.int64
@@ -215,7 +248,10 @@ def test_layouts():
     [
         ({"logits": torch.zeros(4, 8).double()}, "logits: expected float32 or bfloat16 or float16, got float64"),
         ({"logits": torch.zeros(8)}, r"logits: expected 2 dimensions, got shape \(8,\)"),
-        ({"logits": torch.zeros(4, 0)}, r"logits: expected 1..2\^30 codes along dimension 1, got shape \(4, 0\)"),
+        (
+            {"logits": torch.zeros(4, 0)},
+            r"logits: expected 1..2\^30 codes along the last dimension, got shape \(4, 0\)",
+        ),
         ({"logits": torch.zeros(3, 8)}, r"logits: expected an even number of rows .*, got shape \(3, 8\)"),
         ({"guidance_scale": torch.ones(3)}, r"guidance_scale: expected shape \(\) or \(2,\), got shape \(3,\)"),
         ({"guidance_scale": torch.ones(2).double()}, "guidance_scale: expected float32, got float64"),
@@ -228,8 +264,13 @@ def test_layouts():
         ({"seed": torch.tensor(1.0)}, "seed: expected int64, got float32"),
         ({"seed": 2**63}, "seed: expected a number in .*, got 9223372036854775808"),
         ({"step": -1}, r"step: expected a number in \[0, 4294967296\), got -1"),
-        ({"step": torch.arange(2)}, r"step: expected one element, got shape \(2,\)"),
-        ({"image_ids": torch.arange(3)}, r"image_ids: expected size 2 along dimension 0, got shape \(3,\)"),
+        ({"step": torch.arange(3)}, r"step: expected shape \(\) or \(2,\), got shape \(3,\)"),
+        ({"seed": torch.arange(3)}, r"seed: expected shape \(\) or \(2,\), got shape \(3,\)"),
+        ({"temperature": torch.tensor([1.0, NAN])}, "temperature: expected .*, got -?nan"),
+        ({"temperature": torch.ones(2).double()}, "temperature: expected float32, got float64"),
+        ({"top_k": torch.tensor(-1)}, r"top_k: expected 0 \(all\) or more, got -1"),
+        ({"top_p": torch.tensor([1.0, 0.0]).double()}, r"top_p: expected a number in \(0, 1\], got 0"),
+        ({"image_ids": torch.arange(3)}, r"image_ids: expected shape \(\) or \(2,\), got shape \(3,\)"),
         ({"image_ids": torch.arange(2).int()}, "image_ids: expected int64, got int32"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -243,10 +284,15 @@ def test_bad_arguments(change, message):
 
 def test_opcheck(device):
     seed, step, images = (t.to(device) for t in (torch.tensor(1), torch.tensor(2), torch.arange(3)))
+
+    def settings(*values):
+        dtypes = torch.float32, torch.int64, torch.float64
+        return [torch.tensor(value, dtype=dtype, device=device) for value, dtype in zip(values, dtypes, strict=True)]
+
     few, many = random_logits(3, 20).to(device), random_logits(6, 20, torch.bfloat16).to(device)
     for arguments in (
-        (few, None, 1.0, None, None, seed, images, step),
-        (many, torch.tensor(2.0, device=device), 0.7, 5, 0.9, seed, images, step),
+        (few, None, *settings(1.0, 0, 1.0), seed, images, step),
+        (many, torch.tensor(2.0, device=device), *settings(0.7, [5, 0, 2], 0.9), seed, images, step + images),
     ):
         torch.library.opcheck(torch.ops.alitok.sample_tokens, arguments)
 
