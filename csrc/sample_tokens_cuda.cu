@@ -241,7 +241,8 @@ __device__ void feed(const SampleTokensParams& p, int64_t b, int64_t position, i
   const SampleNextParams& next = p.next;
   const int64_t rows = p.guidance_scale.data != nullptr && next.positions[p.batch + b] >= 0 ? 2 : 1;
   const int64_t* follows = next.tokens + b * next.length + position - 1;
-  const int64_t prompt = next.prompt_lengths[b] < next.length ? next.prompt_lengths[b] - position : 0;
+  const int64_t given = next.prompt_lengths[b];
+  const int64_t prompt = (given < next.length ? given : next.length) - position;
   for (int64_t row = b, r = 0; r < rows; ++r, row += p.batch) {
     int64_t* ids = p.ids + row * next.columns;
     next.positions[row] = position < next.length ? position : -1;

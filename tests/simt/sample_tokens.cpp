@@ -1,6 +1,12 @@
 #include "case.h"
 #include "sample_tokens_cuda.cu"
 
+// One element for all images, or one for each: `<name>_stride` says which.
+template <class T>
+alitok::PerImage<T> per_image(simt::Case& test, const std::string& name) {
+  return {test.input<T>(name), test.has(name + "_stride") ? test.integer(name + "_stride") : 0};
+}
+
 void run_case(simt::Case& test) {
   alitok::SampleTokensParams p{};
   p.dtype = static_cast<alitok::LogitsDtype>(test.integer("dtype"));
@@ -10,18 +16,22 @@ void run_case(simt::Case& test) {
   const int64_t bytes = p.dtype == alitok::LogitsDtype::float32 ? 4 : 2;
   p.logits = test.input<unsigned char>("logits") + test.integer("offset") * bytes;
   p.row_stride = test.integer("row_stride");
-  p.guidance_scale = test.input<float>("guidance_scale");
-  p.guidance_stride = test.integer("guidance_stride");
-  p.rule = {static_cast<float>(test.number("temperature")), test.integer("top_k"), test.number("top_p")};
-  p.seed = test.input<int64_t>("seed");
-  p.image_ids = test.input<int64_t>("image_ids");
-  p.step = test.input<int64_t>("step");
+  p.guidance_scale = per_image<float>(test, "guidance_scale");
+  p.settings = {per_image<float>(test, "temperature"), per_image<int64_t>(test, "top_k"),
+                per_image<double>(test, "top_p"), per_image<int64_t>(test, "seed"),
+                per_image<int64_t>(test, "image_ids")};
   if (test.has("length")) {
     p.next.tokens = test.inout<int64_t>("tokens");
     p.next.length = test.integer("length");
-    p.next.prompt_length = test.input<int64_t>("prompt_length");
+    p.next.columns = test.integer("columns");
+    p.next.window = test.integer("window");
+    p.next.prompt_lengths = test.input<int64_t>("prompt_lengths");
+    p.next.positions = test.inout<int64_t>("positions");
+    p.next.passes_done = test.inout<int64_t>("passes");
+    p.next.draws = test.workspace<int64_t>(p.batch * p.next.window);
     p.ids = test.inout<int64_t>("ids");
   } else {
+    p.step = per_image<int64_t>(test, "step");
     p.ids = test.output<int64_t>("ids", p.batch);
   }
   alitok::sample_tokens_cuda(p, nullptr);
