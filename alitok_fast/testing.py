@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alitok_fast.inference.step_model import StepModel
+from alitok_fast.models.kv_cache import KVCache
+
 EPSILON = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 """Largest relative error of rounding to a dtype."""
 
@@ -16,6 +19,15 @@ def relative_error(actual: Tensor, expected) -> float:
     if actual.shape != expected.shape:
         raise ValueError(f"actual: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
     return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def step_logits(model: StepModel, ids: Tensor, cache: KVCache, width: int = 1) -> Tensor:
+    """(R, n, K): the logits after each of the inputs (R, n) of whole sequences, `width` of them a pass."""
+    parts = []
+    for begin in range(0, ids.shape[1], width):
+        part = ids[:, begin : begin + width].contiguous()
+        parts.append(model.step(part, cache, torch.full((len(ids),), begin, device=ids.device)))
+    return torch.cat(parts, 1)
 
 
 def vq_inputs(features: int, codes: int, channels: int, seed: int = 0) -> tuple[Tensor, Tensor]:

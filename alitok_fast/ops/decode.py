@@ -61,7 +61,7 @@ def decode_reference(
 ) -> Tensor:
     """The definition of `decode`, with float32 (float64 for a float64 cache) activations throughout."""
     compute = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    logits = torch.full((*ids.shape, weights.codes), torch.nan, dtype=compute)
+    logits = torch.full((*ids.shape, weights.codes), torch.nan, dtype=compute, device=ids.device)
     rows = (positions >= 0).nonzero().flatten()
     slots = rows if slots is None else slots[rows]
     for column in range(ids.shape[1]):
@@ -252,7 +252,7 @@ def decode_tokens_reference(
     length = state.tokens.shape[1]
     for _ in range(passes):
         columns = torch.where(state.positions < 0, 0, (length - state.positions).clamp(max=window))
-        logits = torch.full((len(state.ids), window, weights.codes), torch.nan)
+        logits = torch.full((len(state.ids), window, weights.codes), torch.nan, device=keys.device)
         for width in columns.unique().tolist():
             if width:
                 positions = torch.where(columns == width, state.positions, -1)

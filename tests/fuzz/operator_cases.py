@@ -174,24 +174,34 @@ def sample_arguments(s, g):
     batch, codes, guided = s[0], 7 * s[1] + 1, s[2] % 2
     return {
         "logits": randn(batch * (1 + guided), codes, generator=g, dtype=FLOATS[s[2] % 3]),
-        "guidance_scale": torch.tensor(2.0) if guided else None, "temperature": (0.0, 1.0)[s[3] % 2],
-        "top_k": s[3] + 1 if s[3] % 4 == 3 else None, "top_p": 0.7 if s[3] % 5 == 4 else None,
-        "seed": torch.tensor(s[3]), "image_ids": torch.arange(batch), "step": torch.tensor(s[0]),
+        "guidance_scale": torch.tensor(2.0) if guided else None, **rule(batch, s, g), "seed": torch.tensor(s[3]),
+        "image_ids": torch.arange(batch), "step": torch.tensor(s[0]),
+    }  # fmt: skip
+
+
+def rule(batch, s, g):
+    """Settings for all images, or for each of them."""
+    shape = (batch,) if s[1] % 2 else ()
+    return {
+        "temperature": torch.rand(shape, generator=g).round(), "top_k": torch.randint(s[3] + 2, shape, generator=g),
+        "top_p": 1 - torch.rand(shape, generator=g, dtype=torch.float64).mul(4).floor() / 4,
     }  # fmt: skip
 
 
 def cached_arguments(s, g):
     rows, heads, capacity, dim, dtype = s[0], s[1] % 3 + 1, s[2] + 1, 8 * (s[3] % 3 + 1), FLOATS[s[3] % 3]
+    columns = s[3] % 3 + 1
     normed, cache_dtype = s[2] % 2, torch.float8_e4m3fn if s[0] % 3 == 2 and dtype != torch.float32 else dtype
     return {
-        "qkv": randn(rows, 3, heads, dim, generator=g, dtype=dtype),
-        "keys": randn(rows, heads, capacity, dim, generator=g).to(cache_dtype),
-        "values": randn(rows, heads, capacity, dim, generator=g).to(cache_dtype),
-        "position": torch.tensor(s[1] % capacity),
+        "qkv": randn(rows, columns, 3, heads, dim, generator=g, dtype=dtype),
+        "keys": randn(rows + s[2] % 2, heads, capacity, dim, generator=g).to(cache_dtype),
+        "values": randn(rows + s[2] % 2, heads, capacity, dim, generator=g).to(cache_dtype),
+        "positions": torch.randint(-1, capacity + 1, (rows,), generator=g),
+        "slots": torch.randperm(rows + s[2] % 2, generator=g)[:rows] if s[0] % 2 else None,
         "q_norm_weight": randn(dim, generator=g) if normed else None,
         "k_norm_weight": randn(dim, generator=g) if normed else None, "norm_eps": 1e-5,
         "rope": randn(capacity, dim // 2, 2, generator=g) if s[1] % 2 else None, "scale": 0.3,
-        "arrivals": torch.zeros(rows * heads, dtype=torch.int32) if s[0] % 2 else None,
+        "arrivals": torch.zeros(rows * columns * heads, dtype=torch.int32) if s[0] % 2 else None,
     }  # fmt: skip
 
 
@@ -274,12 +284,14 @@ def decode_arguments(s, g):
     heads, head_dim, capacity, codes = s[1] % 2 + 1, 2 * (s[2] % 4 + 1), s[3] + 2, 5 * s[1] + 2
     dtype = (torch.float32, torch.bfloat16, torch.int8)[s[0] % 3]
     p = packed(heads, head_dim, codes, capacity, dtype, g)
-    rows = 2 * (s[0] % 3 + 1)
-    cache = (1, rows, heads, capacity, head_dim)
+    rows, columns = 2 * (s[0] % 3 + 1), min(s[1] % 3 + 1, capacity)
+    cache = (1, rows + s[3] % 2, heads, capacity, head_dim)
     return {
         "arena": p.arena, "vectors": p.vectors, "embeddings": p.embeddings, "rope": p.rope,
-        "ids": torch.randint(codes, (rows,), generator=g), "keys": randn(*cache, generator=g),
-        "values": randn(*cache, generator=g), "position": torch.tensor(s[2] % capacity), "hidden": p.hidden,
+        "ids": torch.randint(codes, (rows, columns), generator=g), "keys": randn(*cache, generator=g),
+        "values": randn(*cache, generator=g),
+        "positions": torch.randint(-1, capacity - columns + 1, (rows,), generator=g),
+        "slots": torch.randperm(cache[1], generator=g)[:rows] if s[3] % 2 else None, "hidden": p.hidden,
         "codes": p.codes, "weight_bytes": p.dtype.itemsize, "norm_eps": p.norm_eps,
     }  # fmt: skip
 
@@ -295,21 +307,22 @@ def weights_of(a) -> PackedWeights:
 def decode_tokens_arguments(s, g):
     a = decode_arguments(s, g)
     batch, capacity = len(a["ids"]) // 2, a["keys"].shape[3]
-    steps = 1 + s[3] % 2
-    a["position"] = torch.tensor(min(s[2], capacity - steps))
+    a["positions"] = torch.randint(-1, capacity, (batch,), generator=g).repeat(2)
     last = {name: a.pop(name) for name in ("hidden", "codes", "weight_bytes", "norm_eps")}
     return {
         **a, "tokens": torch.randint(last["codes"], (batch, capacity), generator=g),
-        "prompt_length": torch.tensor(s[0]), "schedule": torch.ones(capacity), "temperature": 1.0,
-        "top_k": 3 if s[0] % 2 else None, "top_p": 0.9 if s[1] % 2 else None, "seed": torch.tensor(s[3]),
-        "image_ids": torch.arange(batch), "steps": steps, **last,
+        "prompt_lengths": torch.randint(capacity + 2, (batch,), generator=g), "schedule": torch.ones(batch, capacity),
+        **rule(batch, (0, 1, *s[2:]), g), "seeds": torch.arange(batch), "image_ids": torch.arange(batch),
+        "passes_done": torch.zeros(batch, dtype=torch.int64), "passes": s[3] % 3 + 1,
+        "window": s[0] % a["ids"].shape[1] + 1, **last,
     }  # fmt: skip
 
 
 def decode_tokens(a):
-    drawing = dec.SampleState(a["ids"], a["tokens"], a["prompt_length"], a["schedule"], a["seed"], a["image_ids"],
-                          a["temperature"], a["top_k"], a["top_p"])  # fmt: skip
-    dec.decode_tokens_reference(weights_of(a), drawing, a["keys"], a["values"], a["position"], a["steps"])
+    names = ("ids", "positions", "tokens", "prompt_lengths", "schedule", "temperature", "top_k", "top_p", "seeds",
+             "image_ids")  # fmt: skip
+    drawing = dec.SampleState(**{name: a[name] for name in names}, passes=a["passes_done"], slots=a["slots"])
+    dec.decode_tokens_reference(weights_of(a), drawing, a["keys"], a["values"], a["passes"], a["window"])
 
 
 CASES = [
@@ -335,10 +348,10 @@ CASES = [
     Case("vq_lookup", vq_arguments, operator("vq_lookup"), vq_reference),
     Case("vq_lookup_backward", vq_backward_arguments, operator("vq_lookup_backward"), vq_backward),
     Case("decode", decode_arguments, operator("decode"),
-         lambda a: dec.decode_reference(weights_of(a), a["ids"], a["keys"], a["values"], a["position"]),
+         lambda a: dec.decode_reference(weights_of(a), a["ids"], a["keys"], a["values"], a["positions"], a["slots"]),
          written=("keys", "values"), compare=same_shape),
     Case("decode_tokens", decode_tokens_arguments, operator("decode_tokens"), decode_tokens,
-         written=("ids", "keys", "values", "position", "tokens"), compare=same_shape),
+         written=("ids", "keys", "values", "positions", "tokens", "passes_done"), compare=same_shape),
 ]  # fmt: skip
 
 
@@ -362,7 +375,7 @@ PUBLIC = [
     public("quantized_linear", quantized_arguments, lambda a: quantized.quantized_linear(**a)),
     public("sample_tokens", sample_arguments, lambda a: sampling.sample_tokens(**a), compare=same_shape),
     public("cached_attention", cached_arguments, lambda a: cached.cached_attention(
-        a["qkv"], a["keys"], a["values"], a["position"], **{k: a[k] for k in list(a)[4:]}),
+        a["qkv"], a["keys"], a["values"], a["positions"], **{k: a[k] for k in list(a)[4:]}),
         written=("keys", "values")),
     public("prefix_attention", prefix_arguments, lambda a: prefix.prefix_attention(
         a["qkv"], a["prefix_len"], **{k: a[k] for k in list(a)[2:]})),

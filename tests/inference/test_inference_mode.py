@@ -13,6 +13,7 @@ from alitok_fast._library import use_reference
 from alitok_fast.inference import cuda_graph
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.loop import SamplingLoop
+from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.packed_generator import PackedGenerator
 from alitok_fast.inference.sampler import Sampler
 from alitok_fast.models.kv_cache import KVCache
@@ -62,13 +63,14 @@ def test_a_sampler(place, modes, tiny_generator, guided, reference):
 def test_a_sampling_loop_and_its_cache(place, modes, tiny_generator):
     here, device = place
     with here():
-        gen, given = tiny_generator().to(device), (torch.tensor(LABELS).to(device), None, 5, torch.arange(3).to(device))
+        gen, images = tiny_generator().to(device), torch.arange(3).to(device)
+        given = torch.tensor(LABELS).to(device), None, SamplingParams(seed=5), images
         with modes[0]:
             loop, cache = SamplingLoop(gen, 3, guided=False), KVCache(gen.config, 2, device, torch.float32)
             first = loop.run(*given)
         with modes[1]:
             again = loop.run(*given)
-            for tensor in (cache.keys, cache.values, cache.arrivals, cache.position):
+            for tensor in (cache.keys, cache.values, cache.arrivals):
                 tensor.fill_(1)
         assert torch.equal(first, again)
 

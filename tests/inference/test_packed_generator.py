@@ -19,7 +19,7 @@ from alitok_fast.models import load_generator
 from alitok_fast.models.loading import build
 from alitok_fast.ops.sample_tokens import guided_logits
 from alitok_fast.storage.checkpoint import Checkpoint
-from alitok_fast.testing import relative_error
+from alitok_fast.testing import relative_error, step_logits
 
 STEPS = 35  # of B's 273: holds eight of the golden positions, and stays quick
 REDUCED = [torch.bfloat16, torch.int8]
@@ -63,13 +63,9 @@ def demo():
 def follow(model, labels, tokens, kv_dtype=None):
     """(steps, 2 B, codes) logits before each token, conditional rows first."""
     batch = len(labels)
-    cache = model.new_cache(2 * batch, kv_dtype)
-    ids = torch.cat([model.condition_ids(labels, batch), model.condition_ids(None, batch)])
-    logits = []
-    for column in tokens.T:
-        logits.append(model.step(ids, cache))
-        ids = column.repeat(2)
-    return torch.stack(logits)
+    condition = torch.cat([model.condition_ids(labels, batch), model.condition_ids(None, batch)])
+    fed = torch.cat([condition[:, None], tokens[:, :-1].repeat(2, 1)], 1)
+    return step_logits(model, fed, model.new_cache(2 * batch, kv_dtype)).transpose(0, 1)
 
 
 def guided_errors(actual, expected, scales):
@@ -193,7 +189,7 @@ def test_a_batch_that_does_not_fit_is_split(tiny_generator, monkeypatch):
 def test_an_allocation_failure_says_what_fits(tiny_generator, monkeypatch):
     decoder = PackedGenerator(tiny_generator())
 
-    def fail(rows, dtype=None):
+    def fail(slots, dtype=None, columns=1):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(decoder, "new_cache", fail)

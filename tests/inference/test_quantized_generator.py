@@ -10,6 +10,7 @@ from alitok_fast import plan, sample
 from alitok_fast._library import use_reference
 from alitok_fast.inference.quantized_generator import QuantizedGenerator
 from alitok_fast.ops.quantized_linear import LARGEST, dequantize_weight, quantize_weight
+from alitok_fast.testing import step_logits
 
 WEIGHTS = pytest.mark.parametrize("weights", list(LARGEST), ids=["int8", "e4m3"])
 
@@ -24,9 +25,8 @@ def written_out(gen, weights):
 
 
 def logits_of(model, ids, labels):
-    cache = model.new_cache(len(ids))
-    steps = [model.step(model.condition_ids(labels, len(ids)), cache)]
-    return torch.stack(steps + [model.step(ids[:, i], cache) for i in range(ids.shape[1])], 1)
+    fed = torch.cat([model.condition_ids(labels, len(ids))[:, None], ids], 1)
+    return step_logits(model, fed, model.new_cache(len(ids)))
 
 
 @WEIGHTS

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from alitok_fast._library import use_reference
-from alitok_fast.inference.loop import STEPS_PER_CALL, SamplingLoop
+from alitok_fast.inference.loop import PASSES_PER_CALL, SamplingLoop
 from alitok_fast.inference.memory import plan
 from alitok_fast.inference.packed_generator import PackedGenerator
+from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.sampler import Sampler, guidance_schedule, sample
 from alitok_fast.models import Generator
 from alitok_fast.ops.sample_tokens import guided_logits, sample_tokens
@@ -65,7 +66,7 @@ def test_guided_logits_of_the_loop_match_a_full_pass(tiny_generator, monkeypatch
         full = torch.cat([gen(tokens, torch.tensor([3, 4])), gen(tokens, None)])
     for step, logits in enumerate(seen):
         expected = guided_logits(full[:, step], schedule[step])
-        assert (guided_logits(logits, schedule[step]) - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert (guided_logits(logits.squeeze(1), schedule[step]) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_an_image_is_the_same_in_any_batch_and_split(tiny_generator):
@@ -156,6 +157,36 @@ def test_bad_arguments(tiny_generator, labels, settings, error, message):
         sample(tiny_generator(), labels, **settings)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.0}, {"temperature": 0.6, "top_k": 5}, {"top_p": 0.7}, {"guidance_scale": 0.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.int8, None])
+def test_the_window_changes_no_image(tiny_generator, weights, settings):
+    """Nor what `on_step` sees, in its order; with prompts too."""
+    gen, labels = tiny_generator(), [3, 3, 9]
+    model = gen if weights is None else PackedGenerator(gen, weights)  # the generator itself steps with the references
+    with use_reference(weights is None):
+        expected = Sampler(model)(labels, seed=7, **settings)
+        for window in (2, 5, 16):
+            sampler, seen = Sampler(model, window=window), []
+            assert torch.equal(sampler(labels, seed=7, **settings), expected)
+            observed = sampler(labels, seed=7, on_step=lambda *given, seen=seen: seen.append(given), **settings)
+            assert torch.equal(observed, expected)
+            assert [step for step, _ in seen] == list(range(gen.config.num_tokens))
+            assert all(torch.equal(part, expected[:, : step + 1]) for step, part in seen)
+            for length in (1, 9, gen.config.num_tokens - 1, gen.config.num_tokens):
+                prompt = expected[:, :length]
+                assert torch.equal(sampler(labels, seed=7, prompt_tokens=prompt, **settings), expected)
+
+
+@pytest.mark.parametrize(("window", "error"), [(0, ValueError), (17, ValueError), (2.0, TypeError), (None, TypeError)])
+def test_bad_windows(tiny_generator, window, error):
+    with pytest.raises(error, match="window: expected"):
+        Sampler(tiny_generator(), window=window)
+
+
 def test_training_mode_is_refused(tiny_generator):
     with pytest.raises(ValueError, match="gen: expected evaluation mode, got training mode"):
         sample(tiny_generator().train(), [1])
@@ -205,7 +236,7 @@ def test_a_sampler_draws_again_and_again(tiny_generator, kept):
         assert torch.equal(sampler(labels, **settings), sample(gen, labels, **settings)), settings
         assert len(sampler._loops) <= kept
     assert sampler.loop(2, True) is sampler.loop(2, True)
-    assert sampler.loop(2, True) is not sampler.loop(2, True, top_k=3)
+    assert sampler.loop(2, True) is not sampler.loop(2, False)
 
 
 def test_earlier_loops_are_freed_where_memory_is_short(tiny_generator, monkeypatch):
@@ -250,8 +281,9 @@ def test_a_run_equals_single_steps(tiny_generator, weights, guided, settings):
     gen = tiny_generator()
     prompt = torch.tensor([[5, 6, 7], [8, 9, 31], [0, 1, 2]])
     schedule = guidance_schedule(gen.config.num_tokens, 4.0, 1.2) if guided else None
-    arguments = (torch.tensor([3, 3, 9]), schedule, 7, torch.tensor([11, 2**40, -5]))
-    loops = [SamplingLoop(PackedGenerator(gen, weights), 3, guided, **settings) for _ in range(3)]
+    params = SamplingParams(seed=7, **settings)
+    arguments = (torch.tensor([3, 3, 9]), schedule, params, torch.tensor([11, 2**40, -5]))
+    loops = [SamplingLoop(PackedGenerator(gen, weights), 3, guided) for _ in range(3)]
     for tokens in (None, prompt):
         whole = loops[0].run(*arguments, tokens)
         seen = []
@@ -259,7 +291,7 @@ def test_a_run_equals_single_steps(tiny_generator, weights, guided, settings):
         loops[2].start(*arguments, tokens)
         with torch.no_grad():
             for _ in range(gen.config.num_tokens):
-                loops[2].step()
+                loops[2].do_pass()
         assert torch.equal(whole, loops[2].state.tokens) and torch.equal(whole, observed)
         assert all(torch.equal(part, whole[:, : step + 1]) for step, part in enumerate(seen))
         assert torch.equal(loops[0].cache.keys, loops[2].cache.keys)
@@ -267,23 +299,25 @@ def test_a_run_equals_single_steps(tiny_generator, weights, guided, settings):
 
 
 def test_a_keyboard_interrupt_waits_for_a_few_steps_only(tiny_generator, monkeypatch):
-    """Python handles signals between native calls: no call draws more than STEPS_PER_CALL tokens."""
+    """Python handles signals between native calls: no call does more than PASSES_PER_CALL passes."""
     gen = tiny_generator(grid=8)
     decoder, calls = PackedGenerator(gen), []
-    steps = decoder.sample_steps
-    monkeypatch.setattr(decoder, "sample_steps", lambda *args: calls.append(args[-1]) or steps(*args))
+    passes = decoder.sample_passes
+    monkeypatch.setattr(decoder, "sample_passes", lambda *args: calls.append(args[2]) or passes(*args))
     sample(decoder, [1, 2])
-    assert sum(calls) == gen.config.num_tokens > 2 * STEPS_PER_CALL
-    assert max(calls) == STEPS_PER_CALL
+    assert sum(calls) == gen.config.num_tokens > 2 * PASSES_PER_CALL
+    assert max(calls) == PASSES_PER_CALL
 
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_step_reads_nothing_back(tiny_generator, guided):
     gen = tiny_generator()
-    loop = SamplingLoop(gen, 2, guided, top_k=5, top_p=0.9)
-    loop.model, loop.cache = gen, gen.new_cache(4 if guided else 2)  # as on a CUDA device: the generator itself
-    with torch.no_grad(), ReadsBack() as reads:
-        loop.step()
-        assert reads.count == 0
-        loop.state.ids[0].item()
-        assert reads.count == 1
+    loop = SamplingLoop(gen, 2, guided)  # as on a CUDA device: the generator itself
+    schedule = guidance_schedule(gen.config.num_tokens, 4.0, 1.2) if guided else None
+    loop.start(torch.tensor([1, 2]), schedule, SamplingParams(top_k=5, top_p=0.9), torch.arange(2))
+    for window in (1, 3):
+        with torch.no_grad(), ReadsBack() as reads:
+            loop.do_pass(window)
+            assert reads.count == 0
+            loop.state.ids[0, 0].item()
+            assert reads.count == 1

@@ -14,6 +14,7 @@ from alitok_fast._library import use_reference
 from alitok_fast.inference import cuda_graph, packed_twin
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.loop import SamplingLoop
+from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.sampler import Sampler, sample
 from alitok_fast.models import Generator
 
@@ -140,7 +141,8 @@ def test_a_sampler_on_two_streams(fake, users, tiny_generator, prompted):
 
 def test_a_sampling_loop_on_two_streams(fake, users, tiny_generator):
     gen = tiny_generator()
-    arguments = [(torch.tensor([label, 3]), None, 7, torch.arange(2)) for label in range(4)]
+    settings = SamplingParams(seed=7)
+    arguments = [(torch.tensor([label, 3]), None, settings, torch.arange(2)) for label in range(4)]
     with fake.thread("maker"):
         loop = SamplingLoop(gen, 2, guided=False)
     for index, given in enumerate(arguments):
@@ -243,7 +245,7 @@ def test_a_recording_that_fails(fake, users, tiny_generator, monkeypatch):
 def test_owners_that_are_dropped_at_once(fake, users, tiny_tokenizer, tiny_generator, kind):
     gen, tokenizer = tiny_generator(), tiny_tokenizer()
     arguments = {"decoder": [some_tokens(tokenizer.config)], "sampler": [[1, 2]]}
-    arguments["loop"] = [torch.tensor([1, 2]), None, 7, torch.arange(2)]
+    arguments["loop"] = [torch.tensor([1, 2]), None, SamplingParams(seed=7), torch.arange(2)]
     with fake.thread("maker"):
         if kind == "loop":
             owner = SamplingLoop(gen, 2, guided=False).run

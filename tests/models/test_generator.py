@@ -13,7 +13,7 @@ from alitok_fast.models.loading import build
 from alitok_fast.models.rope import rope_table
 from alitok_fast.ops.sample_tokens import guided_logits
 from alitok_fast.storage.checkpoint import Checkpoint, recognise
-from alitok_fast.testing import relative_error
+from alitok_fast.testing import relative_error, step_logits
 
 TOLERANCE = 1e-4
 
@@ -114,20 +114,38 @@ def test_cached_logits_equal_uncached(tiny_generator):
     tokens = torch.randint(gen.config.codebook_size, (3, gen.config.num_tokens))
     labels = torch.tensor([0, 4, 9])
     ids = torch.cat([gen.condition_ids(labels, 3).unsqueeze(1), tokens], dim=1)
-    cache = gen.new_cache(3)
     with torch.inference_mode():
         expected = gen(tokens, labels)
-        for step in range(gen.config.num_tokens):
-            assert relative_error(gen.step(ids[:, step], cache), expected[:, step]) < TOLERANCE
+        for width in (1, 4, gen.config.num_tokens):
+            logits = step_logits(gen, ids[:, :-1], gen.new_cache(3), width)
+            assert relative_error(logits, expected[:, :-1]) < TOLERANCE
 
 
-def test_step_refuses_other_rows_and_ends_in_nan(tiny_generator):
+def test_rows_step_at_positions_and_in_slots_of_their_own(tiny_generator):
     gen = tiny_generator()
-    cache = gen.new_cache(2)
-    with pytest.raises(ValueError, match=r"ids: expected shape \(2,\), got \(3,\)"):
-        gen.step(torch.zeros(3, dtype=torch.int64), cache)
-    cache.position.fill_(gen.config.num_tokens)
-    assert gen.step(torch.zeros(2, dtype=torch.int64), cache).isnan().all()
+    count = gen.config.num_tokens
+    tokens, labels = torch.randint(gen.config.codebook_size, (2, count)), torch.tensor([4, 9])
+    ids = torch.cat([gen.condition_ids(labels, 2).unsqueeze(1), tokens], dim=1)
+    cache, slots = gen.new_cache(5), torch.tensor([3, 0])
+    with torch.inference_mode():
+        expected = gen(tokens, labels)
+        begun = gen.step(ids[:1, :7], cache, torch.tensor([0]), slots[:1])
+        mixed = gen.step(torch.stack([ids[0, 7:9], ids[1, :2]]), cache, torch.tensor([7, 0]), slots)
+        resting = gen.step(ids[:, 9:10], cache, torch.tensor([9, -1]), slots)
+    assert relative_error(begun[0], expected[0, :7]) < TOLERANCE
+    assert relative_error(mixed[0], expected[0, 7:9]) < TOLERANCE
+    assert relative_error(mixed[1], expected[1, :2]) < TOLERANCE
+    assert relative_error(resting[0, 0], expected[0, 9]) < TOLERANCE and resting[1].isnan().all()
+    assert not cache.keys[:, [1, 2, 4]].any()
+
+
+def test_step_refuses_other_ids_and_ends_in_nan(tiny_generator):
+    gen = tiny_generator()
+    cache, positions = gen.new_cache(2), torch.full((2,), gen.config.num_tokens - 1)
+    with pytest.raises(ValueError, match=r"ids: expected shape \(R, W\), got \(3,\)"):
+        gen.step(torch.zeros(3, dtype=torch.int64), cache, positions)
+    logits = gen.step(torch.zeros(2, 2, dtype=torch.int64), cache, positions)
+    assert not logits[:, 0].isnan().any() and logits[:, 1].isnan().all()
 
 
 def test_labels_are_dropped_in_training_only(tiny_generator):
@@ -183,12 +201,9 @@ def test_reduced_precision_is_for_the_blocks_alone(tiny_generator):
     labels = torch.tensor([0, 9])
     with torch.no_grad():
         expected, got = gen(tokens, labels), low(tokens, labels)
-        cache, ids = low.new_cache(2), low.condition_ids(labels, 2)
-        steps = []
-        for step in range(gen.config.num_tokens):
-            steps.append(low.step(ids, cache))
-            ids = tokens[:, step]
+        fed = torch.cat([low.condition_ids(labels, 2)[:, None], tokens[:, :-1]], 1)
+        steps = step_logits(low, fed, low.new_cache(2))
     assert got.dtype == torch.float32
     bound = 0.05 * expected.abs().max()
     assert (got - expected).abs().max() < bound
-    assert (torch.stack(steps, 1) - expected[:, :-1]).abs().max() < bound
+    assert (steps - expected[:, :-1]).abs().max() < bound

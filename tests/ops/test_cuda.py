@@ -50,24 +50,34 @@ def prefix_attention_case() -> Case:
 
 
 def cached_attention_case() -> Case:
-    def run(qkv, keys, values, position):
+    def run(qkv, keys, values, positions):
         keys, values = keys.clone(), values.clone()
-        return cached_attention(qkv, keys, values, position), keys, values
+        return cached_attention(qkv, keys, values, positions), keys, values
 
     keys, values = randn(2, 16, 8, 273, 48, seed=1).bfloat16()
-    return run, {"qkv": randn(16, 3, 8, 48).bfloat16(), "keys": keys, "values": values, "position": torch.tensor(200)}
+    return run, {
+        "qkv": randn(16, 1, 3, 8, 48).bfloat16(),
+        "keys": keys,
+        "values": values,
+        "positions": torch.arange(200, 216),
+    }
 
 
 def shared_keys_case() -> Case:
     """cached_attention with counters of each call's own: on a GPU nine blocks share the keys of a row and head."""
 
-    def run(qkv, keys, values, position):
+    def run(qkv, keys, values, positions):
         keys, values = keys.clone(), values.clone()
         arrivals = torch.zeros(16, dtype=torch.int32, device=qkv.device)
-        return cached_attention(qkv, keys, values, position, arrivals=arrivals), keys, values, arrivals
+        return cached_attention(qkv, keys, values, positions, arrivals=arrivals), keys, values, arrivals
 
     keys, values = randn(2, 2, 8, 273, 48, seed=1).bfloat16()
-    return run, {"qkv": randn(2, 3, 8, 48).bfloat16(), "keys": keys, "values": values, "position": torch.tensor(200)}
+    return run, {
+        "qkv": randn(2, 1, 3, 8, 48).bfloat16(),
+        "keys": keys,
+        "values": values,
+        "positions": torch.tensor([200, 99]),
+    }
 
 
 def add_rms_norm_case() -> Case:

@@ -55,11 +55,11 @@ def test_prefix_attention_strides(target, by, dtype):
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_cached_attention_strides(target, cache_dtype):
-    qkv = randn(2, 3, 2, 16, device=target, dtype=torch.bfloat16)
+    qkv = randn(2, 1, 3, 2, 16, device=target, dtype=torch.bfloat16)
     near = [randn(2, 2, 5, 16, device=target).to(cache_dtype) for _ in range(2)]
     far = [spread(cache) for cache in near]
-    position = torch.tensor(3, device=target)
-    results = [cached_attention(qkv, *caches, position) for caches in (near, far)]
+    positions = torch.tensor([3, 2], device=target)
+    results = [cached_attention(qkv, *caches, positions) for caches in (near, far)]
     assert torch.equal(*results)
     for a, b in zip(near, far, strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
@@ -137,8 +137,9 @@ def empty(*shape, dtype=torch.float32):
 
 
 def call_cached_attention(rows=1, capacity=4):
-    qkv, cache = empty(rows, 3, 1, 8), torch.empty(1, 1, capacity, 8)
-    return cached_attention(qkv if rows > 1 else qkv.contiguous(), cache, cache.clone(), torch.tensor(0))
+    qkv, cache = empty(rows, 1, 3, 1, 8), torch.empty(1, 1, capacity, 8)
+    positions = empty(rows, dtype=torch.int64)
+    return cached_attention(qkv if rows > 1 else qkv.contiguous(), cache, cache.clone(), positions)
 
 
 def call_quantized_linear(rows=1, outputs=1):
@@ -157,7 +158,7 @@ def call_quantized_linear(rows=1, outputs=1):
         (lambda: add_rms_norm(torch.empty(2**31, 0), None, torch.ones(0)), r"x: expected fewer than 2\^31 rows, got"),
         (lambda: call_quantized_linear(rows=1048561), "x: expected at most 1048560 rows, got shape"),
         (lambda: call_quantized_linear(outputs=2**31), r"weight: expected fewer than 2\^31 outputs, got shape"),
-        (lambda: call_cached_attention(rows=2**31), r"qkv: expected R \* H below 2\^31, got shape"),
+        (lambda: call_cached_attention(rows=2**31), r"qkv: expected R \* W \* H below 2\^31, W below 2\^16, got"),
         (lambda: call_cached_attention(capacity=16385), "keys: expected at most 16384 positions, got shape"),
     ],
 )

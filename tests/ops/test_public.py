@@ -17,7 +17,7 @@ FUNCTIONS = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, nam
 OPERATORS = ["vq_lookup", "prefix_attention", "cached_attention", "add_rms_norm", "swiglu", "sample_tokens",
              "quantized_linear", "bf16_linear", "int8_linear", "linear"]  # fmt: skip
 X, Z, CODES = torch.ones(2, 16), torch.ones(4, 8), torch.ones(5, 8)
-QKV, STEP, CACHE = torch.ones(1, 4, 3, 2, 8), torch.ones(1, 3, 2, 8), torch.zeros(1, 2, 4, 8)
+QKV, STEP, CACHE = torch.ones(1, 4, 3, 2, 8), torch.ones(1, 1, 3, 2, 8), torch.zeros(1, 2, 4, 8)
 HUGE = 12345678901234567890
 
 
@@ -61,7 +61,7 @@ def sample(**changes):
 
 
 def cached(*arguments, **changes):
-    given = (STEP, CACHE.clone(), CACHE.clone(), torch.zeros(1, dtype=torch.int64))
+    given = (STEP, CACHE.clone(), CACHE.clone(), torch.zeros(len(STEP), dtype=torch.int64))
     return ops.cached_attention(*arguments, *given[len(arguments) :], **changes)
 
 
@@ -80,7 +80,7 @@ BF16, INT8, (WEIGHT, SCALE) = (
         (lambda: sample(top_k=2**63), ValueError, f"top_k: expected a number in .*, got {2**63}"),
         (lambda: sample(top_k=5.0), TypeError, "top_k: expected an integer, got float 5.0"),
         (lambda: sample(top_k=True), TypeError, "top_k: expected an integer, got bool True"),
-        (lambda: sample(top_k=torch.tensor(3)), TypeError, "top_k: expected an integer, got Tensor"),
+        (lambda: sample(top_k=torch.tensor(3.0)), ValueError, "top_k: expected int64, got float32"),
         (lambda: sample(seed=HUGE), ValueError, "seed: expected a number in"),
         (lambda: sample(seed=0.5), TypeError, "seed: expected an integer, got float 0.5"),
         (lambda: sample(step=HUGE), ValueError, r"step: expected a number in \[0, 4294967296\), got"),
@@ -113,7 +113,7 @@ BF16, INT8, (WEIGHT, SCALE) = (
         (lambda: ops.prefix_attention(QKV[0], 0), ValueError, r"qkv: expected 5 dimensions, got shape \(4, 3, 2, 8\)"),
         (lambda: ops.prefix_attention(QKV, 0, rope=1), TypeError, "rope: expected a tensor or None, got int"),
         (lambda: ops.prefix_attention(QKV, 0, q_norm_weight=1), TypeError, "q_norm_weight: expected a tensor or None"),
-        (lambda: cached(STEP[0]), ValueError, r"qkv: expected 4 dimensions, got shape \(3, 2, 8\)"),
+        (lambda: cached(STEP[0]), ValueError, r"qkv: expected 5 dimensions, got shape \(1, 3, 2, 8\)"),
         (lambda: cached(STEP, None), TypeError, "keys: expected a tensor, got NoneType"),
         (lambda: sample(image_ids=[0, 1]), TypeError, "image_ids: expected a tensor, got list"),
         (lambda: ops.add_rms_norm(X, 0, X[0]), TypeError, "delta: expected a tensor or None, got int"),
@@ -152,7 +152,7 @@ def test_numbers_of_numpy_are_numbers():
         lambda m: ops.prefix_attention(QKV, 0, q_norm_weight=m(Z[0]), k_norm_weight=m(Z[0])),
         lambda m: ops.prefix_attention(QKV, 0, rope=m(torch.ones(4, 4, 2))),
         lambda m: cached(STEP, m(CACHE)),
-        lambda m: cached(STEP, CACHE.clone(), CACHE.clone(), m(torch.tensor([0]))),
+        lambda m: cached(STEP, CACHE.clone(), CACHE.clone(), m(torch.zeros(len(STEP)).long())),
         lambda m: ops.add_rms_norm(X, m(X), X[0]),
         lambda m: ops.add_rms_norm(X, None, m(X[0])),
         lambda m: ops.swiglu(X, m(X)),

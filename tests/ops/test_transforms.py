@@ -43,7 +43,8 @@ INT8, (QUANTIZED, SCALE) = pack_int8(random(6, 16)), quantize_weight(random(6, 1
 
 def cached(qkv: Tensor) -> Tensor:
     keys, values = qkv.new_zeros(2, qkv.shape[0], 2, 4, 8).unbind(0)
-    return cached_attention(qkv, keys, values, torch.zeros(1, dtype=torch.int64, device="cpu"), rope=ROPE)
+    positions = torch.zeros(qkv.shape[0], dtype=torch.int64, device="cpu")
+    return cached_attention(qkv, keys, values, positions, rope=ROPE)
 
 
 def sampled(logits: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class Case(NamedTuple):
 
 CASES = {
     "add_rms_norm": Case(lambda x: add_rms_norm(x, 2 * x, WEIGHT, dropout=0.3, seed=4)[1], (16,)),
-    "cached_attention": Case(cached, (3, 2, 8)),
+    "cached_attention": Case(cached, (2, 3, 2, 8)),
     "bf16_linear": Case(lambda x: bf16_linear(x, BF16, BIAS, 6), (16,)),
     "int8_linear": Case(lambda x: int8_linear(x, INT8, BIAS, 6), (16,)),
     "linear": Case(lambda x: linear(x, MATRIX, BIAS).float(), (16,)),
@@ -143,10 +144,10 @@ def test_decode_knows_no_defaults(weight_dtype):
         vectors[0], random(24, 8), random(24), *vectors[1:3], matrices[0], *vectors[3:5], *matrices[1:4]
     )
     rest = vectors[5], random(5, 8), random(5), random(9, 8), ROPE
-    ids, position, caches = torch.tensor([3, 4]), torch.tensor(0), torch.zeros(2, 1, 2, 1, 4, 8)
+    ids, positions, caches = torch.tensor([[3, 1], [4, 2]]), torch.tensor([0, 1]), torch.zeros(2, 1, 2, 1, 4, 8)
 
     def logits() -> Tensor:
-        return decode(pack_weights([layer], *rest, weight_dtype), ids, *caches.clone(), position)
+        return decode(pack_weights([layer], *rest, weight_dtype), ids, *caches.clone(), positions)
 
     with use_reference():
         reference = logits()
@@ -171,7 +172,7 @@ def test_vmap_equals_a_loop(name):
 
 def test_vmap_of_cached_attention_is_refused():
     with pytest.raises(RuntimeError, match="cached_attention"):
-        torch.vmap(CASES["cached_attention"].call)(random(2, 3, 3, 2, 8))
+        torch.vmap(CASES["cached_attention"].call)(random(2, 3, 2, 3, 2, 8))
 
 
 @ALL
@@ -300,7 +301,7 @@ def test_8_bit_products_have_no_gradients(name, rows, reference):
 
 
 def test_cached_attention_has_no_gradients():
-    qkv = random(2, 3, 2, 8).requires_grad_()
+    qkv = random(2, 2, 3, 2, 8).requires_grad_()
     with pytest.raises(RuntimeError, match="cached_attention: expected inputs without gradients.* got qkv"):
         cached(qkv)
     with torch.no_grad():
