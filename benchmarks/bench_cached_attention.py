@@ -17,11 +17,11 @@ EPS = 1e-5
 
 def static_cache(qkv, keys, values, position, weight, rope, visible):
     """What a sampling loop in torch does: norm, rotate, write, attend with a mask."""
-    q, k, v = qkv.unsqueeze(3).unbind(1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (R, H, 1, D)
     q, k = (rotate(rms_norm(x, weight, EPS), rope.index_select(0, position)) for x in (q, k))
     keys.index_copy_(2, position, k)
     values.index_copy_(2, position, v)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).squeeze(2)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).transpose(1, 2)
 
 
 @pytest.mark.quick("b-2-fp32")
@@ -33,21 +33,21 @@ def bench_cached_attention(size, rows, dtype, mode, device, compare):
     heads, dim = config.num_heads, config.width // config.num_heads
     capacity = mode.pick(check=19, quick=config.num_tokens, full=config.num_tokens)
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(rows, 3, heads, dim, generator=generator).to(device, dtype)
+    qkv = torch.randn(rows, 1, 3, heads, dim, generator=generator).to(device, dtype)
     keys, values = torch.randn(2, rows, heads, capacity, dim, generator=generator).to(device, dtype).unbind(0)
     angles = torch.rand(capacity, dim // 2, generator=generator).to(device)
     rope, weight = torch.stack([angles.cos(), angles.sin()], -1), torch.ones(dim, device=device)
     position = torch.tensor([capacity - 1], device=device)
-    visible = (torch.arange(capacity, device=device) <= position)[None]
+    visible, positions = (torch.arange(capacity, device=device) <= position)[None], position.expand(rows).contiguous()
 
     def own():
-        return cached_attention(qkv, keys, values, position, q_norm_weight=weight, k_norm_weight=weight, rope=rope)
+        return cached_attention(qkv, keys, values, positions, q_norm_weight=weight, k_norm_weight=weight, rope=rope)
 
     def reference():
-        return cached_attention_reference(qkv, keys, values, position, weight, weight, EPS, rope, dim**-0.5)
+        return cached_attention_reference(qkv, keys, values, positions, None, weight, weight, EPS, rope, dim**-0.5)
 
     wide = [t.double() for t in (qkv, keys, values)]
-    exact = cached_attention_reference(*wide, position, weight, weight, EPS, rope, dim**-0.5)
+    exact = cached_attention_reference(*wide, positions, None, weight, weight, EPS, rope, dim**-0.5)
     assert relative_error(own(), exact) <= 8 * torch.finfo(dtype).eps
     functions = {
         "SDPA, static cache": lambda: static_cache(qkv, keys, values, position, weight, rope, visible),

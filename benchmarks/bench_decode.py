@@ -32,7 +32,8 @@ def bench_decode(size, weights, batch, generator, mode, compare, device):
     eager = EagerLoop(gen, torch.arange(batch))
     decoder = PackedGenerator(gen, DTYPES[weights])
     cache, static = decoder.new_cache(2 * batch), gen.new_cache(2 * batch)
-    assert relative_error(decoder.step(eager.ids, cache), eager.logits()) < ERROR[weights]
+    ids, start = eager.ids[:, None], torch.zeros(2 * batch, dtype=torch.int64)
+    assert relative_error(decoder.step(ids, cache, start).squeeze(1), eager.logits()) < ERROR[weights]
     for index in range(gen.config.num_layers):  # as if half an image were sampled
         past = torch.randn(2, 2 * batch, gen.config.num_heads, position, gen.config.head_dim)
         cache.keys[index, :, :, :position], cache.values[index, :, :, :position] = past
@@ -40,9 +41,10 @@ def bench_decode(size, weights, batch, generator, mode, compare, device):
         eager.caches[index] = tuple(past)
     eager.tokens = [eager.ids[:batch]] * position
 
+    positions = torch.full((2 * batch,), position)
+
     def step(model, cache):
-        cache.position.fill_(position)
-        return model.step(eager.ids, cache)
+        return model.step(eager.ids[:, None], cache, positions).squeeze(1)
 
     def eager_step():
         before = list(eager.caches)
@@ -51,8 +53,8 @@ def bench_decode(size, weights, batch, generator, mode, compare, device):
         return logits
 
     # A random past amplifies the rounding of weights, so each is held to the weights that it has.
-    expected = decode_reference(decoder.packed, eager.ids, cache.keys, cache.values, torch.tensor(position))
-    assert relative_error(step(decoder, cache), expected) < ERROR[weights]
+    expected = decode_reference(decoder.packed, eager.ids[:, None], cache.keys, cache.values, positions)
+    assert relative_error(step(decoder, cache), expected.squeeze(1)) < ERROR[weights]
     assert relative_error(step(gen, static), eager_step()) < ERROR["float32"]
     seen = 2 * gen.config.num_layers * 2 * batch * gen.config.width * position * cache.keys.element_size()
     alternatives = {

@@ -31,7 +31,14 @@ ROOMS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
-GLUE_HEADERS = ("checks.h", "overlap.h", "cuda_stream.h", "packed_linear_glue.h", "torch_parallel.h")
+GLUE_HEADERS = (
+    "checks.h",
+    "overlap.h",
+    "sample_settings.h",
+    "cuda_stream.h",
+    "packed_linear_glue.h",
+    "torch_parallel.h",
+)
 TORCH_OR_PYTHON = re.compile(r"^(torch/|ATen/|c10/|pybind11/|Python\.h)")
 
 

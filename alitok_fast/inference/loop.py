@@ -128,7 +128,7 @@ class SamplingLoop:
             state.ids[:, 1 : 1 + guesses.shape[1]] = guesses.repeat(len(condition) // len(guesses), 1)
 
     def _passes(self, window: int, one_by_one: bool) -> Iterator[int]:
-        """Do passes until all images are done; yields how many tokens of each image are known, whenever that is read."""
+        """Do passes until all images are done; yields now and then how many tokens of each image are known."""
         length, on_cpu = self.state.tokens.shape[1], self.model.device.type == "cpu"
         known = 0
         while known < length:

@@ -163,8 +163,8 @@ class Generator(HubModel):
     def step(self, ids: Tensor, cache: KVCache, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Append W ids to each row's sequence, ids (R, W) rows of the embedding; logits (R, W, K) of what follows each.
 
-        A sequence begins with its condition (`condition_ids`), tokens follow. `positions` and `slots` as for
-        `alitok_fast.ops.decode`, on the device. Nothing is read back from it, so a step can be captured in a CUDA graph;
+        A sequence begins with its condition (`condition_ids`), tokens follow. `positions` and `slots` are those of
+        `alitok_fast.ops.decode`, on the device. Nothing is read back from it, so that a CUDA graph can capture a step;
         of rows that rest, and past the cache's end, the logits are NaN.
         """
         check_tensor("ids", ids, torch.int64, ("R", "W"), self.device)

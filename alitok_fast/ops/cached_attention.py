@@ -56,16 +56,17 @@ def cached_attention(
         positions: (R,) int64 on the device of `qkv`, where the first new position of each row is, in [0, N). Outside
             that range, such as at -1, the row rests: nothing is written and the result is NaN, because only the device
             knows the value. So it is for columns behind N - 1.
-        slots: (R,) int64, the sequence of each row in [0, S), another for each; None: row r has sequence r. Outside that
-            range the row rests.
+        slots: (R,) int64, the sequence of each row in [0, S), another for each; None: row r has sequence r. Outside
+            that range the row rests.
         q_norm_weight: (D,) floating point, or None: RMSNorm of the query, as in `prefix_attention`.
         k_norm_weight: (D,), the same for the key; given exactly where `q_norm_weight` is.
         norm_eps: a number >= 0, added to the mean square.
         rope: (>= N, D / 2, 2) float32, (cos, sin) of each position; or None.
         scale: finite factor on the logits; None is D ** -0.5.
-        arrivals: (R * W * H,) int32 zeros on the device of `qkv`, which are zeros again afterwards, or None. With them CUDA
-            shares the keys of few rows among several blocks, which count here how many have finished; calls that may
-            run at the same time need their own. Without them each row and head has one block. The CPU ignores them.
+        arrivals: (R * W * H,) int32 zeros on the device of `qkv`, which are zeros again afterwards, or None. With them
+            CUDA shares the keys of few rows among several blocks, which count here how many have finished; calls that
+            may run at the same time need their own. Without them each position and head has one block. The CPU ignores
+            them.
 
     Returns:
         (R, W, H, D) in the dtype of `qkv`. Sums and softmax are float32.

@@ -133,7 +133,7 @@ class SampleState:
 
 
 def sample_next(state: SampleState, logits: Tensor, window: int) -> None:
-    """Draw from the logits (R, W, K) after the first `window` inputs, and feed next what follows; the host reads nothing.
+    """Draw from the logits (R, window, K) after the inputs, and feed next what follows; the host reads nothing.
 
     Each column has a draw with the noise of its own position, or the prompt's token there. The first draw is right. The
     next one is if the input between them was the first, and so on: those are kept, and the others are the guesses of

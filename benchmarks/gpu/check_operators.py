@@ -26,7 +26,7 @@ from alitok_fast.ops.sample_tokens import guided_logits, gumbel_noise, kept_logi
 from alitok_fast.ops.swiglu import swiglu, swiglu_reference
 from alitok_fast.ops.vq_lookup import vq_lookup, vq_lookup_reference
 from alitok_fast.testing import assert_nearest, vq_inputs
-from gpu.items import Context, Items, Number, within
+from gpu.items import Context, Items, Number, same, within
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 items = Items()
@@ -129,9 +129,9 @@ def check_cached_attention(context: Context) -> list[Number]:
     numbers = []
     for dtype, stored in [(d, d) for d in FLOATS] + [(torch.bfloat16, torch.float8_e4m3fn)]:
         for position in (0, capacity // 2, capacity - 1):
-            qkv = randn(context, rows, 3, heads, dim, dtype=dtype)
+            qkv = randn(context, rows, 1, 3, heads, dim, dtype=dtype)
             past = randn(context, 2, rows, heads, capacity, dim, seed=1).to(stored)
-            at = torch.tensor(position, device=context.device)
+            at = torch.full((rows,), position, device=context.device)
             arrivals = torch.zeros(rows * heads, dtype=torch.int32, device=context.device)
             results = []
             for counters in (None, arrivals):
@@ -139,12 +139,33 @@ def check_cached_attention(context: Context) -> list[Number]:
                 results.append(cached_attention(qkv, keys, values, at, arrivals=counters))
             assert not arrivals.any(), "arrivals: expected zeros again"
             exact, low = (  # both read what a cache of this precision holds, the position itself included
-                cached_attention_reference(qkv.to(d), *past.clone(), at, None, None, 1e-5, None, dim**-0.5)
+                cached_attention_reference(qkv.to(d), *past.clone(), at, None, None, None, 1e-5, None, dim**-0.5)
                 for d in (torch.float64, dtype)
             )
             name = f"{str(dtype).removeprefix('torch.')}, cache {str(stored).removeprefix('torch.')}, at {position}"
             numbers.append(agreement(name, results, [exact] * 2, [low] * 2))
+        numbers.append(windows_as_steps(context, rows, heads, dim, capacity, dtype, stored))
     return numbers
+
+
+def windows_as_steps(
+    context: Context, rows: int, heads: int, dim: int, capacity: int, dtype: torch.dtype, stored: torch.dtype
+) -> Number:
+    """A window of five in slots of their own, one row at rest, beside five single positions: the same bits."""
+    qkv = randn(context, rows, 5, 3, heads, dim, dtype=dtype, seed=2)
+    past = randn(context, 2, rows + 1, heads, capacity, dim, seed=1).to(stored)
+    slots = torch.arange(rows, 0, -1, device=context.device)
+    positions = torch.arange(rows, device=context.device) * (capacity - 5) // max(rows - 1, 1)
+    positions[0] = -1
+    together, alone = past.clone(), past.clone()
+    window = cached_attention(qkv, *together, positions, slots=slots)
+    single = []
+    for column in range(5):
+        at = torch.where(positions < 0, -1, positions + column)
+        single.append(cached_attention(qkv[:, column : column + 1].contiguous(), *alone, at, slots=slots))
+    parts = [(window.nan_to_num(7), torch.cat(single, 1).nan_to_num(7)), (together.float(), alone.float())]
+    name = f"{str(dtype).removeprefix('torch.')}, cache {str(stored).removeprefix('torch.')}: window and single steps"
+    return same(name, *(torch.cat([part[i].flatten().float() for part in parts]) for i in range(2)))
 
 
 @items("add_rms_norm")
@@ -240,7 +261,11 @@ def check_sample_tokens(context: Context) -> list[Number]:
                               seed=seed, image_ids=ids, step=step)  # fmt: skip
         x = guided_logits(logits, scale)
         if temperature > 0:
-            x = kept_logits(x, temperature, top_k, top_p) + temperature * gumbel_noise(seed, ids, step, codes)
+            rule = (
+                torch.full((images, 1), value, device=context.device)
+                for value in (temperature, top_k or 0, top_p or 1.0)
+            )
+            x = kept_logits(x, *rule) + temperature * gumbel_noise(seed, ids, step, codes)
         behind = (x.amax(-1) - x.gather(1, drawn.unsqueeze(1)).squeeze(1)).max().item()
         name = f"behind the largest, temperature {temperature:g}, top-k {top_k}, top-p {top_p}"
         numbers.append(within(name, behind, 1e-3, "logits"))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ceilings import Ceilings, synchronize
 
@@ -127,6 +128,11 @@ def within(name: str, error: float, bound: float, unit: str = "relative", key: s
     if not error <= bound:
         raise AssertionError(f"{name}: expected at most {bound:.3g} ({unit}), got {error:.3g}")
     return Number(name, error, unit, bound=bound, key=key)
+
+
+def same(name: str, got: Tensor, expected: Tensor) -> Number:
+    """How many elements differ, after a check that none do."""
+    return within(f"{name} that differ", (got != expected).sum().item(), 0, "count")
 
 
 Item = Callable[[Context], Sequence[Number]]

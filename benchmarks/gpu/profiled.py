@@ -18,12 +18,12 @@ items = Items()
 def attend(context: Context) -> list[Number]:
     """Batch 8 with guidance, half-way through an image, another cache for each launch."""
     rows, heads, dim = context.pick(quick=2, full=16), CONFIG.num_heads, CONFIG.head_dim
-    qkv = torch.randn(rows, 3, heads, dim, device=context.device).bfloat16()
+    qkv = torch.randn(rows, 1, 3, heads, dim, device=context.device).bfloat16()
     arrivals = torch.zeros(rows * heads, dtype=torch.int32, device=context.device)
-    position = torch.tensor(CONFIG.num_tokens // 2, device=context.device)
+    positions = torch.full((rows,), CONFIG.num_tokens // 2, device=context.device)
     for _ in range(LAUNCHES):
         keys, values = torch.randn(2, rows, heads, CONFIG.num_tokens, dim, device=context.device).bfloat16()
-        cached_attention(qkv, keys, values, position, arrivals=arrivals)
+        cached_attention(qkv, keys, values, positions, arrivals=arrivals)
     return []
 
 

@@ -45,10 +45,9 @@ def time_cached_attention(context: Context) -> list[Number]:
     """Half-way through an image."""
     numbers = []
     position = CONFIG.num_tokens // 2
-    at = torch.tensor(position, device=context.device)
     for batch in context.pick(quick=(1,), full=(1, 8, 64, 256)):
         rows, heads, dim = 2 * batch, CONFIG.num_heads, CONFIG.head_dim
-        qkv = randn(context, rows, 3, heads, dim)
+        qkv, at = randn(context, rows, 1, 3, heads, dim), torch.full((rows,), position, device=context.device)
         arrivals = torch.zeros(rows * heads, dtype=torch.int32, device=context.device)
         for stored in (torch.bfloat16, torch.float8_e4m3fn):
             read = 2 * rows * heads * (position + 1) * dim * stored.itemsize

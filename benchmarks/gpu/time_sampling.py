@@ -67,7 +67,7 @@ def kernels_of_a_step(context: Context) -> list[Number]:
     for batch in (1, 8, 64):
         ours = Ours(generator(context), None, batch, BF16)
         ours.generate(torch.arange(batch, device=context.device))  # captures
-        ours.loop.cache.position.fill_(ours.gen.config.num_tokens // 2)  # the mean of what attention sees
+        ours.loop.state.positions.fill_(ours.gen.config.num_tokens // 2)  # the mean of what attention sees
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             ours.loop.advance(1)

@@ -14,6 +14,7 @@ from alitok_fast.inference.sampler import Sampler
 from alitok_fast.inference.step_model import prepare
 from alitok_fast.models import Generator
 from alitok_fast.ops.decode import sample_next
+from alitok_fast.testing import step_logits
 from ceilings import synchronize
 from peers import conditions
 
@@ -39,8 +40,8 @@ class Ours:
         self.error = {torch.float32: 1e-4}.get(weights, 5e-2) if kv_dtype is None else 0.1
 
     def logits(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        cache = self.model.new_cache(len(labels), self.kv_dtype)
-        return torch.stack([self.model.step(ids, cache) for ids in conditions(self.gen, labels, tokens)], 1)
+        fed = torch.stack(list(conditions(self.gen, labels, tokens)), 1)
+        return step_logits(self.model, fed, self.model.new_cache(len(labels), self.kv_dtype))
 
     def generate(self, labels: Tensor) -> Tensor:
         return self.sampler(labels)
@@ -60,11 +61,11 @@ class Ours:
         """Of choosing all tokens of one batch, timed by itself on normal logits: inside a step it is not told apart."""
         state, device = self.loop.state, self.model.device
         codes, steps = self.model.config.codebook_size, self.model.config.num_tokens
-        logits = torch.randn(len(state.ids), codes, device=device)
-        position = torch.full((), steps // 2, dtype=torch.int64, device=device)
+        logits = torch.randn(len(state.ids), 1, codes, device=device)
 
         def once() -> None:
-            sample_next(state, logits, position)
+            state.positions.fill_(steps // 2)
+            sample_next(state, logits, 1)
 
         if device.type == "cuda":
             once = capture(device, once).replay

@@ -13,8 +13,8 @@ from alitok_fast._library import use_reference
 from alitok_fast.inference import cuda_graph
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.loop import SamplingLoop
-from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.packed_generator import PackedGenerator
+from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.sampler import Sampler
 from alitok_fast.models.kv_cache import KVCache
 

@@ -1,4 +1,4 @@
-"""decode: native against the reference, packing, and independence of a position from window, batch, slot and threads."""
+"""decode: native against the reference, packing, and that a position depends on no window, batch, slot or thread."""
 
 import pytest
 import torch
@@ -239,7 +239,8 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.alitok.decode.default,
         (weights.arena, weights.vectors, weights.embeddings, weights.rope, torch.tensor([[1, 2], [3, 4]]), keys,
-         values, torch.tensor([3, 5]), torch.tensor([1, 0]), weights.hidden, weights.codes, weights.dtype.itemsize, weights.norm_eps),
+         values, torch.tensor([3, 5]), torch.tensor([1, 0]), weights.hidden, weights.codes,
+         weights.dtype.itemsize, weights.norm_eps),
     )  # fmt: skip
 
 

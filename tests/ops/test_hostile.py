@@ -214,8 +214,8 @@ def test_cached_attention_refuses_arguments_within_its_keys(name, at):
     memory = torch.zeros(1000)
     arguments = {
         "qkv": torch.randn(3, 1, 3, 2, 8), "keys": memory[:240].view(3, 2, 5, 8), "values": torch.zeros(3, 2, 5, 8),
-        "positions": torch.tensor([0, 1, 2]), "slots": torch.tensor([1, 2, 0]), "rope": torch.zeros(5, 4, 2), "q_norm_weight": torch.ones(8),
-        "k_norm_weight": torch.ones(8), "arrivals": torch.zeros(6, dtype=torch.int32),
+        "positions": torch.tensor([0, 1, 2]), "slots": torch.tensor([1, 2, 0]), "rope": torch.zeros(5, 4, 2),
+        "q_norm_weight": torch.ones(8), "k_norm_weight": torch.ones(8), "arrivals": torch.zeros(6, dtype=torch.int32),
     }  # fmt: skip
     arguments[name] = within(memory, arguments[name], at)
     with pytest.raises(ValueError, match=rf"^(keys|arrivals): expected memory of its own, .* (keys|{name}) has too"):
@@ -249,8 +249,8 @@ def thin(*shape, dtype=torch.float32):
         (lambda: ops.add_rms_norm(thin(HUGE, 0), None, thin(0), 1e-5, 0.0, None), "x"),
         (lambda: ops.swiglu(thin(HUGE, 0), thin(HUGE, 0)), "gate"),
         (lambda: Decode(keys=thin(HUGE, 0, 2, 6, 4), values=thin(HUGE, 0, 2, 6, 4)).step(), "keys"),
-        (lambda: Decode(ids=torch.zeros(0, 1, dtype=torch.int64), positions=torch.tensor([]).long(), keys=thin(2**40, 0, 2, 6, 4),
-                        values=thin(2**40, 0, 2, 6, 4)).step(), "keys"),
+        (lambda: Decode(ids=torch.zeros(0, 1, dtype=torch.int64), positions=torch.tensor([]).long(),
+                        keys=thin(2**40, 0, 2, 6, 4), values=thin(2**40, 0, 2, 6, 4)).step(), "keys"),
     ],
 )  # fmt: skip
 def test_sizes_that_overflow_are_refused(call, argument):

@@ -251,7 +251,7 @@ WINDOWS = [
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize(("positions", "columns", "slots"), WINDOWS)
 def test_windows_match_reference_and_single_steps(simt, dtype, quantised, positions, columns, slots):
-    """The latter to the last bit, result and cache; rows at rest, columns behind the end and slots outside among them."""
+    """The latter to the last bit, result and cache; with rows at rest, columns behind the end and slots outside."""
     cache_dtype = torch.float8_e4m3fn if quantised else dtype
     capacity = 30 if max(positions) < 30 else 100
     arguments = window_inputs(24, capacity, positions, columns, slots, dtype, cache_dtype)
@@ -282,7 +282,7 @@ def test_windows_over_shared_keys_match_reference(simt):
         ("store_pairs((is_key ? keys : values) + at", "store_pairs((is_key ? values : keys) + at"),
         ("first_position >= p.capacity - column ||", "first_position >= p.capacity ||"),
         ("slot < 0 || slot >= p.slots) {", "slot < 0) {"),
-        ("+ slot * p.slot_stride + head * p.head_stride;\n  Cache* values", "+ row * p.slot_stride + head * p.head_stride;\n  Cache* values"),
+        ("+ slot * p.slot_stride + head * p.head_stride;\n  Cache* v", "+ row * p.slot_stride + head;\n  Cache* v"),
         ("(row * p.columns + blockIdx.z) * p.heads", "(row + blockIdx.z) * p.heads"),
     ],
 )  # fmt: skip
