@@ -15,10 +15,10 @@ namespace alitok {
 enum class CachedAttentionDtype : int { float32, bfloat16, float16, e4m3 };
 
 struct CachedAttentionParams {
-  CachedAttentionDtype dtype;               // of qkv, out and the norm weights; not e4m3
-  CachedAttentionDtype cache_dtype;         // `dtype` or e4m3
-  int64_t rows, columns, heads, head_dim;   // rows * columns * heads below 2^31, one CUDA block or more each
-  int64_t slots, capacity;                  // of the cache: sequences, and positions of each
+  CachedAttentionDtype dtype;              // of qkv, out and the norm weights; not e4m3
+  CachedAttentionDtype cache_dtype;        // `dtype` or e4m3
+  int64_t rows, columns, heads, head_dim;  // rows * columns * heads below 2^31, one CUDA block or more each
+  int64_t slots, capacity;                 // of the cache: sequences, and positions of each
 
   const void* qkv;  // (rows, columns, 3, heads, head_dim) contiguous
   // Element (s, h, j, d) at s * slot_stride + h * head_stride + j * head_dim + d; for CUDA cached_attention_aligned().

@@ -45,7 +45,8 @@ void check_slots(const DecodeParams& p) {
     if (p.positions[r] < 0) continue;
     const int64_t slot = p.slot_of == nullptr ? r : p.slot_of[r];
     check_range(slot, "slots", 0, p.slots - 1);
-    check(!taken[static_cast<size_t>(slot)], "slots", "another one for each row", "slot " + std::to_string(slot) + " twice");
+    check(!taken[static_cast<size_t>(slot)], "slots", "another one for each row",
+          "slot " + std::to_string(slot) + " twice");
     taken[static_cast<size_t>(slot)] = true;
   }
 }
@@ -151,8 +152,7 @@ Tensor decode(const Tensor& arena, const Tensor& vectors, const Tensor& embeddin
   p.logits = static_cast<float*>(logits.mutable_data_ptr());
   const int64_t row_size = p.columns * p.codes;
   for (int64_t r = 0; r < p.rows; ++r) {
-    if (p.positions[r] < 0)
-      std::fill_n(p.logits + r * row_size, row_size, std::numeric_limits<float>::quiet_NaN());
+    if (p.positions[r] < 0) std::fill_n(p.logits + r * row_size, row_size, std::numeric_limits<float>::quiet_NaN());
   }
   ALITOK_DISPATCH_ISA(decode_cpu, p, process_crew(), torch_parallel());
   return logits;

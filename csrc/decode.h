@@ -60,11 +60,11 @@ struct DecodeParams {
 
 // What follows a pass: the draws, and what the next one is fed. Of row r, r % batch is the image.
 struct DrawParams {
-  int64_t passes, batch;  // rows = batch, or 2 batch with guidance: conditional, then unconditional ones
-  int64_t window;         // inputs of each row, at most `columns`: the first is certain, the others are guesses
-  int64_t length;         // tokens of an image; DecodeParams::capacity is as much or more
-  const float* guidance;  // (batch, length): scale at each position; null: no guidance
-  SampleSettings settings;         // of each image
+  int64_t passes, batch;          // rows = batch, or 2 batch with guidance: conditional, then unconditional ones
+  int64_t window;                 // inputs of each row, at most `columns`: the first is certain, the others are guesses
+  int64_t length;                 // tokens of an image; DecodeParams::capacity is as much or more
+  const float* guidance;          // (batch, length): scale at each position; null: no guidance
+  SampleSettings settings;        // of each image
   const int64_t* prompt_lengths;  // (batch): tokens before this position are given
   int64_t* tokens;                // (batch, length)
   int64_t* passes_done;           // (batch): counts those in which the image did not rest

@@ -358,10 +358,10 @@ class Workspace {
     const int64_t padded = round_up(most, 16);  // a tile reads 16 rows
     const int64_t depth = round_up(std::max(p.width, p.hidden), kDepthMultiple);
     const int64_t bytes[] = {
-        most * p.width * kFloat, most * widest * kFloat, padded * kFloat,
+        most * p.width * kFloat,         most * widest * kFloat,        padded * kFloat,
         padded * depth * kFloat,  // two planes of bfloat16 are as large as one of float32
         drawn_inputs * p.codes * kFloat, most * int64_t{sizeof(Input)}, most * int64_t{sizeof(int64_t)},
-        threads * scores_size_ * kFloat, threads * row_size_ * kFloat, threads * row_size_ * kFloat};
+        threads * scores_size_ * kFloat, threads * row_size_ * kFloat,  threads * row_size_ * kFloat};
     int64_t starts[10], size = 0;
     for (int i = 0; i < 10; ++i) {
       starts[i] = size;
@@ -401,7 +401,8 @@ class Workspace {
 // Which inputs a pass has, and what becomes of its draws. The thread that leads calls it, between two barriers.
 class Schedule {
  public:
-  Schedule(const DecodeParams& p, const DrawParams* draw, const Workspace& workspace) : p_(p), d_(draw), w_(workspace) {}
+  Schedule(const DecodeParams& p, const DrawParams* draw, const Workspace& workspace)
+      : p_(p), d_(draw), w_(workspace) {}
 
   Plan plan;
   bool over() const { return plan.inputs == 0; }
@@ -512,7 +513,8 @@ class Schedule {
     const int64_t prompt = std::min(d_->prompt_lengths[row % d_->batch], d_->length) - position;
     for (int64_t w = 0; w < d_->window; ++w) {
       const int64_t guess = w == 0 || w <= prompt ? follows[w] : w <= count ? guesses[w - 1] : ids[w - 1];
-      ids[w] = std::max<int64_t>(guess, 0);  // a row without a distribution is marked -1; whoever reads the tokens reports it
+      ids[w] = std::max<int64_t>(guess,
+                                 0);  // a row without a distribution is marked -1; whoever reads the tokens reports it
     }
   }
 
@@ -791,8 +793,14 @@ void run_passes(const DecodeParams& p, const DrawParams* draw, Crew& crew, const
   Schedule schedule(p, draw, workspace);
   schedule.make();
   if (schedule.over()) return;
-  const Crew::Work work = {static_cast<int64_t>(p.weights), p.layers, schedule.plan.inputs, p.width, p.hidden, p.codes,
-                           shares, draw != nullptr};
+  const Crew::Work work = {static_cast<int64_t>(p.weights),
+                           p.layers,
+                           schedule.plan.inputs,
+                           p.width,
+                           p.hidden,
+                           p.codes,
+                           shares,
+                           draw != nullptr};
   Shift shift(crew, work, shares);
   Barrier barrier(shares);
   const auto run = [&](int64_t first, int64_t last) {

@@ -33,7 +33,8 @@ inline SampleSettings sample_settings(const Tensor& temperature, const Tensor& t
   SampleSettings s{};
   s.temperature = per_image<float>(temperature, "temperature", ScalarType::Float, batch,
                                    "0 (greedy) or a number in 1e-30..1e30", [](float t) { return is_temperature(t); });
-  s.top_k = per_image<int64_t>(top_k, "top_k", ScalarType::Long, batch, "0 (all) or more", [](int64_t k) { return k >= 0; });
+  s.top_k =
+      per_image<int64_t>(top_k, "top_k", ScalarType::Long, batch, "0 (all) or more", [](int64_t k) { return k >= 0; });
   s.top_p = per_image<double>(top_p, "top_p", ScalarType::Double, batch, "a number in (0, 1]",
                               [](double p) { return is_top_p(p); });
   s.seed = integer_per_image(seeds, "seed", batch);

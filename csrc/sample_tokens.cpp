@@ -58,8 +58,8 @@ Tensor sample_tokens(const Tensor& logits_any, const std::optional<Tensor>& guid
   check_dim(logits_any, "logits", 2);
   SampleTokensParams p = logits_params(logits_any, guidance_scale.has_value());
   if (guidance_scale) {
-    p.guidance_scale = per_image<float>(*guidance_scale, "guidance_scale", ScalarType::Float, p.batch, "",
-                                        [](float) { return true; });
+    p.guidance_scale =
+        per_image<float>(*guidance_scale, "guidance_scale", ScalarType::Float, p.batch, "", [](float) { return true; });
   }
   p.settings = sample_settings(temperature, top_k, top_p, seed, image_ids, p.batch);
   check_shape(image_ids, "image_ids", {p.batch});
@@ -86,10 +86,10 @@ void check_integers(const Tensor& t, const char* argument, std::initializer_list
 }
 
 // Positions stay on the device: the kernel itself lets an image rest whose position is outside of its sequence.
-void sample_tokens_next(const Tensor& logits, Tensor ids, Tensor positions, Tensor tokens,
-                        const Tensor& prompt_lengths, const std::optional<Tensor>& schedule, const Tensor& temperature,
-                        const Tensor& top_k, const Tensor& top_p, const Tensor& seeds, const Tensor& image_ids,
-                        Tensor passes_done, int64_t window) {
+void sample_tokens_next(const Tensor& logits, Tensor ids, Tensor positions, Tensor tokens, const Tensor& prompt_lengths,
+                        const std::optional<Tensor>& schedule, const Tensor& temperature, const Tensor& top_k,
+                        const Tensor& top_p, const Tensor& seeds, const Tensor& image_ids, Tensor passes_done,
+                        int64_t window) {
   check_tensors({{"logits", logits},
                  {"ids", ids},
                  {"positions", positions},

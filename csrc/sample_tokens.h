@@ -61,10 +61,10 @@ struct SampleKey {
 // know, changes nothing, and so the image rests.
 struct SampleNextParams {
   int64_t* tokens;  // (batch, length), -1 for a row that is no distribution; null: this is sample_tokens
-  int64_t length, columns, window;        // tokens of an image; columns of ids, and how many of them the logits are for
-  const int64_t* prompt_lengths;          // (batch): tokens before this position are given, and stay
-  int64_t *positions, *passes_done;       // (rows), (batch)
-  int64_t* draws;                         // (batch, window), where window > 1
+  int64_t length, columns, window;   // tokens of an image; columns of ids, and how many of them the logits are for
+  const int64_t* prompt_lengths;     // (batch): tokens before this position are given, and stay
+  int64_t *positions, *passes_done;  // (rows), (batch)
+  int64_t* draws;                    // (batch, window), where window > 1
 };
 
 struct SampleTokensParams {

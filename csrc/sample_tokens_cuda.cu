@@ -171,8 +171,8 @@ __device__ float keep_threshold(const Source& source, const SampleRule& rule, in
 
 // The noise's place in a row: seed, step and image id, once for each thread.
 __device__ SampleKey key_of(const SampleTokensParams& p, const Draw& d) {
-  return {static_cast<uint64_t>(of_image(p.settings.seed, d.b)), static_cast<uint64_t>(of_image(p.settings.image_id, d.b)),
-          static_cast<uint32_t>(d.step)};
+  return {static_cast<uint64_t>(of_image(p.settings.seed, d.b)),
+          static_cast<uint64_t>(of_image(p.settings.image_id, d.b)), static_cast<uint32_t>(d.step)};
 }
 
 // Rank of the best code among those at or above `threshold`; also tells whether all logits were numbers below +inf.
