@@ -63,7 +63,7 @@ void check_ids(const DecodeParams& p, int64_t columns, int64_t vocabulary) {
 DecodeParams decode_params(const Tensor& arena, const Tensor& vectors, const Tensor& embeddings, const Tensor& rope,
                            const Tensor& ids, Tensor& keys, Tensor& values, const Tensor& positions,
                            const std::optional<Tensor>& slots, int64_t hidden, int64_t codes, int64_t bytes,
-                           double norm_eps) {
+                           int64_t activation_bytes, double norm_eps) {
   check_plain(arena, "arena", {ScalarType::Byte}, 1);
   check_plain(vectors, "vectors", {ScalarType::Float}, 1);
   check_plain(embeddings, "embeddings", {ScalarType::Float}, 2);
@@ -86,6 +86,10 @@ DecodeParams decode_params(const Tensor& arena, const Tensor& vectors, const Ten
 
   DecodeParams p{};
   p.weights = weight_format(bytes);
+  const int64_t own_bytes = p.weights == WeightFormat::int8 ? 2 : bytes;
+  check(activation_bytes == own_bytes || (bytes == 1 && activation_bytes == 1), "activation_bytes",
+        bytes == 1 ? "2 or 1" : std::to_string(own_bytes), activation_bytes);
+  p.narrow = activation_bytes == 1;
   p.cache = keys.scalar_type() == ScalarType::Float ? CacheFormat::float32 : CacheFormat::bfloat16;
   check(keys.size(0) <= 1 << 16, "keys", "at most 2^16 layers", "shape " + shape_name(keys));
   p.layers = keys.size(0);
@@ -124,7 +128,7 @@ DecodeParams decode_params(const Tensor& arena, const Tensor& vectors, const Ten
 
 Tensor decode(const Tensor& arena, const Tensor& vectors, const Tensor& embeddings, const Tensor& rope,
               const Tensor& ids, Tensor keys, Tensor values, const Tensor& positions,
-              const std::optional<Tensor>& slots, int64_t hidden, int64_t codes, int64_t bytes, double norm_eps) {
+              const std::optional<Tensor>& slots, int64_t hidden, int64_t codes, int64_t bytes, int64_t activation_bytes, double norm_eps) {
   check_tensors({{"arena", arena},
                  {"vectors", vectors},
                  {"embeddings", embeddings},
@@ -135,7 +139,7 @@ Tensor decode(const Tensor& arena, const Tensor& vectors, const Tensor& embeddin
                  {"positions", positions},
                  {"slots", slots}});
   DecodeParams p = decode_params(arena, vectors, embeddings, rope, ids, keys, values, positions, slots, hidden, codes,
-                                 bytes, norm_eps);
+                                 bytes, activation_bytes, norm_eps);
   check(p.capacity >= p.columns, "keys", "a capacity of " + std::to_string(p.columns) + " or more", p.capacity);
   check_positions(p, p.capacity - p.columns);
   check_slots(p);
@@ -163,7 +167,7 @@ void decode_tokens(const Tensor& arena, const Tensor& vectors, const Tensor& emb
                    const Tensor& prompt_lengths, const std::optional<Tensor>& schedule, const Tensor& temperature,
                    const Tensor& top_k, const Tensor& top_p, const Tensor& seeds, const Tensor& image_ids,
                    Tensor passes_done, int64_t passes, int64_t window, int64_t hidden, int64_t codes, int64_t bytes,
-                   double norm_eps) {
+                   int64_t activation_bytes, double norm_eps) {
   check_tensors({{"arena", arena},
                  {"vectors", vectors},
                  {"embeddings", embeddings},
@@ -183,7 +187,7 @@ void decode_tokens(const Tensor& arena, const Tensor& vectors, const Tensor& emb
                  {"image_ids", image_ids},
                  {"passes_done", passes_done}});
   DecodeParams p = decode_params(arena, vectors, embeddings, rope, ids, keys, values, positions, slots, hidden, codes,
-                                 bytes, norm_eps);
+                                 bytes, activation_bytes, norm_eps);
   check_range(passes, "passes", 1, int64_t{1} << 30);
   check_range(window, "window", 1, p.columns);
   check(codes <= embeddings.size(0), "codes", "at most the rows of embeddings, " + std::to_string(embeddings.size(0)),

@@ -38,6 +38,7 @@ constexpr int64_t panels(int64_t outputs) { return round_up(outputs, kPanelOutpu
 
 struct DecodeParams {
   WeightFormat weights;
+  bool narrow;  // int8 weights only: activations have 8 bits, and a scale for each group of inputs, instead of 16
   CacheFormat cache;
   int64_t layers, width, heads, head_dim, hidden, codes;
   int64_t slots, capacity;  // of the cache: sequences, and positions of each

@@ -760,7 +760,7 @@ class Pass {
   template <class W>
   Activations activations(int64_t inputs) const {
     const int64_t plane = round_up(inputs, kDepthMultiple) * weight_bytes(W::kFormat);
-    return {w_.activations, w_.scale, W::kPlanes * plane, plane};
+    return {w_.activations, w_.scale, W::row_bytes(round_up(inputs, kDepthMultiple)), plane};
   }
   float* x(int64_t r) const { return w_.x + r * p_.width; }
   float* wide(int64_t r) const { return w_.wide + r * w_.widest; }
@@ -793,7 +793,7 @@ void run_passes(const DecodeParams& p, const DrawParams* draw, Crew& crew, const
   Schedule schedule(p, draw, workspace);
   schedule.make();
   if (schedule.over()) return;
-  const Crew::Work work = {static_cast<int64_t>(p.weights),
+  const Crew::Work work = {static_cast<int64_t>(p.weights) + (p.narrow ? 8 : 0),
                            p.layers,
                            schedule.plan.inputs,
                            p.width,
@@ -828,7 +828,9 @@ void run_with_cache(const DecodeParams& p, const DrawParams* draw, Crew& crew, c
     case WeightFormat::float32: return run_passes<Float32Weights, Float32Weights, Cache>(p, draw, crew, parallel);
     case WeightFormat::bfloat16:
       return run_passes<Bfloat16Weights<1>, Bfloat16Weights<2>, Cache>(p, draw, crew, parallel);
-    case WeightFormat::int8: return run_passes<Int8Weights, Bfloat16Weights<2>, Cache>(p, draw, crew, parallel);
+    case WeightFormat::int8:
+      if (p.narrow) return run_passes<Int8WeightsAndActivations, Bfloat16Weights<2>, Cache>(p, draw, crew, parallel);
+      return run_passes<Int8Weights, Bfloat16Weights<2>, Cache>(p, draw, crew, parallel);
   }
 }
 

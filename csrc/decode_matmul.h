@@ -2,9 +2,10 @@
 //
 // Each weight format takes its activations in a form of its own, written by `pack_row`:
 //   float32   as they are;
-//   bfloat16  rounded; where kPlanes is 2 as a sum of two bfloat16 numbers, the second being what the first rounded off;
+//   bfloat16  rounded; where Planes is 2 as a sum of two bfloat16 numbers, the second being what the first rounded off;
 //   int8      as 16-bit integers with a scale for the row, split in two planes of unsigned bytes. Products with a group
-//             of int8 weights then are exact sums of integers, and int8 multipliers do the work of 16-bit ones.
+//             of int8 weights then are exact sums of integers, and int8 multipliers do the work of 16-bit ones;
+//   int8, narrow   as 8-bit integers with a scale for each group of inputs: half of the work, for products of many rows.
 // A row's product depends neither on the other rows nor on how many there are.
 #pragma once
 
@@ -79,7 +80,7 @@ void multiply_float32(const uint8_t* panel, int64_t depth, const Activations& x,
 
 struct Float32Weights {
   static constexpr WeightFormat kFormat = WeightFormat::float32;
-  static constexpr int kPlanes = 1;
+  static constexpr int64_t row_bytes(int64_t depth) { return depth * 4; }
 
   static void pack_row(const float* values, int64_t n, int64_t depth, uint8_t* row, int64_t, float*) {
     float* out = reinterpret_cast<float*>(row);
@@ -190,7 +191,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void multiply_bfloat16_amx(const ui
 template <int Planes>
 struct Bfloat16Weights {
   static constexpr WeightFormat kFormat = WeightFormat::bfloat16;
-  static constexpr int kPlanes = Planes;
+  static constexpr int64_t row_bytes(int64_t depth) { return Planes * depth * 2; }
 
   static void pack_row(const float* values, int64_t n, int64_t depth, uint8_t* row, int64_t plane_bytes, float*) {
     uint16_t* high = reinterpret_cast<uint16_t*>(row);
@@ -358,21 +359,27 @@ __attribute__((target("amx-tile,amx-int8"))) inline void multiply_int8_amx(const
 }
 #endif
 
+// NaN where there is one.
+inline float largest_magnitude(const float* values, int64_t n) {
+  int32_t largest = 0;  // as bits: a NaN is above infinity, infinity above all numbers
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    largest = std::max(largest, bits & 0x7FFFFFFF);
+  }
+  float bound;
+  std::memcpy(&bound, &largest, sizeof bound);
+  return bound;
+}
+
 struct Int8Weights {
   static constexpr WeightFormat kFormat = WeightFormat::int8;
-  static constexpr int kPlanes = 2;
+  static constexpr int64_t row_bytes(int64_t depth) { return 2 * depth; }
 
   static void pack_row(const float* values, int64_t n, int64_t depth, uint8_t* row, int64_t plane_bytes, float* scale) {
     uint8_t *high = row, *low = row + plane_bytes;
-    int32_t largest = 0;  // as bits: a NaN is above infinity, infinity above all numbers
-    for (int64_t i = 0; i < n; ++i) {
-      int32_t bits;
-      std::memcpy(&bits, values + i, sizeof bits);
-      largest = std::max(largest, bits & 0x7FFFFFFF);
-    }
-    float bound;
-    std::memcpy(&bound, &largest, sizeof bound);
-    const bool finite = largest < 0x7F800000;
+    const float bound = largest_magnitude(values, n);
+    const bool finite = bound < std::numeric_limits<float>::infinity();  // not NaN either
     const float inverse = finite && bound > 0 ? kInt16Largest / bound : 0.0f;
     *scale = finite ? bound / kInt16Largest : std::numeric_limits<float>::quiet_NaN();
     if (!finite || !(inverse < std::numeric_limits<float>::infinity())) {
@@ -404,6 +411,211 @@ struct Int8Weights {
     for (; r + 4 <= rows; r += 4) multiply_int8<4>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
     for (; r + 2 <= rows; r += 2) multiply_int8<2>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
     for (; r < rows; ++r) multiply_int8<1>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+  }
+};
+
+// ---- int8, with activations of 8 bits ----
+// A row holds q = round(x / scale) in -127..127, with a scale for each group of inputs; behind all of them what is to be
+// known of each group. The sums of a group are exact in 32 bits, whatever computes them. They are scaled by the row's
+// scale, then by the output's, and added up in float32.
+
+constexpr float kInt8Largest = 127.0f;
+
+struct ActivationGroup {
+  float scale;
+  int32_t excess;  // 128 times the sum of q: VNNI multiplies unsigned numbers by signed ones, and takes w + 128 for w
+};
+
+// The row's part of the groups.
+inline const ActivationGroup* activation_groups(const Activations& x, int64_t row, int64_t depth) {
+  return reinterpret_cast<const ActivationGroup*>(x.row(row) + depth);
+}
+
+// Adds the sums of a group for all outputs of a row.
+inline void add_int8_group(const int32_t* sums, float row_scale, const uint16_t* scales, float* total) {
+  for (int64_t o = 0; o < kPanelOutputs; ++o)
+    total[o] = std::fma(static_cast<float>(sums[o]) * row_scale, from_bf16(scales[o]), total[o]);
+}
+
+#if defined(__AVX512VNNI__)
+constexpr int kInt8Rows = 8;  // of one product: their sums fill half of the registers
+
+inline void add_int8_group(__m512i low, __m512i high, float row_scale, const uint16_t* scales, float* total) {
+  const Vec scale(row_scale);
+  fma(Vec(_mm512_cvtepi32_ps(low)) * scale, Vec::load_bf16(scales), Vec::load(total)).store(total);
+  fma(Vec(_mm512_cvtepi32_ps(high)) * scale, Vec::load_bf16(scales + 16), Vec::load(total + 16)).store(total + 16);
+}
+
+template <int Rows>
+void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+  const uint8_t* a[Rows];
+  const ActivationGroup* groups[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    a[r] = x.row(row0 + r);
+    groups[r] = activation_groups(x, row0 + r, depth);
+  }
+  std::fill(out, out + Rows * kPanelOutputs, 0.0f);
+  const __m512i flip = _mm512_set1_epi8(-128);  // signed to unsigned
+  for (int64_t group = 0; group < depth / kGroupInputs; ++group) {
+    __m512i sum[Rows][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm512_set1_epi32(-groups[r][group].excess);
+    for (int64_t k = group * kGroupInputs; k < (group + 1) * kGroupInputs; k += 4, panel += 4 * kPanelOutputs) {
+      prefetch_weights<Rows>(panel);
+      const __m512i w0 = _mm512_xor_si512(_mm512_load_si512(panel), flip);
+      const __m512i w1 = _mm512_xor_si512(_mm512_load_si512(panel + 64), flip);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        int32_t four;
+        std::memcpy(&four, a[r] + k, sizeof four);
+        const __m512i value = _mm512_set1_epi32(four);
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][0]) : "v"(w0), "v"(value));
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][1]) : "v"(w1), "v"(value));
+      }
+    }
+    prefetch_weights<Rows>(panel);
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+      add_int8_group(sum[r][0], sum[r][1], groups[r][group].scale, scales, out + r * kPanelOutputs);
+    panel += kScaleBytes;
+  }
+}
+
+__attribute__((target("amx-tile,amx-int8"))) inline void multiply_int8_by_int8_amx(const uint8_t* panel, int64_t depth,
+                                                                                   const Activations& x, int64_t row0,
+                                                                                   int64_t rows, float* out) {
+  alignas(64) int32_t sum[16][kPanelOutputs];
+  constexpr int64_t stride = kPanelOutputs * sizeof(int32_t);
+  const uint8_t* a = x.row(row0);
+  std::fill(out, out + rows * kPanelOutputs, 0.0f);
+  static_assert(kGroupInputs == 64, "a tile has a group");
+  for (int64_t group = 0; group < depth / kGroupInputs; ++group, a += kGroupInputs) {
+    _tile_zero(0);
+    _tile_zero(1);
+    prefetch_bytes(panel + kPrefetch, kGroupBytes);
+    _tile_loadd(4, panel, 128);
+    _tile_loadd(5, panel + 64, 128);
+    _tile_loadd(6, a, x.row_bytes);
+    _tile_dpbssd(0, 6, 4);
+    _tile_dpbssd(1, 6, 5);
+    _tile_stored(0, sum[0], stride);
+    _tile_stored(1, sum[0] + 16, stride);
+    asm volatile("" ::: "memory");  // the stores do not tell the compiler what they write
+    panel += kGroupInputs * kPanelOutputs;
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float row_scale = activation_groups(x, row0 + r, depth)[group].scale;
+      add_int8_group(_mm512_load_si512(sum[r]), _mm512_load_si512(sum[r] + 16), row_scale, scales,
+                     out + r * kPanelOutputs);
+    }
+    panel += kScaleBytes;
+  }
+}
+#elif defined(__AVX2__)
+constexpr int kInt8Rows = 2;
+
+template <int Rows>
+void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+  std::fill(out, out + Rows * kPanelOutputs, 0.0f);
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int64_t group = 0; group < depth / kGroupInputs; ++group) {
+    __m256i sum[Rows][4];
+    for (int r = 0; r < Rows; ++r)
+      for (int i = 0; i < 4; ++i) sum[r][i] = _mm256_setzero_si256();
+    for (int64_t k = group * kGroupInputs; k < (group + 1) * kGroupInputs; k += 4, panel += 4 * kPanelOutputs) {
+      prefetch_weights<Rows>(panel);
+#pragma GCC unroll 2
+      for (int r = 0; r < Rows; ++r) {
+        int32_t four;
+        std::memcpy(&four, x.row(row0 + r) + k, sizeof four);
+        const __m256i value = _mm256_set1_epi32(four), size = _mm256_abs_epi8(value);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {  // |q| times w with the sign of q: pairs of products fit in 16 bits
+          const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel) + i);
+          const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(w, value));
+          sum[r][i] = _mm256_add_epi32(sum[r][i], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    }
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel);
+    for (int r = 0; r < Rows; ++r) {
+      alignas(32) int32_t sums[kPanelOutputs];
+      for (int i = 0; i < 4; ++i) _mm256_store_si256(reinterpret_cast<__m256i*>(sums) + i, sum[r][i]);
+      add_int8_group(sums, activation_groups(x, row0 + r, depth)[group].scale, scales, out + r * kPanelOutputs);
+    }
+    panel += kScaleBytes;
+  }
+}
+#else
+constexpr int kInt8Rows = 1;
+
+template <int Rows>
+void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+  static_assert(Rows == 1);
+  std::fill(out, out + kPanelOutputs, 0.0f);
+  const int8_t* a = reinterpret_cast<const int8_t*>(x.row(row0));
+  for (int64_t group = 0; group < depth / kGroupInputs; ++group, panel += kGroupBytes) {
+    const int8_t* weights = reinterpret_cast<const int8_t*>(panel);
+    int32_t sums[kPanelOutputs] = {};
+    for (int64_t k = 0; k < kGroupInputs; k += 4, weights += 4 * kPanelOutputs) {
+      for (int64_t o = 0; o < kPanelOutputs; ++o)
+        for (int i = 0; i < 4; ++i) sums[o] += a[group * kGroupInputs + k + i] * weights[o * 4 + i];
+    }
+    add_int8_group(sums, activation_groups(x, row0, depth)[group].scale, reinterpret_cast<const uint16_t*>(weights), out);
+  }
+}
+#endif
+
+struct Int8WeightsAndActivations {
+  static constexpr WeightFormat kFormat = WeightFormat::int8;
+
+  static constexpr int64_t row_bytes(int64_t depth) {
+    return round_up(depth + depth / kGroupInputs * int64_t{sizeof(ActivationGroup)}, 64);
+  }
+
+  static void pack_row(const float* values, int64_t n, int64_t depth, uint8_t* row, int64_t, float*) {
+    int8_t* q = reinterpret_cast<int8_t*>(row);
+    auto* groups = reinterpret_cast<ActivationGroup*>(row + depth);
+    for (int64_t first = 0; first < depth; first += kGroupInputs, ++groups) {
+      const int64_t count = std::min(kGroupInputs, n - first);
+      const float bound = largest_magnitude(values + first, count);
+      const bool finite = bound < std::numeric_limits<float>::infinity();  // not NaN either
+      float inverse = finite && bound > 0 ? kInt8Largest / bound : 0.0f;
+      if (!(inverse < std::numeric_limits<float>::infinity())) inverse = 0.0f;
+      groups->scale = !finite ? std::numeric_limits<float>::quiet_NaN() : inverse > 0 ? bound / kInt8Largest : 0.0f;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const int32_t value = inverse > 0 ? static_cast<int32_t>(values[first + i] * inverse + 128.5f) - 128 : 0;
+        q[first + i] = static_cast<int8_t>(value);
+        sum += value;
+      }
+      std::fill(q + first + count, q + first + kGroupInputs, int8_t{0});
+      groups->excess = 128 * sum;
+    }
+  }
+
+  static void multiply(MatmulUnit unit, const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0,
+                       int64_t rows, float* out) {
+    int64_t r = 0;
+#if defined(__AVX512VNNI__)
+    constexpr int64_t kWorthTile = 8;
+    if (unit.amx && rows > kWorthTile) {
+      for (; r < rows; r += 16) {
+        const int64_t count = std::min<int64_t>(rows - r, 16);
+        multiply_int8_by_int8_amx(panel, depth, x, row0 + r, count, out + r * kPanelOutputs);
+      }
+      return;
+    }
+#endif
+    (void)unit;
+    if constexpr (kInt8Rows >= 8)
+      for (; r + 8 <= rows; r += 8) multiply_int8_by_int8<8>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    if constexpr (kInt8Rows >= 4)
+      for (; r + 4 <= rows; r += 4) multiply_int8_by_int8<4>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    if constexpr (kInt8Rows >= 2)
+      for (; r + 2 <= rows; r += 2) multiply_int8_by_int8<2>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for (; r < rows; ++r) multiply_int8_by_int8<1>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
   }
 };
 

@@ -10,13 +10,14 @@ STABLE_TORCH_LIBRARY(alitok, m) {
       "Tensor? seed) -> (Tensor grad_x, Tensor grad_delta, Tensor grad_weight)");
   m.def(
       "decode(Tensor arena, Tensor vectors, Tensor embeddings, Tensor rope, Tensor ids, Tensor(a!) keys, "
-      "Tensor(b!) values, Tensor positions, Tensor? slots, int hidden, int codes, int weight_bytes, float norm_eps) "
-      "-> Tensor");
+      "Tensor(b!) values, Tensor positions, Tensor? slots, int hidden, int codes, int weight_bytes, "
+      "int activation_bytes, float norm_eps) -> Tensor");
   m.def(
       "decode_tokens(Tensor arena, Tensor vectors, Tensor embeddings, Tensor rope, Tensor(a!) ids, Tensor(b!) keys, "
       "Tensor(c!) values, Tensor(d!) positions, Tensor? slots, Tensor(e!) tokens, Tensor prompt_lengths, "
       "Tensor? schedule, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seeds, Tensor image_ids, "
-      "Tensor(f!) passes_done, int passes, int window, int hidden, int codes, int weight_bytes, float norm_eps) -> ()");
+      "Tensor(f!) passes_done, int passes, int window, int hidden, int codes, int weight_bytes, int activation_bytes, "
+      "float norm_eps) -> ()");
   m.def(
       "cached_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor positions, Tensor? slots, "
       "Tensor? q_norm_weight, Tensor? k_norm_weight, float norm_eps, Tensor? rope, float scale, Tensor(c!)? arrivals) "

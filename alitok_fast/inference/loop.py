@@ -59,7 +59,7 @@ class SamplingLoop:
             schedule=zeros(batch_size, steps, dtype=torch.float32) if guided else None,
             temperature=zeros(batch_size, dtype=torch.float32),
             top_k=zeros(batch_size),
-            top_p=zeros(batch_size, dtype=torch.float64),
+            top_p=zeros(batch_size, dtype=torch.float64).fill_(1),
             seeds=zeros(batch_size),
             image_ids=zeros(batch_size),
             passes=zeros(batch_size),

@@ -22,12 +22,16 @@ class PackedGenerator:
         gen: the generator, on the CPU, of any floating dtype.
         weight_dtype: dtype of the matrices: torch.float32, torch.bfloat16, or torch.int8, which has one scale per
             output and 64 inputs. None takes the dtype of `gen`; for float16, which has no kernels here, float32.
+        activation_dtype: what int8 matrices are multiplied with: torch.int16, or torch.int8, which is faster for many
+            rows. None is int16.
 
     Raises:
         ValueError: another dtype, or a generator that is not on the CPU.
     """
 
-    def __init__(self, gen: Generator, weight_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, gen: Generator, weight_dtype: torch.dtype | None = None, activation_dtype: torch.dtype | None = None
+    ) -> None:
         if gen.device.type != "cpu":
             raise ValueError(f"gen: expected a generator on the CPU, got one on {gen.device}")
         self.config = gen.config
@@ -48,6 +52,7 @@ class PackedGenerator:
                 rope=gen.rope,
                 dtype=weight_dtype,
                 norm_eps=NORM_EPS,
+                activation_dtype=activation_dtype,
             )
 
     @property

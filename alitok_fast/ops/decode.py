@@ -22,7 +22,8 @@ def decode(
     """Append W consecutive inputs to each row, and return the logits after each of them.
 
     Activations are float32 between the matrices. They enter float32 matrices as they are, bfloat16 matrices rounded to
-    bfloat16 (the head: as a sum of two bfloat16 numbers), and int8 matrices as 16-bit integers with a scale per row.
+    bfloat16 (the head: as a sum of two bfloat16 numbers), and int8 matrices as 16-bit integers with a scale per row,
+    or as 8-bit integers with a scale for each 64 of them (`PackedWeights.activation_dtype`).
     Sums are float32, or exact integers for int8. The logits at a position depend on what its sequence holds up to
     there, and to the last bit on nothing else: neither on W, nor on other rows, nor on the slot.
 
@@ -51,7 +52,8 @@ def decode(
         return decode_reference(weights, ids, keys, values, positions, slots)
     return torch.ops.alitok.decode(
         weights.arena, weights.vectors, weights.embeddings, weights.rope, ids, keys, values,
-        positions, slots, weights.hidden, weights.codes, weights.dtype.itemsize, weights.norm_eps,
+        positions, slots, weights.hidden, weights.codes, weights.dtype.itemsize,
+        weights.activation_dtype.itemsize, weights.norm_eps,
     )  # fmt: skip
 
 
@@ -241,7 +243,8 @@ def decode_tokens(
         weights.arena, weights.vectors, weights.embeddings, weights.rope, state.ids, keys, values, state.positions,
         state.slots, state.tokens, state.prompt_lengths, state.schedule, state.temperature, state.top_k, state.top_p,
         state.seeds, state.image_ids, state.passes, passes, window, weights.hidden, weights.codes,
-        weights.dtype.itemsize, weights.norm_eps,
+        weights.dtype.itemsize,
+        weights.activation_dtype.itemsize, weights.norm_eps,
     )  # fmt: skip
 
 
@@ -275,7 +278,7 @@ def _(
 
 
 @register_fake("decode")
-def _(arena, vectors, embeddings, rope, ids, keys, values, positions, slots, hidden, codes, weight_bytes, norm_eps):
+def _(arena, vectors, embeddings, rope, ids, keys, values, positions, slots, hidden, codes, *formats):
     check_one_device(
         arena=arena, vectors=vectors, embeddings=embeddings, rope=rope, ids=ids, keys=keys, values=values,
         positions=positions, slots=slots,

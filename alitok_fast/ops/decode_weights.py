@@ -50,6 +50,8 @@ class PackedWeights:
         rope: (positions, head_dim / 2, 2) float32.
         dtype: of the matrices: float32, bfloat16, or int8 with a bfloat16 scale for each output and 64 inputs
             (docs/precision.md). The head of an int8 generator is bfloat16.
+        activation_dtype: what enters those matrices: float32, bfloat16, and for int8 ones int16, with a scale for each
+            row, or int8, with one for each 64 inputs.
         hidden: width inside the MLP.
         codes: number of logits.
         norm_eps: added to the mean squares.
@@ -60,6 +62,7 @@ class PackedWeights:
     embeddings: Tensor
     rope: Tensor
     dtype: torch.dtype
+    activation_dtype: torch.dtype
     hidden: int
     codes: int
     norm_eps: float
@@ -79,6 +82,7 @@ def pack_weights(
     rope: Tensor,
     dtype: torch.dtype,
     norm_eps: float = 1e-5,
+    activation_dtype: torch.dtype | None = None,
 ) -> PackedWeights:
     """Round the matrices to `dtype`, and lay them out for streaming through `decode`.
 
@@ -91,6 +95,7 @@ def pack_weights(
         rope: (positions, head_dim / 2, 2) float32.
         dtype: float32, bfloat16 or int8.
         norm_eps: added to the mean squares.
+        activation_dtype: of int8 matrices int16 or int8; None is int16, and `dtype` for other matrices.
 
     Returns:
         PackedWeights: a copy; later changes of the weights do not reach it.
@@ -100,6 +105,12 @@ def pack_weights(
     """
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or int8, got {str(dtype).removeprefix('torch.')}")
+    own = torch.int16 if dtype == torch.int8 else dtype
+    activation_dtype = activation_dtype or own
+    if activation_dtype not in (own, dtype):
+        expected, got = (str(x).removeprefix("torch.") for x in (own, activation_dtype))
+        expected = "int16 or int8" if dtype == torch.int8 else expected
+        raise ValueError(f"activation_dtype: expected {expected}, got {got}")
     matrices, vectors = [], []
     for layer in layers:
         gate = _interleave(layer.w1, layer.w3)
@@ -112,6 +123,7 @@ def pack_weights(
         embeddings=embeddings.detach().float().contiguous(),
         rope=rope,
         dtype=dtype,
+        activation_dtype=activation_dtype,
         hidden=layers[0].w2.shape[1],
         codes=head.shape[0],
         norm_eps=norm_eps,

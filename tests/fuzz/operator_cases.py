@@ -292,7 +292,8 @@ def decode_arguments(s, g):
         "values": randn(*cache, generator=g),
         "positions": torch.randint(-1, capacity - columns + 1, (rows,), generator=g),
         "slots": torch.randperm(cache[1], generator=g)[:rows] if s[3] % 2 else None, "hidden": p.hidden,
-        "codes": p.codes, "weight_bytes": p.dtype.itemsize, "norm_eps": p.norm_eps,
+        "codes": p.codes, "weight_bytes": p.dtype.itemsize,
+        "activation_bytes": p.activation_dtype.itemsize, "norm_eps": p.norm_eps,
     }  # fmt: skip
 
 
@@ -300,15 +301,16 @@ WEIGHTS = {4: torch.float32, 2: torch.bfloat16, 1: torch.int8}
 
 
 def weights_of(a) -> PackedWeights:
-    return PackedWeights(a["arena"], a["vectors"], a["embeddings"], a["rope"], WEIGHTS[a["weight_bytes"]], a["hidden"],
-                         a["codes"], a["norm_eps"])  # fmt: skip
+    dtype = WEIGHTS[a["weight_bytes"]]
+    return PackedWeights(a["arena"], a["vectors"], a["embeddings"], a["rope"], dtype, dtype, a["hidden"], a["codes"],
+                         a["norm_eps"])  # fmt: skip
 
 
 def decode_tokens_arguments(s, g):
     a = decode_arguments(s, g)
     batch, capacity = len(a["ids"]) // 2, a["keys"].shape[3]
     a["positions"] = torch.randint(-1, capacity, (batch,), generator=g).repeat(2)
-    last = {name: a.pop(name) for name in ("hidden", "codes", "weight_bytes", "norm_eps")}
+    last = {name: a.pop(name) for name in ("hidden", "codes", "weight_bytes", "activation_bytes", "norm_eps")}
     return {
         **a, "tokens": torch.randint(last["codes"], (batch, capacity), generator=g),
         "prompt_lengths": torch.randint(capacity + 2, (batch,), generator=g), "schedule": torch.ones(batch, capacity),

@@ -1,5 +1,7 @@
 """decode: native against the reference, packing, and that a position depends on no window, batch, slot or thread."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,12 +12,13 @@ from alitok_fast._library import use_reference
 from alitok_fast.ops.decode import decode, decode_reference
 from alitok_fast.ops.decode_weights import GROUP_INPUTS, LayerWeights, PackedWeights, pack_weights, unpack_weights
 
-DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+NARROW = "int8, narrow"  # int8 weights times 8-bit activations
+DTYPES = [torch.float32, torch.bfloat16, torch.int8, NARROW]
 # (layers, heads, head_dim, hidden, codes): a preset's head sizes, a matrix of one padded panel, odd everything.
 SHAPES = [(2, 2, 48, 128, 96), (1, 1, 4, 3, 5), (2, 3, 10, 37, 70), (1, 2, 64, 72, 33), (1, 1, 80, 16, 32)]
 POSITIONS = 19
 # Of the activations alone: the reference reads the same rounded weights.
-ERROR = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.int8: 3e-4}
+ERROR = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.int8: 3e-4, NARROW: 3e-2}
 
 
 def make_layers(layers, heads, head_dim, hidden, codes, seed=0):
@@ -54,7 +57,9 @@ def make(shape, dtype, seed=0) -> PackedWeights:
     rope = torch.stack([angles.cos(), angles.sin()], -1)
     rope[0] = 0
     embeddings = torch.randn(codes + 3, heads * head_dim, generator=generator)
-    return pack_weights(*make_layers(*shape, seed), embeddings, rope, dtype)
+    narrow = torch.int8 if dtype == NARROW else None
+    stored = narrow or dtype
+    return pack_weights(*make_layers(*shape, seed), embeddings, rope, stored, activation_dtype=narrow)
 
 
 def make_caches(shape, rows, dtype=torch.float32) -> Tensor:
@@ -99,7 +104,7 @@ def test_bfloat16_cache(cpu_isa, dtype):
     got = run(weights, ids, caches)
     expected = run(weights, ids, rounded, decode_reference)
     assert error(got, expected) < max(ERROR[dtype], 5e-3)
-    assert error(caches.float(), rounded.float()) < 1e-2
+    assert error(caches.float(), rounded.float()) < max(ERROR[dtype], 1e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,7 +207,7 @@ def test_unpacking_gives_the_rounded_weights(shape, dtype):
     assert torch.equal(got_norm, norm) and torch.equal(got_bias, head_bias)
     # bfloat16: half a unit in the last of eight bits. int8: half a step, the 127th part of the largest of the group,
     # rounded up to eight bits.
-    tolerance = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.int8: 0.5 / 127 * (1 + 2.0**-7)}[dtype]
+    tolerance = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.int8: 0.5 / 127 * (1 + 2.0**-7)}[weights.dtype]
     pairs = [(got_head, head)]
     for got_layer, layer in zip(got_layers, layers, strict=True):
         pairs += zip(vars(got_layer).values(), vars(layer).values(), strict=True)
@@ -240,7 +245,7 @@ def test_opcheck():
         torch.ops.alitok.decode.default,
         (weights.arena, weights.vectors, weights.embeddings, weights.rope, torch.tensor([[1, 2], [3, 4]]), keys,
          values, torch.tensor([3, 5]), torch.tensor([1, 0]), weights.hidden, weights.codes,
-         weights.dtype.itemsize, weights.norm_eps),
+         weights.dtype.itemsize, weights.activation_dtype.itemsize, weights.norm_eps),
     )  # fmt: skip
 
 
@@ -290,6 +295,40 @@ def test_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         decode(make(shape, torch.float32), **arguments)
     assert keys.isnan().all() and values.isnan().all(), "nothing is written"
+
+
+def test_8_bit_activations_are_the_rounded_ones():
+    """One layer whose products show: as with activations that were rounded in groups of 64, and no further off."""
+    shape = (1, 1, 64, 64, 32)
+    wide, narrow = (make(shape, dtype) for dtype in (torch.int8, NARROW))
+    ids = make_ids(shape, 16)
+    exact = run(wide, ids, make_caches(shape, 16).double(), decode_reference)
+    errors = [error(run(weights, ids, make_caches(shape, 16)), exact) for weights in (wide, narrow)]
+    assert errors[0] < 1e-3 < errors[1] < 3e-2
+    assert narrow.activation_dtype == torch.int8 and wide.activation_dtype == torch.int16
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-42, 1e-30, 1e30, torch.inf, torch.nan])
+def test_8_bit_activations_of_any_size(cpu_isa, value):
+    """Groups of zeros and of the smallest numbers are zeros; one that is not finite makes its own row NaN alone."""
+    shape = (1, 1, 128, 64, 33)
+    weights, ids = make(shape, NARROW), torch.tensor([1, 2, 3])
+    weights.embeddings[2] = 0
+    weights.embeddings[2, 70] = value
+    logits = one(weights, ids, make_caches(shape, 3), 0)
+    assert logits[[0, 2]].isfinite().all()
+    assert logits[1].isfinite().all() == math.isfinite(value)
+
+
+def test_unknown_activation_dtype():
+    shape, rope = SHAPES[0], torch.zeros(POSITIONS, 24, 2)
+    for dtype, wrong, expected in (
+        (torch.int8, torch.float32, "int16 or int8"), (torch.float32, torch.int8, "float32"),
+        (torch.bfloat16, torch.int16, "bfloat16"),
+    ):  # fmt: skip
+        name = str(wrong).removeprefix("torch.")
+        with pytest.raises(ValueError, match=f"activation_dtype: expected {expected}, got {name}"):
+            pack_weights(*make_layers(*shape), torch.zeros(99, 96), rope, dtype, activation_dtype=wrong)
 
 
 def test_unknown_weight_dtype():

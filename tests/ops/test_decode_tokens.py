@@ -20,7 +20,8 @@ from alitok_fast.ops.decode import (
 from alitok_fast.ops.decode_weights import LayerWeights, PackedWeights, pack_weights
 
 LAYERS, HEADS, HEAD_DIM, HIDDEN, CODES, CAPACITY = 2, 2, 10, 37, 70, 19
-DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+NARROW = "int8, narrow"  # int8 weights times 8-bit activations
+DTYPES = [torch.float32, torch.bfloat16, torch.int8, NARROW]
 
 
 def make_weights(dtype=torch.float32) -> PackedWeights:
@@ -40,7 +41,8 @@ def make_weights(dtype=torch.float32) -> PackedWeights:
     angles = torch.randn(CAPACITY, HEAD_DIM // 2, generator=generator)
     return pack_weights(
         [layer() for _ in range(LAYERS)], torch.ones(width), 3 * matrix(CODES, width), torch.zeros(CODES),
-        torch.randn(CODES + 3, width, generator=generator), torch.stack([angles.cos(), angles.sin()], -1), dtype,
+        torch.randn(CODES + 3, width, generator=generator), torch.stack([angles.cos(), angles.sin()], -1),
+        torch.int8 if dtype == NARROW else dtype, activation_dtype=torch.int8 if dtype == NARROW else None,
     )  # fmt: skip
 
 
@@ -250,7 +252,7 @@ def test_opcheck():
         (weights.arena, weights.vectors, weights.embeddings, weights.rope, drawing.ids, keys, values,
          drawing.positions, None, drawing.tokens, drawing.prompt_lengths, drawing.schedule, drawing.temperature,
          drawing.top_k, drawing.top_p, drawing.seeds, drawing.image_ids, drawing.passes, 3, 2, weights.hidden,
-         weights.codes, weights.dtype.itemsize, weights.norm_eps),
+         weights.codes, weights.dtype.itemsize, weights.activation_dtype.itemsize, weights.norm_eps),
     )  # fmt: skip
 
 

@@ -77,10 +77,10 @@ DECODE = (
         (lambda: ops.vq_lookup(torch.zeros(4, 8), meta(5, 8), 0.25, True), "codebook"),
         (lambda: ops.vq_lookup_backward(torch.zeros(4, 8), torch.tensor(1.0), torch.zeros(4, 8), meta(5, 8),
                                         torch.zeros(4, dtype=torch.int64), 0.25), "codebook"),
-        (lambda: ops.decode(*DECODE[:1], meta(1), *DECODE[2:], None, 1, 4, 4, 1e-5), "vectors"),
+        (lambda: ops.decode(*DECODE[:1], meta(1), *DECODE[2:], None, 1, 4, 4, 4, 1e-5), "vectors"),
         (lambda: ops.decode_tokens(*DECODE, None, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1).long(), None,
                                    *RULE, meta(dtype=torch.int64), torch.arange(1), torch.zeros(1).long(), 1, 1, 1, 4,
-                                   4, 1e-5), "seeds"),
+                                   4, 4, 1e-5), "seeds"),
     ],
 )  # fmt: skip
 def test_a_meta_tensor_beside_a_real_one_is_refused(call, argument):
@@ -103,7 +103,7 @@ class Decode:
             z(5, width), z(5, width), z(width, 5),
         )  # fmt: skip
         p = pack_weights([layer], z(width), z(codes, width), z(codes), z(codes, width), z(9, 2, 2), torch.float32)
-        self.weights = p
+        self.sizes = p.hidden, p.codes, p.dtype.itemsize, p.activation_dtype.itemsize, p.norm_eps
         self.arguments = {
             "arena": p.arena, "vectors": p.vectors, "embeddings": p.embeddings, "rope": p.rope,
             "ids": z(2, 1, dtype=torch.int64), "keys": z(1, 2, 2, capacity, 4), "values": z(1, 2, 2, capacity, 4),
@@ -114,12 +114,11 @@ class Decode:
         } | changes  # fmt: skip
 
     def tokens(self):
-        p = self.weights
-        return ops.decode_tokens(*self.arguments.values(), p.hidden, p.codes, p.dtype.itemsize, p.norm_eps)
+        return ops.decode_tokens(*self.arguments.values(), *self.sizes)
 
     def step(self):
-        p, names = self.weights, list(self.arguments)[:9]
-        return ops.decode(*(self.arguments[n] for n in names), p.hidden, p.codes, p.dtype.itemsize, p.norm_eps)
+        names = list(self.arguments)[:9]
+        return ops.decode(*(self.arguments[n] for n in names), *self.sizes)
 
 
 def within(other: torch.Tensor, like: torch.Tensor, at: int = 0) -> torch.Tensor:
@@ -277,7 +276,7 @@ keys, values, zero = z(1, 1, 1, 4, 2), z(1, 1, 1, 4, 2), torch.zeros(1, dtype=to
 def call(position):
     torch.ops.alitok.decode_tokens(p.arena, p.vectors, p.embeddings, p.rope, zero[:, None].clone(), keys, values,
         torch.tensor([position]), None, torch.zeros(1, 4, dtype=torch.int64), zero, None, torch.ones(1), zero,
-        torch.ones(1).double(), zero, zero, zero.clone(), 1, 1, p.hidden, p.codes, 2, 1e-5)
+        torch.ones(1).double(), zero, zero, zero.clone(), 1, 1, p.hidden, p.codes, 2, 2, 1e-5)
 call(0)  # threads and their stacks are there
 for mib in (4, 12, 20, 28):  # the logits take 8 MiB, and each thread as much and more
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
