@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,11 +14,27 @@ from torch import Tensor
 from alitok_fast.inference.cuda_graph import Turn, capture
 from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.step_model import StepModel
+from alitok_fast.inference.window import WindowChoice
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.decode import SampleState
 
 PASSES_PER_CALL = 16  # Ctrl-C waits for the end of a native call; starting one costs far less than a pass
 MOST_COLUMNS = 16  # of a window
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """What the passes of a run were like.
+
+    Attributes:
+        passes: of an image, the mean of the batch; those that read a prompt are among them.
+        tokens_per_pass: tokens that a pass settled for an image, on average.
+        windows: (window, passes of the batch), in the order in which they ran.
+    """
+
+    passes: float
+    tokens_per_pass: float
+    windows: tuple[tuple[int, int], ...]
 
 
 class SamplingLoop:
@@ -64,6 +83,7 @@ class SamplingLoop:
             image_ids=zeros(batch_size),
             passes=zeros(batch_size),
         )
+        self.last_run: LastRun | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._read_by_graphs: list[Tensor] = []
         self.turn = Turn(device) if turn is None else turn
@@ -77,22 +97,26 @@ class SamplingLoop:
         image_ids: Tensor,
         prompt_tokens: Tensor | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
-        window: int = 1,
+        choice: WindowChoice | None = None,
         in_turn: bool = False,
     ) -> Tensor:
         """tokens (B, N); arguments as in `sampler.sample`, checked there. Rows without a distribution hold -1.
 
-        `schedule` is (N,), the guidance scale of each step. `in_turn`: the caller has the turn already.
+        `schedule` is (N,), the guidance scale of each step. `choice` chooses the windows and learns from what they
+        cost; None is single tokens. `in_turn`: the caller has the turn already.
         """
+        choice = choice or WindowChoice((1,))
         with contextlib.nullcontext() if in_turn else self.turn:
             given = labels, schedule, params, image_ids, prompt_tokens
-            if self.model.device.type == "cuda" and window not in self._graphs:
-                self.start(*given)
-                self._graphs[window] = capture(self.model.device, lambda: self.do_pass(window))
+            if self.model.device.type == "cuda":
+                for window in choice.windows:
+                    if window not in self._graphs:
+                        self.start(*given)
+                        self._graphs[window] = capture(self.model.device, partial(self.do_pass, window))
                 self._read_by_graphs = self.model.tensors()
             self.start(*given)
             tokens, told = self.state.tokens, 0
-            for known in self._passes(window, one_by_one=on_step is not None):
+            for known in self._passes(choice, one_by_one=on_step is not None):
                 if on_step is not None:
                     for step in range(told, known):
                         on_step(step, tokens[:, : step + 1].clone())
@@ -127,20 +151,43 @@ class SamplingLoop:
             guesses = prompt_tokens[:, : MOST_COLUMNS - 1]
             state.ids[:, 1 : 1 + guesses.shape[1]] = guesses.repeat(len(condition) // len(guesses), 1)
 
-    def _passes(self, window: int, one_by_one: bool) -> Iterator[int]:
+    def _passes(self, choice: WindowChoice, one_by_one: bool) -> Iterator[int]:
         """Do passes until all images are done; yields now and then how many tokens of each image are known."""
         length, on_cpu = self.state.tokens.shape[1], self.model.device.type == "cpu"
-        known = 0
+        reads_back = on_cpu or len(choice.windows) > 1 or choice.windows[0] > 1
+        known, progress, used = 0, self._progress() if reads_back else None, []
         while known < length:
-            passes = -(-(length - known) // window)  # at least
+            window, passes = choice.next()
+            passes = min(passes, -(-(length - known) // window))  # which are not too many, however much they settle
             passes = 1 if one_by_one else min(passes, PASSES_PER_CALL) if on_cpu else passes
+            begin = time.perf_counter()
             self.advance(passes, window)
-            if window > 1 or on_cpu:
-                positions = self.state.positions[: self.batch_size]
-                known = int(torch.where(positions < 0, length, positions).min())
-            else:  # nothing needs to be read back from a device
+            used.append((window, passes))
+            if progress is None:  # nothing needs to be read back from a device
                 known += passes
+            else:
+                before, progress = progress, self._progress()
+                seconds, known = time.perf_counter() - begin, int(progress.min())
+                reads = before < self.state.prompt_lengths.to(before.device)
+                if not reads.any():
+                    active = before < length
+                    choice.after(window, passes, seconds, float((progress - before)[active].float().mean()))
             yield known
+        self._remember(used)
+
+    def _progress(self) -> Tensor:
+        """(B,) on the CPU: how many tokens of each image are known."""
+        positions = self.state.positions[: self.batch_size].cpu()
+        return torch.where(positions < 0, self.state.tokens.shape[1], positions)
+
+    def _remember(self, used: list[tuple[int, int]]) -> None:
+        windows: list[tuple[int, int]] = []
+        for window, passes in used:
+            if windows and windows[-1][0] == window:
+                passes += windows.pop()[1]
+            windows.append((window, passes))
+        mean, length = float(self.state.passes.float().mean()), self.state.tokens.shape[1]
+        self.last_run = LastRun(mean, length / mean if mean else 0.0, tuple(windows))
 
     def advance(self, passes: int, window: int = 1) -> None:
         """Up to `passes` passes: replays of the graph, where one was captured."""

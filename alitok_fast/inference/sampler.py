@@ -13,14 +13,16 @@ from torch import Tensor
 
 from alitok_fast.config import GeneratorConfig
 from alitok_fast.inference.cuda_graph import Turn
-from alitok_fast.inference.loop import MOST_COLUMNS, SamplingLoop
+from alitok_fast.inference.loop import MOST_COLUMNS, LastRun, SamplingLoop
 from alitok_fast.inference.memory import plan
 from alitok_fast.inference.origin import Origin
 from alitok_fast.inference.params import SamplingParams, sampling_params
 from alitok_fast.inference.step_model import StepModel, prepare
+from alitok_fast.inference.window import WindowChoice
 from alitok_fast.models.generator import Generator
 from alitok_fast.ops.arguments import integer
 
+WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)
 KEPT_BYTES = 256 << 20  # a CPU's cache that is larger is freed after the call
 
 
@@ -43,8 +45,9 @@ class Sampler:
             when its weights have changed since.
         weight_dtype: dtype of its matrices, as for `prepare`; None takes the generator's.
         kv_dtype: dtype of the cache; None takes the model's, torch.float8_e4m3fn stores it in 8 bits (CUDA only).
-        window: tokens that a pass may settle for each image, 1..16: the first, and those that were guessed rightly. The
-            images are the same; only the time is not.
+        window: tokens that a pass may settle for each image, 1..16: the next one, and those after it whose inputs were
+            guessed rightly. The images are the same; only the time is not. None, on a CPU, chooses by what passes are
+            measured to cost and to settle; on a GPU it is 1.
     """
 
     def __init__(
@@ -52,11 +55,12 @@ class Sampler:
         gen: Generator | StepModel,
         weight_dtype: torch.dtype | None = None,
         kv_dtype: torch.dtype | None = None,
-        window: int = 1,
+        window: int | None = None,
     ) -> None:
         self.model = prepare(gen, weight_dtype)
         self.kv_dtype = kv_dtype
-        self.window = integer("window", window, 1, MOST_COLUMNS)
+        self.window = None if window is None else integer("window", window, 1, MOST_COLUMNS)
+        self.last_run: LastRun | None = None  # of the last call; of its last part where it was sampled in parts
         self._weight_dtype = weight_dtype
         self._origin = Origin(gen if isinstance(gen, Generator) and self.model is not gen else None)
         self._begin()
@@ -65,10 +69,13 @@ class Sampler:
         self._loops: OrderedDict[tuple, SamplingLoop] = OrderedDict()
         # On a GPU a loop holds its graph, on a CPU nothing that is slow to make again.
         self._kept = 4 if self.model.device.type == "cuda" else 1
+        self._choices: dict[tuple, WindowChoice] = {}
         self._turn = Turn(self.model.device)  # of all loops
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_loops", "_kept", "_turn")}
+        return {
+            name: value for name, value in vars(self).items() if name not in ("_loops", "_kept", "_choices", "_turn")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -111,12 +118,18 @@ class Sampler:
                 prompt = None if prompt_tokens is None else prompt_tokens[part]
                 loop = self._loop(len(labels[part]), chosen.guided)
                 given = labels[part], schedule, chosen, image_ids[part], prompt, on_step
-                parts.append(loop.run(*given, window=self.window, in_turn=True))
+                parts.append(loop.run(*given, choice=self._choice(loop), in_turn=True))
+                self.last_run = loop.last_run
             if device.type == "cpu" and sum(loop.nbytes for loop in self._loops.values()) > KEPT_BYTES:
                 self._loops.clear()
         tokens = torch.cat(parts)
         _check_sampled(tokens)
         return tokens
+
+    def _choice(self, loop: SamplingLoop) -> WindowChoice:
+        """What is known of windows for batches like this one, from earlier calls too."""
+        windows = (self.window,) if self.window is not None else WINDOWS if loop.model.device.type == "cpu" else (1,)
+        return self._choices.setdefault((loop.batch_size, loop.guided), WindowChoice(windows))
 
     def loop(self, batch_size: int, guided: bool) -> SamplingLoop:
         """The loop that samples such batches, kept from an earlier call or made anew. Raises MemoryError."""
