@@ -43,7 +43,18 @@ Work = Annotated[
     typer.Option(help="Folder of features, which stays; if not given, one beside --out until that is written."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Write over a file that this command has not written.")]
-DRAWING = ("dtype", "weights", "model", "tokenizer", "weight_dtype", "decode_dtype", "num_images", "per_class", "seeds")
+DRAWING = (
+    "dtype",
+    "weights",
+    "model",
+    "tokenizer",
+    "weight_dtype",
+    "activation_dtype",
+    "decode_dtype",
+    "num_images",
+    "per_class",
+    "seeds",
+)
 
 
 @app.command("samples")

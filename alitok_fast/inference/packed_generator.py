@@ -66,6 +66,11 @@ class PackedGenerator:
         return self.packed.dtype
 
     @property
+    def activation_dtype(self) -> torch.dtype:
+        """What those matrices are multiplied with."""
+        return self.packed.activation_dtype
+
+    @property
     def cache_dtype(self) -> torch.dtype:
         """The dtype of the key/value cache unless another is asked for: float32 for float32 weights, else bfloat16."""
         return torch.float32 if self.packed.dtype == torch.float32 else torch.bfloat16

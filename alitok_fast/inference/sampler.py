@@ -43,7 +43,8 @@ class Sampler:
     Args:
         gen: the generator, or what `prepare` made of one. A generator that is packed for this sampler is packed anew
             when its weights have changed since.
-        weight_dtype: dtype of its matrices, as for `prepare`; None takes the generator's.
+        weight_dtype, activation_dtype: dtypes of its matrices and of what enters them, as for `prepare`; None takes the
+            generator's.
         kv_dtype: dtype of the cache; None takes the model's, torch.float8_e4m3fn stores it in 8 bits (CUDA only).
         window: tokens that a pass may settle for each image, 1..16: the next one, and those after it whose inputs were
             guessed rightly. The images are the same; only the time is not. None, on a CPU, chooses by what passes are
@@ -56,12 +57,13 @@ class Sampler:
         weight_dtype: torch.dtype | None = None,
         kv_dtype: torch.dtype | None = None,
         window: int | None = None,
+        activation_dtype: torch.dtype | None = None,
     ) -> None:
-        self.model = prepare(gen, weight_dtype)
+        self.model = prepare(gen, weight_dtype, activation_dtype)
         self.kv_dtype = kv_dtype
         self.window = None if window is None else integer("window", window, 1, MOST_COLUMNS)
         self.last_run: LastRun | None = None  # of the last call; of its last part where it was sampled in parts
-        self._weight_dtype = weight_dtype
+        self._dtypes = weight_dtype, activation_dtype
         self._origin = Origin(gen if isinstance(gen, Generator) and self.model is not gen else None)
         self._begin()
 
@@ -142,7 +144,7 @@ class Sampler:
         if self._origin.changed():
             if gen.device != self.model.device:
                 raise ValueError(f"gen: expected the generator on {self.model.device}, where it was, got {gen.device}")
-            self.model = prepare(gen, self._weight_dtype)
+            self.model = prepare(gen, *self._dtypes)
             self._origin = Origin(gen)
             self._loops.clear()
 

@@ -57,7 +57,11 @@ class StepModel(Protocol):
         ...
 
 
-def prepare(generator: Generator | StepModel, weight_dtype: torch.dtype | None = None) -> StepModel:
+def prepare(
+    generator: Generator | StepModel,
+    weight_dtype: torch.dtype | None = None,
+    activation_dtype: torch.dtype | None = None,
+) -> StepModel:
     """The fastest step model for `generator` on its device, with matrices in `weight_dtype`.
 
     | generator | weight_dtype | result |
@@ -70,21 +74,36 @@ def prepare(generator: Generator | StepModel, weight_dtype: torch.dtype | None =
     Inside `use_reference`, a generator on the CPU also steps by itself. Weights of float16 are packed as float32 on the
     CPU, which holds them exactly.
 
+    `activation_dtype` is for int8 matrices on the CPU: torch.int8 multiplies them with activations of 8 bits instead of
+    16, which is faster for many rows and less exact (docs/precision.md). None is 16 bits, or what is packed already.
+
     Raises:
         TypeError: `generator` cannot step.
-        ValueError: a `weight_dtype` that is not in the table, or a generator whose forward pass is not that of its
-            plain weights (adapters, hooks, parametrizations), which a copy of the weights would leave out.
+        ValueError: a `weight_dtype` that is not in the table, an `activation_dtype` without such matrices, or a generator
+            whose forward pass is not that of its plain weights (adapters, hooks, parametrizations), which a copy of the
+            weights would leave out.
     """
     if not isinstance(generator, Generator):
         if not isinstance(generator, StepModel):
             raise TypeError(f"gen: expected a generator, got {type(generator).__name__}")
         if weight_dtype not in (None, generator.weight_dtype):
-            have, want = (str(dtype).removeprefix("torch.") for dtype in (generator.weight_dtype, weight_dtype))
+            have, want = _name(generator.weight_dtype), _name(weight_dtype)
             raise ValueError(f"weight_dtype: expected the generator's {have}, got {want}")
+        packed = generator.activation_dtype if isinstance(generator, PackedGenerator) else None
+        if activation_dtype not in (None, packed):
+            have, want = _name(packed), _name(activation_dtype)
+            raise ValueError(f"activation_dtype: expected the generator's {have}, got {want}")
         return generator
     check_plain(generator)
     if generator.device.type == "cpu" and (native_enabled() or weight_dtype is not None):
-        return PackedGenerator(generator, weight_dtype)
+        return PackedGenerator(generator, weight_dtype, activation_dtype)
+    if activation_dtype is not None:
+        got = _name(activation_dtype)
+        raise ValueError(f"activation_dtype: expected None but for packed weights on a CPU, got {got}")
     if weight_dtype in (None, generator.dtype):
         return generator
     return QuantizedGenerator(generator, weight_dtype)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -39,6 +39,7 @@ _NAMED = {  # by argument
         "int8": torch.int8,
         "float8_e4m3fn": torch.float8_e4m3fn,
     },
+    "activation_dtype": {"int8": torch.int8},
     "decode_dtype": MODEL_DTYPES | {"int8": torch.int8},
     "encode_dtype": MODEL_DTYPES | {"int8": torch.int8},
 }

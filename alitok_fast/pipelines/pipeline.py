@@ -58,6 +58,7 @@ class Pipeline:
         source: str = "memory",
         weight_dtype: torch.dtype | None = None,
         decode_dtype: torch.dtype | None = None,
+        activation_dtype: torch.dtype | None = None,
     ) -> None:
         """A pipeline of two models.
 
@@ -70,6 +71,8 @@ class Pipeline:
                 the generator's. The packed weights are a copy, made anew when the generator's weights have changed.
             decode_dtype: dtype in which tokens are decoded to images, as for `ImageDecoder`: None is bfloat16 where the
                 machine multiplies it faster, which is about half a grey level from float32. torch.int8 is for the CPU.
+            activation_dtype: what int8 matrices of the generator are multiplied with on the CPU, as for
+                `alitok_fast.prepare`: torch.int8 is faster for many images and less exact than None.
 
         Raises:
             TypeError, ValueError: the two models do not fit together, `class_names` do not name the generator's
@@ -85,11 +88,12 @@ class Pipeline:
         self.generator = generator
         self.classes = ClassNames(class_names, generator.config.num_classes)
         self.source = source
-        self.weight_dtype = weight_dtype
+        self.weight_dtype, self.activation_dtype = weight_dtype, activation_dtype
         self.image_decoder = ImageDecoder(tokenizer, decode_dtype)
         self._sampler: Sampler | None = None
         if weight_dtype is not None or generator.device.type != "cpu":
-            self._sampler = Sampler(generator, weight_dtype)  # waits for what this stream still does to the weights
+            # waits for what this stream still does to the weights
+            self._sampler = Sampler(generator, weight_dtype, activation_dtype=activation_dtype)
 
     @classmethod
     def from_pretrained(
@@ -101,9 +105,10 @@ class Pipeline:
         weight_dtype: torch.dtype | None = None,
         decode_dtype: torch.dtype | None = None,
         weights: str = "ema",
+        activation_dtype: torch.dtype | None = None,
     ) -> Pipeline:
-        """Load both models; `weight_dtype` and `decode_dtype` as for the constructor, `weights` as for
-        `load_generator`.
+        """Load both models; `weight_dtype`, `decode_dtype` and `activation_dtype` as for the constructor, `weights` as
+        for `load_generator`.
 
         With `weight_dtype` on a GPU, the generator's block weights are kept in those 8 bits alone: `generator` is then
         the `QuantizedGenerator`, which samples but does not train.
@@ -121,7 +126,8 @@ class Pipeline:
         if weight_dtype is not None and generator.device.type != "cpu":
             generator = prepare(generator, weight_dtype)
         classes = trained_classes(opened.provenance.get("classes"), generator.config)
-        return cls(decoder, generator, classes.names or None, str(name_or_path), weight_dtype, decode_dtype)
+        dtypes = weight_dtype, decode_dtype, activation_dtype
+        return cls(decoder, generator, classes.names or None, str(name_or_path), *dtypes)
 
     def label_ids(self, labels: Label | Sequence[Label] | Tensor | np.ndarray) -> list[int]:
         """Class numbers of labels given by number or by name, as `ClassNames.ids`."""
@@ -192,6 +198,7 @@ class Pipeline:
             "class_names": list(self.classes.names) or None,
             "dtype": _name(self.generator.dtype),
             "weight_dtype": _name(self.weight_dtype or self.generator.weight_dtype),
+            "activation_dtype": self.activation_dtype and _name(self.activation_dtype),
             "decode_dtype": _name(self.image_decoder.dtype),
             "tokenizer_stage": self.tokenizer.config.stage,
             "device": str(self.generator.device),
