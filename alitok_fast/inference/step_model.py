@@ -79,7 +79,7 @@ def prepare(
 
     Raises:
         TypeError: `generator` cannot step.
-        ValueError: a `weight_dtype` that is not in the table, an `activation_dtype` without such matrices, or a generator
+        ValueError: a `weight_dtype` that is not in the table, an `activation_dtype` without such matrices, a generator
             whose forward pass is not that of its plain weights (adapters, hooks, parametrizations), which a copy of the
             weights would leave out.
     """

@@ -63,7 +63,7 @@ def check(simt, arguments, split=False, patches=()):
     dtype, cache_dtype = arguments["qkv"].dtype, arguments["keys"].dtype
     quantised = cache_dtype == torch.float8_e4m3fn
     expected = cached_attention_reference(**arguments)  # appends to the caches in place
-    assert torch.equal(result["out"].isnan(), expected.isnan())
+    assert torch.equal(result["out"].isnan(), expected.isnan()), "out: error, NaN elsewhere"
     error = (result["out"].double() - expected.double()).nan_to_num().abs().max()
     # A rounding of the new key that goes the other way moves a quantised key by a sixteenth.
     assert error < TOLERANCE[dtype] * (30 if quantised else 1), f"out: error {error:.3g}"
@@ -183,7 +183,7 @@ def test_seeded_bugs_of_shares_are_caught(simt, old, new, message):
         ("    cp_async_wait<1>();  // for values", "    // for values", "out: error"),
         ("    cp_async_wait<1>();  // for values", "    cp_async_wait<2>();  // for values", "out: error"),
         ("    __syncwarp();  // the values have been read", "", "out: error"),
-        ("      store_pairs(in_tile, x, dim);\n", "", "out: error"),
+        ("store_pairs(in_tile, x, dim);", "store_pairs(in_tile, x, 0);", "out: error"),
         ("first == 0 && warp == 0 ? fresh : 0", "0", "exit code|out: error"),
         ("first == 0 && warp == 0 ? fresh : 0", "warp == 0 ? fresh : 0", "exit code|out: error"),
         ("begin + warp_begin - fresh", "begin + warp_begin", "out: error"),

@@ -208,16 +208,16 @@ WINDOW = {"length": 12, "window": 4, "right": 2, "guided": True}
         ),
         pytest.param("p.guidance_scale.stride + step]", "p.guidance_scale.stride]", {}, id="guidance of another step"),
         pytest.param("ids[0] = last > 0 ? last : 0;", "ids[0] = last;", {}, id="feeds a mark"),
-        pytest.param("r < rows; ++r", "r < 1; ++r", {}, id="feeds half of the rows"),
+        pytest.param("r < rows; ++r", "r < rows / 2 || r < 1; ++r", {}, id="feeds half of the rows"),
         pytest.param(
             "&& p.next.positions[p.batch + b] >= 0;\n  const float", ";\n  const float", {"alone": [0]}, id="guides all"
         ),
         pytest.param("ids[kept] == draws[kept - 1]", "ids[kept] == draws[kept]", WINDOW, id="other guess"),
         pytest.param(
-            "kept < columns &&", "kept < next.window &&", {**WINDOW, "position": 10, "right": 1}, id="past the end"
+            "kept < columns &&", "kept < next.window &&", {**WINDOW, "position": 10}, id="past the end"
         ),
         pytest.param("draws + kept, columns - kept", "draws, columns", WINDOW, id="old guesses"),
-        pytest.param("w <= prompt ? follows[w] :", "", {**WINDOW, "prompt_length": 9}, id="forgets the prompt"),
+        pytest.param("w <= prompt ?", "w < prompt ?", {**WINDOW, "prompt_length": 9}, id="forgets the prompt"),
         pytest.param("next.draws[b * next.window + column]", "next.draws[column]", WINDOW, id="draws of another image"),
     ],
 )  # fmt: skip
