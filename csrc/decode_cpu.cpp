@@ -504,17 +504,19 @@ class Schedule {
       feed(row + d_->batch, end, draws + kept, columns - kept);
   }
 
-  // Row `row` goes on at `position`: its last token is certain; then come tokens of the prompt, `count` guesses, and the
-  // last of all these again.
+  // Row `row` goes on at `position`: its last token is certain; then come tokens of the prompt, `count` guesses, those
+  // that were there before the first pass, and where there is none the last of all these again.
   void feed(int64_t row, int64_t position, const int64_t* guesses, int64_t count) {
     int64_t* ids = d_->ids + row * p_.columns;
     d_->positions[row] = position;
     const int64_t* follows = tokens(row) + position - 1;
     const int64_t prompt = std::min(d_->prompt_lengths[row % d_->batch], d_->length) - position;
-    for (int64_t w = 0; w < d_->window; ++w) {
-      const int64_t guess = w == 0 || w <= prompt ? follows[w] : w <= count ? guesses[w - 1] : ids[w - 1];
-      ids[w] = std::max<int64_t>(guess,
-                                 0);  // a row without a distribution is marked -1; whoever reads the tokens reports it
+    const int64_t left = d_->length - position;
+    const auto is_code = [&](int64_t id) { return id >= 0 && id < p_.codes; };
+    ids[0] = std::max<int64_t>(follows[0], 0);  // -1: no distribution; whoever reads the tokens reports it
+    for (int64_t w = 1; w < d_->window; ++w) {
+      const int64_t next = w <= prompt || w > count ? (w <= left ? follows[w] : -1) : guesses[w - 1];
+      ids[w] = is_code(next) ? next : ids[w - 1];
     }
   }
 

@@ -96,18 +96,20 @@ class SamplingLoop:
         params: SamplingParams,
         image_ids: Tensor,
         prompt_tokens: Tensor | None = None,
+        guesses: Tensor | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
         choice: WindowChoice | None = None,
         in_turn: bool = False,
     ) -> Tensor:
         """tokens (B, N); arguments as in `sampler.sample`, checked there. Rows without a distribution hold -1.
 
-        `schedule` is (N,), the guidance scale of each step. `choice` chooses the windows and learns from what they
+        `schedule` is (N,), the guidance scale of each step. `guesses` (B, N): tokens to try where no pass has looked yet,
+        -1 for none. `choice` chooses the windows and learns from what they
         cost; None is single tokens. `in_turn`: the caller has the turn already.
         """
         choice = choice or WindowChoice((1,))
         with contextlib.nullcontext() if in_turn else self.turn:
-            given = labels, schedule, params, image_ids, prompt_tokens
+            given = labels, schedule, params, image_ids, prompt_tokens, guesses
             if self.model.device.type == "cuda":
                 for window in choice.windows:
                     if window not in self._graphs:
@@ -130,6 +132,7 @@ class SamplingLoop:
         params: SamplingParams,
         image_ids: Tensor,
         prompt_tokens: Tensor | None = None,
+        guesses: Tensor | None = None,
     ) -> None:
         """Write the beginnings of these images where the next pass reads them."""
         state, condition = self.state, self.model.condition_ids(labels, self.batch_size)
@@ -145,11 +148,13 @@ class SamplingLoop:
         state.top_k.fill_(params.top_k or 0)
         state.top_p.fill_(1.0 if params.top_p is None else params.top_p)
         state.prompt_lengths.fill_(0 if prompt_tokens is None else prompt_tokens.shape[1])
+        state.tokens.fill_(-1)
+        if guesses is not None:
+            state.tokens.copy_(guesses)
         if prompt_tokens is not None:
-            length = prompt_tokens.shape[1]
-            state.tokens[:, :length] = prompt_tokens
-            guesses = prompt_tokens[:, : MOST_COLUMNS - 1]
-            state.ids[:, 1 : 1 + guesses.shape[1]] = guesses.repeat(len(condition) // len(guesses), 1)
+            state.tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
+        first = state.tokens[:, : MOST_COLUMNS - 1].repeat(len(condition) // self.batch_size, 1)
+        state.ids[:, 1 : 1 + first.shape[1]] = first.clamp(min=0)
 
     def _passes(self, choice: WindowChoice, one_by_one: bool) -> Iterator[int]:
         """Do passes until all images are done; yields now and then how many tokens of each image are known."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alitok_fast.config import GeneratorConfig
 from alitok_fast.inference.cuda_graph import Turn
+from alitok_fast.inference.guesses import FirstGuesses
 from alitok_fast.inference.loop import MOST_COLUMNS, LastRun, SamplingLoop
 from alitok_fast.inference.memory import plan
 from alitok_fast.inference.origin import Origin
@@ -72,12 +73,12 @@ class Sampler:
         # On a GPU a loop holds its graph, on a CPU nothing that is slow to make again.
         self._kept = 4 if self.model.device.type == "cuda" else 1
         self._choices: dict[tuple, WindowChoice] = {}
+        self._guesses = FirstGuesses(self.model.config.num_tokens)
         self._turn = Turn(self.model.device)  # of all loops
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in vars(self).items() if name not in ("_loops", "_kept", "_choices", "_turn")
-        }
+        made = ("_loops", "_kept", "_choices", "_guesses", "_turn")
+        return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -119,9 +120,14 @@ class Sampler:
                 part = slice(begin, begin + size)
                 prompt = None if prompt_tokens is None else prompt_tokens[part]
                 loop = self._loop(len(labels[part]), chosen.guided)
-                given = labels[part], schedule, chosen, image_ids[part], prompt, on_step
-                parts.append(loop.run(*given, choice=self._choice(loop), in_turn=True))
+                choice, guesses = self._choice(loop), None
+                if choice.windows[-1] > 1:
+                    guesses = self._guesses.guesses(labels[part]).to(device)
+                given = labels[part], schedule, chosen, image_ids[part], prompt, guesses, on_step
+                parts.append(loop.run(*given, choice=choice, in_turn=True))
                 self.last_run = loop.last_run
+                if guesses is not None:
+                    self._guesses.remember(labels[part], parts[-1])
             if device.type == "cpu" and sum(loop.nbytes for loop in self._loops.values()) > KEPT_BYTES:
                 self._loops.clear()
         tokens = torch.cat(parts)

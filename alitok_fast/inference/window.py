@@ -2,91 +2,109 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+FIRST_INTERVAL, LONGEST_INTERVAL = 8, 1024  # passes between two trials
+PAIRS = 3  # of a trial
+PAIR_SECONDS, PAIR_PASSES = 0.004, (2, 8)  # one side of a pair takes about so long, in so many passes
+REMEMBERED_PASSES, REMEMBERED_PAIRS = 256, 9
+
 
 @dataclass
-class _Record:
-    """Of one window: means over its passes, of which the last count most."""
+class _Mean:
+    """Of what a pass of one window settles for an image; the last passes count most."""
 
+    tokens: float = 0.0
     passes: int = 0
-    seconds: float = 0.0  # of a pass
-    tokens: float = 0.0  # of an image, settled by a pass
 
-    def add(self, passes: int, seconds: float, tokens: float, memory: int) -> None:
+    def add(self, passes: int, tokens: float) -> None:
         self.passes += passes
-        share = min(1.0, passes / min(self.passes, memory))
-        self.seconds += share * (seconds / passes - self.seconds)
-        self.tokens += share * (tokens / passes - self.tokens)
+        self.tokens += passes / min(self.passes, REMEMBERED_PASSES) * (tokens / passes - self.tokens)
 
-    @property
-    def pace(self) -> float:
-        """Tokens of an image a second."""
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+@dataclass
+class _Trial:
+    """Of a window beside the best one: they take turns, so that a busy moment of the machine meets both."""
+
+    window: int  # by its place among the windows
+    passes: int  # of one side of a pair
+    best_seconds: float | None = None  # of a pass of the best window in this pair; None: it comes next
+    pairs: int = 0
 
 
 @dataclass
 class WindowChoice:
-    """Chooses the window of the next passes: the one with the most tokens a second so far.
+    """Chooses the window of the next passes: the one that settles the most tokens a second.
 
     A wider window costs more and settles more, and both depend on the machine, the model and the images; so both are
-    measured while images are sampled. It begins with single tokens. Now and then a few passes try the next wider or the
-    next narrower window, and a wider one is tried only from the best, so that where guesses are never right the trials
-    cost a small share: `trial` passes of a slightly wider window in `settled` ones.
+    measured while images are sampled, by passes that the images need anyway. It begins with the first window. Now and
+    then the next wider or the next narrower one is tried in pairs of a few passes with the best one, and is taken where
+    its gain in tokens is more than its cost in time, the median of the last pairs. Trials that change nothing become
+    rare, and end at once where not a single guess was right.
 
     Attributes:
-        windows: what is chosen from, in rising order, beginning with 1.
-        settled: passes with the best window between two trials.
-        trial: passes of a trial.
-        memory: passes that the means remember.
+        windows: what is chosen from, in rising order.
     """
 
     windows: Sequence[int]
-    settled: int = 64
-    trial: int = 3
-    memory: int = 256
-    _records: dict[int, _Record] = field(default_factory=dict)
-    _since: int = 0
-    _trying: int = 0  # passes left of a trial
-    _tried: int = 1
+    _best: int = 0
+    _tokens: dict[int, _Mean] = field(default_factory=dict)
+    _costs: dict[int, deque[float]] = field(default_factory=dict)  # seconds of a pass over those of the next narrower
+    _trial: _Trial | None = None
     _wider: bool = True
+    _interval: int = FIRST_INTERVAL
+    _since: int = 0
 
     @property
     def best(self) -> int:
-        """The window with the most tokens a second of those that were tried."""
-        known = [window for window in self.windows if window in self._records]
-        return max(known, key=lambda window: self._records[window].pace, default=self.windows[0])
+        """The window that is used between trials."""
+        return self.windows[self._best]
 
     def next(self) -> tuple[int, int]:
         """The window of the next passes, and how many of them at most before `after` is told what they were like."""
-        if self._trying > 0:
-            return self._tried, self._trying
-        return self.best, max(1, self._until_trial() - self._since)
+        if self._trial is None:
+            return self.best, LONGEST_INTERVAL if len(self.windows) == 1 else self._interval - self._since
+        place = self._best if self._trial.best_seconds is None else self._trial.window
+        return self.windows[place], self._trial.passes
 
     def after(self, window: int, passes: int, seconds: float, tokens: float) -> None:
-        """What `passes` passes of a window took, and how many tokens they settled for an image, on average."""
-        self._records.setdefault(window, _Record()).add(passes, seconds, tokens, self.memory)
-        if self._trying > 0:
-            self._trying -= passes
-            self._since = 0
+        """What `passes` passes of `next`'s window took, and how many tokens they settled for an image, on average."""
+        if len(self.windows) == 1:
             return
-        self._since += passes
-        if self._since >= self._until_trial():
-            self._begin_trial()
+        self._tokens.setdefault(self.windows.index(window), _Mean()).add(passes, tokens)
+        trial, each = self._trial, seconds / passes
+        if trial is None:
+            self._since += passes
+            if self._since >= self._interval:
+                self._begin_trial(each)
+        elif trial.best_seconds is None:
+            trial.best_seconds = each
+        else:
+            self._end_pair(trial, each)
 
-    def _until_trial(self) -> int:
-        # A window that has not been tried, next to the best one, is tried soon.
-        return self.trial if self._neighbour(wider=True) not in (None, *self._records) else self.settled
+    def _begin_trial(self, seconds: float) -> None:
+        places = [place for place in (self._best + 1, self._best - 1) if 0 <= place < len(self.windows)]
+        place = places[0] if self._wider else places[-1]
+        least, most = PAIR_PASSES
+        self._trial = _Trial(place, min(max(math.ceil(PAIR_SECONDS / max(seconds, 1e-9)), least), most))
 
-    def _begin_trial(self) -> None:
-        wider, narrower = self._neighbour(wider=True), self._neighbour(wider=False)
-        choice = wider if (self._wider or narrower is None) else narrower
-        choice = narrower if choice is None else choice
-        self._wider, self._since = not self._wider, 0
-        if choice is not None:
-            self._tried, self._trying = choice, self.trial
-
-    def _neighbour(self, wider: bool) -> int | None:
-        at = list(self.windows).index(self.best) + (1 if wider else -1)
-        return self.windows[at] if 0 <= at < len(self.windows) else None
+    def _end_pair(self, trial: _Trial, seconds: float) -> None:
+        narrow, wide = sorted((self._best, trial.window))
+        cost = seconds / trial.best_seconds if trial.window == wide else trial.best_seconds / seconds
+        self._costs.setdefault(wide, deque(maxlen=REMEMBERED_PAIRS)).append(cost)
+        trial.best_seconds, trial.pairs = None, trial.pairs + 1
+        hopeless = trial.window == wide and self._tokens[wide].tokens <= 1
+        if trial.pairs < PAIRS and not hopeless:
+            return
+        gain = self._tokens[wide].tokens / self._tokens[narrow].tokens
+        better = wide if gain > statistics.median(self._costs[wide]) else narrow
+        if better == self._best:
+            self._wider = not self._wider
+            self._interval = min(self._interval * (4 if hopeless else 2), LONGEST_INTERVAL)
+        else:
+            self._best, self._interval = better, FIRST_INTERVAL
+        self._trial, self._since = None, 0

@@ -108,7 +108,8 @@ class SampleState:
     Attributes:
         ids: (R, W) int64, what each row is fed next: one token that is certain, and guesses of those that follow it.
         positions: (R,) int64, where the first of them stands in its sequence; -1: the row rests.
-        tokens: (B, N) int64, the sequences; from an image's position on only what its prompt gives counts.
+        tokens: (B, N) int64, the sequences. Behind an image's position stand its prompt, then guesses, for where no pass
+            has looked yet: what is outside [0, K) is none, and the token before it is guessed again.
         prompt_lengths: (B,) int64, tokens before this position are given.
         schedule: (B, N) float32, the guidance scale at each position; None: no guidance.
         temperature: (B,) float32, 0 is greedy.
@@ -167,7 +168,7 @@ def sample_next_reference(state: SampleState, logits: Tensor, window: int) -> No
     state.tokens.copy_(torch.where(settled, draws.gather(1, place.clamp(0, window - 1)), state.tokens))
     state.passes.add_(active)
     goes_on = positions + kept
-    ids = _fed_next(state, draws, kept, columns, goes_on)
+    ids = _fed_next(state, draws, kept, columns, goes_on, logits.shape[2])
     pairs = len(state.positions) // max(images, 1)
     rows = (active & (positions >= 0)).repeat(pairs) & (state.positions >= 0)
     state.ids[:, :window] = torch.where(rows[:, None], ids.repeat(pairs, 1), state.ids[:, :window])
@@ -203,16 +204,23 @@ def _draws(state: SampleState, logits: Tensor, steps: Tensor) -> Tensor:
     return torch.where(given, state.tokens.gather(1, at), sampled.view_as(steps))
 
 
-def _fed_next(state: SampleState, draws: Tensor, kept: Tensor, columns: Tensor, goes_on: Tensor) -> Tensor:
-    """(B, W): the last token, then those of the prompt, the draws that were not kept, and the last of these again."""
+def _fed_next(
+    state: SampleState, draws: Tensor, kept: Tensor, columns: Tensor, goes_on: Tensor, codes: int
+) -> Tensor:
+    """(B, W): the last token, then those of the prompt, the draws that were not kept, and the guesses in `tokens`; where
+    there is none, the token before it again."""
     length, window = state.tokens.shape[1], draws.shape[1]
     prompt = state.prompt_lengths.clamp(max=length) - goes_on
-    known = torch.maximum(prompt, columns - kept).clamp(min=0)
-    place = torch.minimum(torch.arange(window, device=draws.device), known[:, None])
-    certain = state.tokens.gather(1, (goes_on[:, None] - 1 + place).clamp(0, length - 1))
-    guessed = draws.gather(1, (kept[:, None] - 1 + place).clamp(max=window - 1))
+    place = torch.arange(window, device=draws.device)
+    at = goes_on[:, None] - 1 + place
+    there = torch.where(at < length, state.tokens.gather(1, at.clamp(0, length - 1)), -1)
+    drawn = draws.gather(1, (kept[:, None] - 1 + place).clamp(max=window - 1))
+    ids = torch.where((place > prompt[:, None]) & (place <= (columns - kept)[:, None]), drawn, there)
     # A row without a distribution is marked -1; it is reported at the end, so that no pass waits for the device.
-    return torch.where(place <= prompt.clamp(min=0)[:, None], certain, guessed).clamp(min=0)
+    ids[:, 0] = there[:, 0].clamp(min=0)
+    usable = (ids >= 0) & (ids < codes)
+    source = torch.where(usable | (place == 0), place, 0).cummax(1).values
+    return ids.gather(1, source)
 
 
 def decode_tokens(

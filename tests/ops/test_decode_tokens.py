@@ -59,11 +59,14 @@ def make_drawing(batch=3, guided=True, prompt: int | list[int] = 0, **rule) -> S
         return torch.tensor(rule.get(name, value), dtype=dtype).expand(batch).clone()
 
     schedule = torch.linspace(1, 5, CAPACITY) + torch.arange(batch)[:, None] / 8
+    lengths = torch.tensor(prompt).expand(batch).clone()
+    given = torch.randint(CODES, (batch, CAPACITY), generator=generator)
+    guesses = torch.randint(-5, CODES + 5, (batch, CAPACITY), generator=generator)  # some are none
     return SampleState(
         ids=torch.randint(CODES + 3, (rows, COLUMNS), generator=generator),
         positions=torch.zeros(rows, dtype=torch.int64),
-        tokens=torch.randint(CODES, (batch, CAPACITY), generator=generator),
-        prompt_lengths=torch.tensor(prompt).expand(batch).clone(),
+        tokens=torch.where(torch.arange(CAPACITY) < lengths[:, None], given, guesses),
+        prompt_lengths=lengths,
         schedule=schedule if guided else None,
         temperature=of_images("temperature", 1.0, torch.float32),
         top_k=of_images("top_k", 0, torch.int64),
@@ -135,6 +138,24 @@ def test_right_guesses_save_passes(guided):
         assert (told.positions == window).all()
         assert torch.equal(told.tokens[:, :window], whole.tokens[:, :window])
         assert told.passes.tolist() == [1, 1, 1] and whole.passes.tolist() == [CAPACITY] * 3
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_guesses_before_the_first_look(guided):
+    """Tokens that lie behind the position are guesses; what is no code is none, and the one before it is guessed."""
+    weights = make_weights()
+    whole = make_drawing(guided=guided)
+    decode_tokens(weights, whole, *poisoned(whole), CAPACITY)
+    for step in (decode_tokens, decode_tokens_reference):
+        told, wrong = make_drawing(guided=guided), make_drawing(guided=guided)
+        told.tokens.copy_(whole.tokens)
+        told.ids[:, 1:] = whole.tokens[:, : COLUMNS - 1].repeat(2 if guided else 1, 1)
+        wrong.tokens.copy_(torch.tensor([-1, CODES, 2**62])[:, None].expand_as(wrong.tokens))
+        for drawing in (told, wrong):
+            step(weights, drawing, *poisoned(drawing), CAPACITY, 4)
+            assert torch.equal(drawing.tokens, whole.tokens)
+        assert told.passes.tolist() == [-(-CAPACITY // 4)] * 3
+        assert (wrong.passes > told.passes).all()
 
 
 def test_each_image_has_its_own_settings():
