@@ -1,7 +1,7 @@
 """Diffusion at the same resolution with diffusers' DiT (arXiv 2212.09748): of 250 guided steps, and of one pass.
 
 The weights are random: speed does not depend on them. All of the 250 steps do the same work, so a report multiplies
-one. Each of diffusers' blocks embeds timestep and class by itself, so the models have 11% more parameters than
+one. Each of diffusers' blocks embeds timestep and class by itself, so the models have 11 to 13% more parameters than
 published; these are multiplied once a row, not for each of its 256 tokens.
 """
 
