@@ -1,11 +1,16 @@
-"""Diffusion at the same resolution: a guided step of DiT-XL/2 and the decode of latents. The report multiplies."""
+"""Diffusion at the same resolution: a guided step of DiT-XL/2, the pass of one-step generators, the decode of latents.
+
+A report multiplies and adds them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from peers.diffusion import GUIDANCE_SCALE, STEPS, Diffusion, Size, missing
+from peers.diffusion import GUIDANCE_SCALE, GUIDED, NOISIEST, SIZES, STEPS, Autoencoder, Diffusion, Dit, missing
 from timing import Contender, Missing
 
 FULL = {"cpu": (1, 8), "cuda": (1, 8, 64)}
@@ -21,20 +26,26 @@ def bench_diffusion(batch, measure, mode, device):
     reason = missing()
     if isinstance(reason, Missing):
         pytest.skip(reason.reason)
-    small = Size(layers=2, latent=8, channels=(32, 64))
-    size = mode.pick(check=small, quick=Size(layers=4), full=Size())
+    cut = mode.pick(check={"layers": 2, "latent": 8}, quick={"layers": 4}, full={})
+    sizes = {name: replace(size, **cut) for name, size in SIZES.items()}
     torch.manual_seed(0)
-    diffusion = Diffusion(size, batch, device)
-    check(diffusion, size)
-    contenders = {"step": Contender(diffusion.step), "VAE decode": Contender(diffusion.decode)}
-    measure(
-        contenders, mode.pick(check=0, quick=1, full=6), kind="diffusion", batch=batch, steps=STEPS, layers=size.layers
-    )
+    dits = {name: Dit(size, batch, device) for name, size in sizes.items()}
+    diffusion = Diffusion(dits[GUIDED])
+    autoencoder = Autoencoder(device, **mode.pick(check={"channels": (32, 64)}, quick={}, full={}))
+    check_guided(diffusion)
+    contenders = {"step": Contender(diffusion.step)}
+    for name, dit in dits.items():
+        check_one_step(dit, autoencoder)
+        facts = {"model": name, "layers": sizes[name].layers, "steps": 1}
+        contenders[f"{name}, one step"] = Contender(dit.one_step, facts=facts)
+    contenders["VAE decode"] = Contender(partial(autoencoder.decode, dits[GUIDED].latents))
+    budget, layers = mode.pick(check=0, quick=1, full=6), sizes[GUIDED].layers
+    measure(contenders, budget, kind="diffusion", batch=batch, steps=STEPS, layers=layers)
 
 
-def check(diffusion, size):
-    """A step is the guided DDIM update of both predictions; the decoder makes pixels of latents."""
-    schedule, latents = diffusion.schedule, diffusion.latents.float()
+def check_guided(diffusion):
+    """A step is the guided DDIM update of both predictions."""
+    schedule, latents = diffusion.schedule, diffusion.dit.latents.float()
     assert len(schedule.timesteps) == STEPS
     first, second = schedule.timesteps[:2]
     conditional, unconditional = (noise.float() for noise in diffusion.noise(first))
@@ -44,7 +55,21 @@ def check(diffusion, size):
     clean = (latents - (1 - now).sqrt() * noise) / now.sqrt()
     expected = then.sqrt() * clean + (1 - then).sqrt() * noise
     torch.testing.assert_close(diffusion.step().float(), expected, rtol=0.05, atol=0.05)
-    pixels = diffusion.decode()
-    scale = 2 ** (len(size.channels) - 1)
-    assert pixels.shape == (len(latents), 3, scale * size.latent, scale * size.latent)
+
+
+@torch.no_grad()
+def check_one_step(dit, autoencoder):
+    """One pass of the transformer, a row for each image, is added to the noise; the decoder makes pixels of latents."""
+    batch, _, height, width = dit.latents.shape
+    rows = []
+    hook = dit.transformer.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    latents = dit.one_step()
+    hook.remove()
+    assert rows == [batch], "expected one pass without rows for guidance"
+    timesteps = torch.full((batch,), NOISIEST, device=dit.labels.device)
+    velocity = dit.transformer(dit.latents, timestep=timesteps, class_labels=dit.labels).sample.chunk(2, 1)[0]
+    torch.testing.assert_close(latents, dit.latents + velocity)
+    assert not torch.equal(latents, dit.latents), "the transformer makes no difference"
+    pixels = autoencoder.decode(latents)
+    assert pixels.shape == (batch, 3, autoencoder.scale * height, autoencoder.scale * width)
     assert pixels.isfinite().all()

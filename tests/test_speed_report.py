@@ -39,7 +39,8 @@ def entry(name: str, kind: str, contenders: dict, missing: dict | None = None, *
 
 @pytest.fixture
 def measured() -> dict:
-    """The JSON of a full run: B at batch 1 takes 2 s, the reference 28 s, a diffusion step 0.25 s."""
+    """The JSON of a full run: B at batch 1 takes 2 s, the reference 28 s, a diffusion step 0.25 s, one-step generators'
+    passes 0.02 s and 1 s, and the decode that is theirs too 1.5 s."""
     own = {"own": True, "draw": 0.1, "floor": {"tokens": 0.7, "stage-2 decode": 0.3}}
     own["parts"] = {"tokens": 1.4, "stage-2 decode": 0.6}
     reference = {"own": False, "parts": {"tokens": 26.0, "stage-2 decode": 2.0}}
@@ -50,7 +51,12 @@ def measured() -> dict:
     missing = {"reference, bf16 autocast": "left out <on purpose>"}
     operator = {"alitok_fast": result(0.002, 1.0), "formula": result(0.008, 4.0)}
     memory = {"slowest": 3.5e10, "fastest": 4.1e10}
-    diffusion = {"step": result(0.25, 1.0), "VAE decode": result(1.5, 6.0)}
+    diffusion = {
+        "step": result(0.25, 1.0),
+        "DiT-B/2, one step": result(0.02, 0.08, model="DiT-B/2", layers=12, steps=1),
+        "DiT-XL/2, one step": result(1.0, 4.0, model="DiT-XL/2", layers=28, steps=1),
+        "VAE decode": result(1.5, 6.0),
+    }
     return {
         "datetime": "2026-11-25T12:00:00",
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
@@ -107,6 +113,47 @@ def test_pages_from_a_json(reports):
     for reason in ("left out <on purpose>", "not here"):
         assert reason in text
     assert "busy" not in text and "Quick run" not in text
+
+
+def beside_diffusion(source: Path) -> tuple[str, list[list[str]]]:
+    """The section's text, and the cells of its table's rows below the header."""
+    done = command("benchmarks/report", source)
+    assert done.returncode == 0, done.stderr
+    text = source.with_name("report.md").read_text().partition("## Beside diffusion")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return text, rows[2:]
+
+
+def test_one_step_generators_are_beside_ours_also_where_they_are_faster(reports):
+    text, rows = beside_diffusion(reports / "some-cpu-2-threads" / "report.json")
+    assert rows == [
+        ["DiT-XL/2, 250 steps, bf16", "1", "64 s (57.6 s to 76.8 s, 3 rounds)", "64 s", "", "", ""],
+        ["DiT-B/2, one step, bf16", "1", "1.52 s (1.37 s to 1.82 s, 3 rounds)", "1.52 s", "", "", ""],
+        ["DiT-XL/2, one step, bf16", "1", "2.5 s (2.25 s to 3 s, 3 rounds)", "2.5 s", "", "", ""],
+        ["**alitok_fast int8 B**", "1", "2 s (1.8 s to 2.4 s, 3 rounds)", "2 s", "32x", "0.76x", "1.25x"],
+    ]
+    assert "**Faster than every one of ours at that batch:** DiT-B/2, one step, bf16 (batch 1).\n" in text
+
+
+def test_a_one_step_generator_cut_short_is_not_compared(reports, measured):
+    source = reports / "some-cpu-2-threads" / "report.json"
+    measured["benchmarks"][1]["extra_info"]["contenders"]["DiT-B/2, one step"]["layers"] = 4
+    source.write_text(json.dumps(measured))
+    text, rows = beside_diffusion(source)
+    assert rows[1][0] == "DiT-B/2, one step, bf16 **(cut to a few layers)**" and rows[-1][4:] == ["32x", "", "1.25x"]
+    assert "Faster than" not in text
+
+
+def test_reports_from_before_one_step_generators_were_measured(tmp_path, reports, measured):
+    source, readme = reports / "some-cpu-2-threads" / "report.json", tmp_path / "README.md"
+    contenders = measured["benchmarks"][1]["extra_info"]["contenders"]
+    measured["benchmarks"][1]["extra_info"]["contenders"] = {n: contenders[n] for n in ("step", "VAE decode")}
+    source.write_text(json.dumps(measured))
+    text, rows = beside_diffusion(source)
+    assert [row[4:] for row in rows] == [[""], ["32x"]] and "generators" not in text
+    readme.write_text(MARKERS)
+    assert command("benchmarks/report", "--readme", readme, "--reports", reports).returncode == 0
+    assert "| 14x | - | - | 32x | - |\n" in readme.read_text()
 
 
 def test_the_html_page_stands_alone(reports):
@@ -179,7 +226,7 @@ def test_the_readme_is_filled_from_full_reports(tmp_path, reports, measured):
     assert command(*fill).returncode == 0
     rows = [line for line in readme.read_text().splitlines() if line.startswith("| [")]
     link = "[Some CPU, 2 threads](reports/some-cpu-2-threads/report.md)"
-    assert rows == [f"| {link} | B | 1 | **2 s** (int8) | 50% | 14x |  |  | 32x |"]
+    assert rows == [f"| {link} | B | 1 | **2 s** (int8) | 50% | 14x | - | - | 32x | 1.25x |"]
     assert readme.read_text().endswith("<!-- end of speed -->\n\nrest\n")
     assert command(*fill, "--check").returncode == 0
 
@@ -253,5 +300,5 @@ def test_the_table_of_gpus_takes_what_was_not_repeated_from_the_first_run(tmp_pa
     results("gpu-first", {f"batch 8, {name}": {"value": value} for name, value in earlier.items()})
     results("rehearsed", step | images, rehearsal=True)
     rows = [line for line in gpu_table.table(tmp_path, tmp_path).splitlines() if line.startswith("| [")]
-    assert rows == ["| [GPU](gpu/gpu_check.md) | 8 | **20 ms** | 0.5 ms | 25% | 30x |  | 50x‡ | 25x‡ | 0.25x‡ |"]
+    assert rows == ["| [GPU](gpu/gpu_check.md) | 8 | **20 ms** | 0.5 ms | 25% | 30x | - | 50x‡ | 25x‡ | 0.25x‡ |"]
     assert gpu_table.table(tmp_path / "none", tmp_path) == gpu_table.NONE

@@ -1,4 +1,4 @@
-"""Whole images beside the reference, and beside diffusion at the same resolution: DiT-XL/2, of many steps and of one.
+"""Whole images beside the reference, and beside diffusion at the same resolution, of many steps and of one.
 
 The reference is run where its checkout is at hand (`--reference-repo`), else what this suite restates of it. Diffusion
 needs the package diffusers.
@@ -6,6 +6,7 @@ needs the package diffusers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import statistics
@@ -92,42 +93,46 @@ def beside_reference(context: Context, batch: int) -> list[Number]:
 
 
 def beside_diffusion(context: Context, batch: int) -> list[Number]:
-    """A guided step of DiT-XL/2 in bfloat16, launched by the host and as a CUDA graph; 250 of them are an image."""
+    """A guided step of DiT-XL/2 in bfloat16, launched by the host and as a CUDA graph, 250 of which are an image; and
+    the whole image of one-step generators (`peers.diffusion.Dit.one_step`) as a CUDA graph."""
     if reason := diffusion.missing():
         raise Skipped(reason.reason)
-    size = diffusion.Size(layers=1, latent=8, channels=(32, 64)) if context.quick else diffusion.Size()
-    dit, rounds = diffusion.Diffusion(size, batch, context.device), context.pick(quick=1, full=5)
-    timestep, unguided = dit.schedule.timesteps[0], dit.labels[:batch]
-
-    @torch.no_grad()
-    def one_step() -> object:
-        """What a model distilled to one step does: no guidance, a row for each image."""
-        dit.transformer(dit.latents, timestep=timestep.expand(batch), class_labels=unguided)
-        return dit.decode()
-
-    times = {
-        "step, eager": context.seconds(dit.step, rounds),
-        # Without the scheduler, which reads the time on the host.
-        "step, graph": context.seconds(graphed(lambda: dit.noise(timestep), context), rounds),
-        "VAE decode": context.seconds(graphed(dit.decode, context), rounds),
-        "one step and VAE decode": context.seconds(graphed(one_step, context), rounds),
-        "alitok_fast bf16: images": context.seconds(ours(context, batch), rounds=min(rounds, 3)),
+    cut, rounds = context.pick(quick={"layers": 1, "latent": 8}, full={}), context.pick(quick=1, full=5)
+    dits = {
+        name: diffusion.Dit(dataclasses.replace(size, **cut), batch, context.device)
+        for name, size in diffusion.SIZES.items()
     }
+    autoencoder = diffusion.Autoencoder(context.device, **context.pick(quick={"channels": (32, 64)}, full={}))
+    xl = dits.pop(diffusion.GUIDED)
+    guided = diffusion.Diffusion(xl)
+    timestep = guided.schedule.timesteps[0]
+    runs = {
+        # Without the scheduler, which reads the time on the host.
+        "step, graph": lambda: guided.noise(timestep),
+        "VAE decode": lambda: autoencoder.decode(xl.latents),
+        "one step and VAE decode": lambda: autoencoder.decode(xl.one_step()),
+    }
+    for name, dit in dits.items():
+        runs[f"{name}, one step and VAE decode"] = lambda dit=dit: autoencoder.decode(dit.one_step())
+    times = {"step, eager": context.seconds(guided.step, rounds)}
+    times |= {name: context.seconds(graphed(run, context), rounds) for name, run in runs.items()}
+    times["alitok_fast bf16: images"] = context.seconds(ours(context, batch), rounds=min(rounds, 3))
     middle = {name: statistics.median(seconds) for name, seconds in times.items()}
-    mine = middle["alitok_fast bf16: images"]
     numbers = [
         Number(f"batch {batch}, {name}", middle[name], "s", spread=(min(seconds), max(seconds), len(seconds)))
         for name, seconds in times.items()
     ]
-    fast = min(middle["step, eager"], middle["step, graph"])
-    for name, step, key in (
-        (f"DiT-XL/2 with {diffusion.STEPS} steps, eager", diffusion.STEPS * middle["step, eager"], ""),
-        (f"DiT-XL/2 with {diffusion.STEPS} steps", diffusion.STEPS * fast, f"DiT, batch {batch}:"),
-        ("DiT-XL/2 with one step", middle["one step and VAE decode"] - middle["VAE decode"], ""),
-    ):
-        numbers.append(
-            Number(f"batch {batch}: {name} takes", (step + middle["VAE decode"]) / mine, "times ours", key=key)
-        )
+    steps, decode, fast = diffusion.STEPS, middle["VAE decode"], min(middle["step, eager"], middle["step, graph"])
+    images = {
+        f"{diffusion.GUIDED} with {steps} steps, eager": steps * middle["step, eager"] + decode,
+        f"{diffusion.GUIDED} with {steps} steps": steps * fast + decode,
+        f"{diffusion.GUIDED} with one step": middle["one step and VAE decode"],
+    }
+    images |= {f"{name} with one step": middle[f"{name}, one step and VAE decode"] for name in dits}
+    for name, seconds in images.items():
+        key = f"DiT, batch {batch}:" if name.endswith(f" {steps} steps") else ""
+        times_ours = seconds / middle["alitok_fast bf16: images"]
+        numbers.append(Number(f"batch {batch}: {name} takes", times_ours, "times ours", key=key))
     return numbers
 
 

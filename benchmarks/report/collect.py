@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from machine import BUSY
+from peers.diffusion import GUIDED, SIZES
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,6 @@ class Report:
 
 
 LAYERS = {"b": 24, "l": 24, "xl": 32}
-DIT = "DiT-XL/2"
-DIT_LAYERS = 28
 
 
 def collect(data: dict[str, Any]) -> Report:
@@ -102,7 +101,7 @@ def collect(data: dict[str, Any]) -> Report:
         date=data["datetime"][:10],
         commit=str(commit.get("id", "unknown"))[:10] + (" with uncommitted changes" if commit.get("dirty") else ""),
         images=[image for _, info in of_kind["image"] for image in _images(info)],
-        diffusion=[_diffusion(info) for _, info in of_kind["diffusion"]],
+        diffusion=[image for _, info in of_kind["diffusion"] for image in _diffusion(info)],
         operators=[_operator(name, info) for name, info in of_kind["operator"]],
         missing={f"{name}: {label}": reason for name, info in timed for label, reason in info["missing"].items()},
         count=len(timed),
@@ -145,22 +144,34 @@ def _parts(result: dict[str, Any]) -> dict[str, float]:
     return {"transformer steps": max(tokens - result["draw"], 0.0), "draw": min(result["draw"], tokens), **parts}
 
 
-def _diffusion(info: dict[str, Any]) -> Image:
-    step, decode = (info["contenders"][name]["seconds"] for name in ("step", "VAE decode"))
-    parts = {"transformer steps": info["steps"] * step["median"], "VAE decode": decode["median"]}
-    seconds = {key: info["steps"] * step[key] + decode[key] for key in ("median", "fastest", "slowest")}
+def _diffusion(info: dict[str, Any]) -> list[Image]:
+    """Systems whose images are passes of a transformer, and a decode that is the same for all of them."""
+    passes = dict(info["contenders"])
+    decode = passes.pop("VAE decode")["seconds"]
+    guided = {"model": GUIDED, "steps": info["steps"], "layers": info["layers"]}
+    return [_by_passes({**guided, **result}, decode, info["batch"]) for result in passes.values()]
+
+
+def _by_passes(system: dict[str, Any], decode: dict[str, float], batch: int) -> Image:
+    """`system` holds the seconds of one of its steps."""
+    model, steps, one = system["model"], system["steps"], system["seconds"]
+    seconds = {key: steps * one[key] + decode[key] for key in ("median", "fastest", "slowest")}
     return Image(
-        system=f"{DIT}, {info['steps']} steps, bf16",
+        system=dit_name(model, steps),
         own=False,
-        size=DIT,
-        batch=info["batch"],
-        seconds={**seconds, "rounds": step["rounds"]},
-        parts=parts,
+        size=model,
+        batch=batch,
+        seconds={**seconds, "rounds": min(one["rounds"], decode["rounds"])},
+        parts={"transformer steps": steps * one["median"], "VAE decode": decode["median"]},
         floor=None,
         times=None,
         first="",
-        cut=info["layers"] < DIT_LAYERS,
+        cut=system["layers"] < SIZES[model].layers,
     )
+
+
+def dit_name(model: str, steps: int) -> str:
+    return f"{model}, {'one step' if steps == 1 else f'{steps} steps'}, bf16"
 
 
 def _operator(name: str, info: dict[str, Any]) -> Operator:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from report.pages import markdown_table
-from report.sections import Table, number, seconds
+from report.sections import NOT_MEASURED, Table, number, seconds
 
 BEGIN = "<!-- gpu: filled by `python benchmarks/report --readme` -->"
 END = "<!-- end of gpu -->"
 NONE = "No results of `make gpu` are committed yet."
 HEADER = ("machine", "batch", "alitok_fast, per image", "a step", "share of floor", "reference fp32",
-          "torch.compile, a step", "DiT-XL/2, 250 steps", "as a CUDA graph", "one step")  # fmt: skip
+          "torch.compile, a step", "DiT-XL/2, 250 steps", "as a CUDA graph", "DiT-XL/2, one step")  # fmt: skip
 FIRST = "-first"
 EARLIER = "‡"
 STEPS = 250
@@ -68,15 +68,16 @@ def _step(batch: int) -> str:
 def _row(results: Results, batch: int) -> tuple[str, ...]:
     step = results.newest[_step(batch)]
     images, _ = results.value(f"batch {batch}, alitok_fast bf16: images")
-    cells = [f"**{seconds(images / batch)}**" if images else "", f"{step['value']:.3g} ms", f"{step['share']:.0%}"]
+    per_image = f"**{seconds(images / batch)}**" if images else NOT_MEASURED
+    cells = [per_image, f"{step['value']:.3g} ms", f"{step['share']:.0%}"]
     for name in (f"batch {batch}: reference, fp32 takes", f"batch {batch}: torch.compile takes"):
         times, mark = results.value(name)
-        cells.append(f"{number(times)}x{mark}" if times else "")
+        cells.append(f"{number(times)}x{mark}" if times else NOT_MEASURED)
     decode, mark = results.value(f"batch {batch}, VAE decode")
     for name in ("step, eager", "step, graph"):
         one, _ = results.value(f"batch {batch}, {name}")
         there = one and images and decode is not None
-        cells.append(f"{number((STEPS * one + decode) / images)}x{mark}" if there else "")
+        cells.append(f"{number((STEPS * one + decode) / images)}x{mark}" if there else NOT_MEASURED)
     one, _ = results.value(f"batch {batch}, one step and VAE decode")
-    cells.append(f"{number(one / images)}x{mark}" if one and images else "")
+    cells.append(f"{number(one / images)}x{mark}" if one and images else NOT_MEASURED)
     return (results.link, str(batch), *cells)

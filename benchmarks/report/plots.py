@@ -8,11 +8,12 @@ from collections.abc import Callable
 import matplotlib
 from matplotlib.figure import Figure
 
+from peers.diffusion import SIZES
 from report.collect import Image, Report
 
 Drawn = tuple[str, str] | None
 OWN = ("#0b5fa5", "#2c9fd6", "#6fc2b0")
-OTHERS = ("#b3421b", "#e08a2e", "#7a5195", "#8a8f98")
+OTHERS = ("#b3421b", "#e08a2e", "#7a5195", "#8a8f98", "#3f7d58", "#c2577f")
 PARTS = {
     "transformer steps": "#0b5fa5",
     "draw": "#e0a92e",
@@ -101,7 +102,7 @@ def _against_batch(report: Report, value: Callable[[Image], float], label: str, 
     colours = _colours(report)
     for axes, size in zip(grid, sizes, strict=True):
         for system, colour in colours.items():
-            points = [image for image in images if image.system == system and image.size in (size, "DiT-XL/2")]
+            points = [image for image in images if image.system == system and image.size in (size, *SIZES)]
             if points:
                 x, y = [image.batch for image in points], [value(image) for image in points]
                 style = "-" if points[0].own else "--"

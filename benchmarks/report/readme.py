@@ -7,17 +7,23 @@ from pathlib import Path
 
 from alitok_fast.storage.files import write_atomically
 from report import gpu_table
-from report.collect import Image, collect
+from report.collect import Image, collect, dit_name
 from report.pages import JSON, MARKDOWN, markdown_table
-from report.sections import Table, number, seconds
+from report.sections import NOT_MEASURED, Table, number, seconds
 
 BEGIN = "<!-- speed: filled by `python benchmarks/report --readme` -->"
 END = "<!-- end of speed -->"
 NONE = "No report is committed yet; `make bench` writes one for this machine."
-HEADER = ("machine", "model", "batch", "alitok_fast, per image", "share of floor", "reference fp32", "bf16 autocast",
-          "torch.compile, bf16", "DiT-XL/2, 250 steps")  # fmt: skip
 ONE_ROUND = "†"
-PEERS = ("reference, fp32", "reference, bf16 autocast", "torch.compile, bf16, static cache")
+PEERS = {
+    "reference fp32": "reference, fp32",
+    "bf16 autocast": "reference, bf16 autocast",
+    "torch.compile, bf16": "torch.compile, bf16, static cache",
+    "DiT-XL/2, 250 steps": dit_name("DiT-XL/2", 250),
+    "DiT-XL/2, one step": dit_name("DiT-XL/2", 1),
+}
+"""Columns, and the systems that they are of."""
+HEADER = ("machine", "model", "batch", "alitok_fast, per image", "share of floor", *PEERS)
 
 
 def table(reports: Path, root: Path) -> str:
@@ -31,23 +37,24 @@ def table(reports: Path, root: Path) -> str:
         link = f"[{report.title}]({path.with_name(MARKDOWN).relative_to(root).as_posix()})"
         for size, batch in dict.fromkeys((image.size, image.batch) for image in report.images):
             images = [image for image in report.images if (image.size, image.batch) == (size, batch)]
-            dit = next((one for one in report.diffusion if one.batch == batch and not one.cut), None)
-            rows.append((link, size.upper(), str(batch), *_row(images, dit)))
+            dits = [dit for dit in report.diffusion if dit.batch == batch and not dit.cut]
+            rows.append((link, size.upper(), str(batch), *_row([*images, *dits])))
     if not rows:
         return NONE
     text = markdown_table(Table(HEADER, rows))
     return f"{text}\n\n{ONE_ROUND}: one round." if any(ONE_ROUND in cell for row in rows for cell in row[3:]) else text
 
 
-def _row(images: list[Image], dit: Image | None) -> tuple[str, ...]:
+def _row(images: list[Image]) -> tuple[str, ...]:
     fastest = min((image for image in images if image.own), key=lambda image: image.per_image)
     found = {image.system: image for image in images}
     name = fastest.system.removeprefix("alitok_fast ")
     mark = ONE_ROUND if fastest.one_round else ""
-    cells = [f"**{seconds(fastest.per_image)}**{mark} ({name})", f"{fastest.share:.0%}" if fastest.share else ""]
-    for other in (*(found.get(peer) for peer in PEERS), dit):
+    share = f"{fastest.share:.0%}" if fastest.share else NOT_MEASURED
+    cells = [f"**{seconds(fastest.per_image)}**{mark} ({name})", share]
+    for other in map(found.get, PEERS.values()):
         mark = ONE_ROUND if other and other.one_round else ""
-        cells.append(f"{number(_times(other, fastest))}x{mark}" if other else "")
+        cells.append(f"{number(_times(other, fastest))}x{mark}" if other else NOT_MEASURED)
     return tuple(cells)
 
 
