@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "cpu_isa.h"
 #include "decode.h"
@@ -43,26 +44,59 @@ inline void prefetch_bytes(const void* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(data) + i, 0, 2);
 }
 
-// Two cache lines of weights that a product of `Rows` rows will read soon.
-template <int Rows>
-inline void prefetch_weights(const void* weights) {
-  constexpr int64_t ahead = Rows <= kFewRows ? kStream : kPrefetch;
-  constexpr int locality = Rows <= kFewRows ? 3 : 2;
-  __builtin_prefetch(static_cast<const uint8_t*>(weights) + ahead, 0, locality);
-  __builtin_prefetch(static_cast<const uint8_t*>(weights) + ahead + 64, 0, locality);
+// Fetches weights that are read soon, a little with each step through kStepBytes of a panel. Where a panel is met by
+// several blocks of rows, each fetches its share of the next panel: memory works as long as arithmetic does.
+constexpr int64_t kStepBytes = 4 * kPanelOutputs;
+class Ahead {
+ public:
+  Ahead(const uint8_t* panel, int64_t bytes, int64_t rows, int64_t block, int64_t blocks)
+      : at_(blocks > 1 ? panel + bytes + bytes * block / blocks : panel + (rows <= kFewRows ? kStream : kPrefetch)),
+        step_(kStepBytes / blocks) {}
+
+  template <int Rows>
+  void fetch() {
+    constexpr int locality = Rows <= kFewRows ? 3 : 2;
+    __builtin_prefetch(at_, 0, locality);
+    if (step_ > 64) __builtin_prefetch(at_ + 64, 0, locality);
+    at_ += step_;
+  }
+
+ private:
+  const uint8_t* at_;
+  int64_t step_;
+};
+
+// Rows in blocks of at most `Most`, a power of two: f(how many, the first one, what to fetch).
+template <int Most, class F>
+void for_row_blocks(const uint8_t* panel, int64_t bytes, int64_t rows, const F& f) {
+  const int64_t last = rows % Most;
+  const int64_t blocks = rows / Most + (last >> 2 & 1) + (last >> 1 & 1) + (last & 1);
+  int64_t r = 0, block = 0;
+  const auto some = [&](auto count) {
+    f(count, r, Ahead(panel, bytes, count, block++, blocks));
+    r += count;
+  };
+  while (r + Most <= rows) some(std::integral_constant<int, Most>());
+  if constexpr (Most > 4)
+    if (r + 4 <= rows) some(std::integral_constant<int, 4>());
+  if constexpr (Most > 2)
+    if (r + 2 <= rows) some(std::integral_constant<int, 2>());
+  if constexpr (Most > 1)
+    if (r < rows) some(std::integral_constant<int, 1>());
 }
 
 // ---- float32 ----
 
 template <int Rows>
-void multiply_float32(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+void multiply_float32(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, Ahead ahead,
+                      float* out) {
   const float* a[Rows];
   for (int r = 0; r < Rows; ++r) a[r] = reinterpret_cast<const float*>(x.row(row0 + r));
   for (int64_t first = 0; first < kPanelOutputs; first += 2 * Vec::lanes) {
     const float* w = reinterpret_cast<const float*>(panel) + first;
     Vec sum[Rows][2];
     for (int64_t k = 0; k < depth; ++k, w += kPanelOutputs) {
-      prefetch_weights<Rows>(w);
+      if (first == 0) ahead.fetch<Rows>();
       const Vec w0 = Vec::load(w), w1 = Vec::load(w + Vec::lanes);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
@@ -90,18 +124,17 @@ struct Float32Weights {
 
   static void multiply(MatmulUnit, const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0,
                        int64_t rows, float* out) {
-    int64_t r = 0;
-    for (; r + 8 <= rows; r += 8) multiply_float32<8>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    for (; r + 4 <= rows; r += 4) multiply_float32<4>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    for (; r + 2 <= rows; r += 2) multiply_float32<2>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    for (; r < rows; ++r) multiply_float32<1>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for_row_blocks<8>(panel, panel_bytes(kFormat, depth), rows, [&](auto count, int64_t r, Ahead ahead) {
+      multiply_float32<count>(panel, depth, x, row0 + r, ahead, out + r * kPanelOutputs);
+    });
   }
 };
 
 // ---- bfloat16 ----
 
 template <int Rows, int Planes>
-void multiply_bfloat16(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+void multiply_bfloat16(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0,
+                       [[maybe_unused]] Ahead ahead, float* out) {
   const uint32_t* a[Rows][Planes];  // pairs of neighbouring activations
   for (int r = 0; r < Rows; ++r)
     for (int q = 0; q < Planes; ++q) a[r][q] = reinterpret_cast<const uint32_t*>(x.row(row0 + r) + q * x.plane_bytes);
@@ -110,7 +143,7 @@ void multiply_bfloat16(const uint8_t* panel, int64_t depth, const Activations& x
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < depth / 2; ++k, panel += 4 * kPanelOutputs) {
-    prefetch_weights<Rows>(panel);
+    ahead.fetch<Rows>();
     const __m512bh w0 = (__m512bh)_mm512_load_si512(panel), w1 = (__m512bh)_mm512_load_si512(panel + 64);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
@@ -206,7 +239,6 @@ struct Bfloat16Weights {
 
   static void multiply(MatmulUnit unit, const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0,
                        int64_t rows, float* out) {
-    int64_t r = 0;
 #if defined(__AVX512BF16__)
     if (unit.amx) {  // its sums are ordered otherwise than those of vdpbf16ps: the choice may not hang on the rows
       if (rows > 16) return multiply_bfloat16_amx<2, Planes>(panel, depth, x, row0, out);
@@ -214,10 +246,9 @@ struct Bfloat16Weights {
     }
 #endif
     (void)unit;
-    for (; r + 8 <= rows; r += 8) multiply_bfloat16<8, Planes>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    for (; r + 4 <= rows; r += 4) multiply_bfloat16<4, Planes>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    for (; r + 2 <= rows; r += 2) multiply_bfloat16<2, Planes>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    for (; r < rows; ++r) multiply_bfloat16<1, Planes>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for_row_blocks<8>(panel, panel_bytes(kFormat, depth), rows, [&](auto count, int64_t r, Ahead ahead) {
+      multiply_bfloat16<count, Planes>(panel, depth, x, row0 + r, ahead, out + r * kPanelOutputs);
+    });
   }
 };
 
@@ -251,7 +282,8 @@ inline void add_group(const int32_t* high, const int32_t* low, const uint16_t* s
 }
 
 template <int Rows>
-void multiply_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+void multiply_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0,
+                   [[maybe_unused]] Ahead ahead, float* out) {
   const float* offset = reinterpret_cast<const float*>(panel + depth / kGroupInputs * kGroupBytes);
 #if defined(__AVX512VNNI__)
   const uint8_t* a[Rows][2];
@@ -264,7 +296,7 @@ void multiply_int8(const uint8_t* panel, int64_t depth, const Activations& x, in
     for (int r = 0; r < Rows; ++r)
       for (int q = 0; q < 2; ++q) sum[r][q][0] = sum[r][q][1] = _mm512_setzero_si512();
     for (int64_t k = group; k < group + kGroupInputs; k += 4, panel += 4 * kPanelOutputs) {
-      prefetch_weights<Rows>(panel);
+      ahead.fetch<Rows>();
       const __m512i w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
@@ -278,7 +310,7 @@ void multiply_int8(const uint8_t* panel, int64_t depth, const Activations& x, in
         }
       }
     }
-    prefetch_weights<Rows>(panel);
+    ahead.fetch<Rows>();
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
@@ -398,19 +430,18 @@ struct Int8Weights {
 
   static void multiply(MatmulUnit unit, const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0,
                        int64_t rows, float* out) {
-    int64_t r = 0;
 #if defined(__AVX512VNNI__)
     constexpr int64_t kWorthTile = 4;  // fewer rows leave a tile mostly empty
     if (unit.amx && rows > kWorthTile) {
-      for (; r < rows; r += 16)
+      for (int64_t r = 0; r < rows; r += 16)
         multiply_int8_amx(panel, depth, x, row0 + r, std::min<int64_t>(rows - r, 16), out + r * kPanelOutputs);
       return;
     }
 #endif
     (void)unit;
-    for (; r + 4 <= rows; r += 4) multiply_int8<4>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    for (; r + 2 <= rows; r += 2) multiply_int8<2>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    for (; r < rows; ++r) multiply_int8<1>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for_row_blocks<4>(panel, panel_bytes(kFormat, depth), rows, [&](auto count, int64_t r, Ahead ahead) {
+      multiply_int8<count>(panel, depth, x, row0 + r, ahead, out + r * kPanelOutputs);
+    });
   }
 };
 
@@ -423,7 +454,7 @@ constexpr float kInt8Largest = 127.0f;
 
 struct ActivationGroup {
   float scale;
-  int32_t excess;  // 128 times the sum of q: VNNI multiplies unsigned numbers by signed ones, and takes w + 128 for w
+  int32_t excess;  // -128 times the sum of q: VNNI multiplies unsigned numbers by signed ones, and takes w + 128 for w
 };
 
 // The row's part of the groups.
@@ -432,7 +463,8 @@ inline const ActivationGroup* activation_groups(const Activations& x, int64_t ro
 }
 
 // Adds the sums of a group for all outputs of a row.
-inline void add_int8_group(const int32_t* sums, float row_scale, const uint16_t* scales, float* total) {
+[[maybe_unused]] inline void add_int8_group(const int32_t* sums, float row_scale, const uint16_t* scales,
+                                            float* total) {
   for (int64_t o = 0; o < kPanelOutputs; ++o)
     total[o] = std::fma(static_cast<float>(sums[o]) * row_scale, from_bf16(scales[o]), total[o]);
 }
@@ -440,30 +472,31 @@ inline void add_int8_group(const int32_t* sums, float row_scale, const uint16_t*
 #if defined(__AVX512VNNI__)
 constexpr int kInt8Rows = 8;  // of one product: their sums fill half of the registers
 
-inline void add_int8_group(__m512i low, __m512i high, float row_scale, const uint16_t* scales, float* total) {
-  const Vec scale(row_scale);
-  fma(Vec(_mm512_cvtepi32_ps(low)) * scale, Vec::load_bf16(scales), Vec::load(total)).store(total);
-  fma(Vec(_mm512_cvtepi32_ps(high)) * scale, Vec::load_bf16(scales + 16), Vec::load(total + 16)).store(total + 16);
+inline Vec with_int8_group(Vec total, __m512i sums, float row_scale, Vec scales) {
+  return fma(Vec(_mm512_cvtepi32_ps(sums)) * Vec(row_scale), scales, total);
 }
 
 template <int Rows>
-void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, Ahead ahead,
+                           float* out) {
   const uint8_t* a[Rows];
   const ActivationGroup* groups[Rows];
   for (int r = 0; r < Rows; ++r) {
     a[r] = x.row(row0 + r);
     groups[r] = activation_groups(x, row0 + r, depth);
   }
-  std::fill(out, out + Rows * kPanelOutputs, 0.0f);
   const __m512i flip = _mm512_set1_epi8(-128);  // signed to unsigned
+  Vec total[Rows][2];
   for (int64_t group = 0; group < depth / kGroupInputs; ++group) {
     __m512i sum[Rows][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm512_set1_epi32(-groups[r][group].excess);
-    for (int64_t k = group * kGroupInputs; k < (group + 1) * kGroupInputs; k += 4, panel += 4 * kPanelOutputs) {
-      prefetch_weights<Rows>(panel);
-      const __m512i w0 = _mm512_xor_si512(_mm512_load_si512(panel), flip);
-      const __m512i w1 = _mm512_xor_si512(_mm512_load_si512(panel + 64), flip);
+    for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = _mm512_set1_epi32(groups[r][group].excess);
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < kGroupInputs; k += 4) {
+      ahead.fetch<Rows>();
+      const uint8_t* w = panel + k * kPanelOutputs;
+      const __m512i w0 = _mm512_xor_si512(_mm512_load_si512(w), flip);
+      const __m512i w1 = _mm512_xor_si512(_mm512_load_si512(w + 64), flip);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         int32_t four;
@@ -473,12 +506,22 @@ void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activation
         asm("vpdpbusd %2, %1, %0" : "+v"(sum[r][1]) : "v"(w1), "v"(value));
       }
     }
-    prefetch_weights<Rows>(panel);
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel);
+    ahead.fetch<Rows>();
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel + kGroupInputs * kPanelOutputs);
+    const Vec low = Vec::load_bf16(scales), high = Vec::load_bf16(scales + 16);
+    panel += kGroupBytes;
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r)
-      add_int8_group(sum[r][0], sum[r][1], groups[r][group].scale, scales, out + r * kPanelOutputs);
-    panel += kScaleBytes;
+    for (int r = 0; r < Rows; ++r) {
+      a[r] += kGroupInputs;
+      const float row_scale = groups[r][group].scale;
+      total[r][0] = with_int8_group(total[r][0], sum[r][0], row_scale, low);
+      total[r][1] = with_int8_group(total[r][1], sum[r][1], row_scale, high);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+    total[r][0].store(out + r * kPanelOutputs);
+    total[r][1].store(out + r * kPanelOutputs + 16);
   }
 }
 
@@ -504,10 +547,12 @@ __attribute__((target("amx-tile,amx-int8"))) inline void multiply_int8_by_int8_a
     asm volatile("" ::: "memory");  // the stores do not tell the compiler what they write
     panel += kGroupInputs * kPanelOutputs;
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(panel);
+    const Vec low = Vec::load_bf16(scales), high = Vec::load_bf16(scales + 16);
     for (int64_t r = 0; r < rows; ++r) {
       const float row_scale = activation_groups(x, row0 + r, depth)[group].scale;
-      add_int8_group(_mm512_load_si512(sum[r]), _mm512_load_si512(sum[r] + 16), row_scale, scales,
-                     out + r * kPanelOutputs);
+      float* total = out + r * kPanelOutputs;
+      with_int8_group(Vec::load(total), _mm512_load_si512(sum[r]), row_scale, low).store(total);
+      with_int8_group(Vec::load(total + 16), _mm512_load_si512(sum[r] + 16), row_scale, high).store(total + 16);
     }
     panel += kScaleBytes;
   }
@@ -516,7 +561,8 @@ __attribute__((target("amx-tile,amx-int8"))) inline void multiply_int8_by_int8_a
 constexpr int kInt8Rows = 2;
 
 template <int Rows>
-void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, Ahead ahead,
+                           float* out) {
   std::fill(out, out + Rows * kPanelOutputs, 0.0f);
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t group = 0; group < depth / kGroupInputs; ++group) {
@@ -524,7 +570,7 @@ void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activation
     for (int r = 0; r < Rows; ++r)
       for (int i = 0; i < 4; ++i) sum[r][i] = _mm256_setzero_si256();
     for (int64_t k = group * kGroupInputs; k < (group + 1) * kGroupInputs; k += 4, panel += 4 * kPanelOutputs) {
-      prefetch_weights<Rows>(panel);
+      ahead.fetch<Rows>();
 #pragma GCC unroll 2
       for (int r = 0; r < Rows; ++r) {
         int32_t four;
@@ -551,7 +597,7 @@ void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activation
 constexpr int kInt8Rows = 1;
 
 template <int Rows>
-void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, float* out) {
+void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0, Ahead, float* out) {
   static_assert(Rows == 1);
   std::fill(out, out + kPanelOutputs, 0.0f);
   const int8_t* a = reinterpret_cast<const int8_t*>(x.row(row0));
@@ -562,7 +608,8 @@ void multiply_int8_by_int8(const uint8_t* panel, int64_t depth, const Activation
       for (int64_t o = 0; o < kPanelOutputs; ++o)
         for (int i = 0; i < 4; ++i) sums[o] += a[group * kGroupInputs + k + i] * weights[o * 4 + i];
     }
-    add_int8_group(sums, activation_groups(x, row0, depth)[group].scale, reinterpret_cast<const uint16_t*>(weights), out);
+    add_int8_group(sums, activation_groups(x, row0, depth)[group].scale, reinterpret_cast<const uint16_t*>(weights),
+                   out);
   }
 }
 #endif
@@ -591,17 +638,16 @@ struct Int8WeightsAndActivations {
         sum += value;
       }
       std::fill(q + first + count, q + first + kGroupInputs, int8_t{0});
-      groups->excess = 128 * sum;
+      groups->excess = -128 * sum;
     }
   }
 
   static void multiply(MatmulUnit unit, const uint8_t* panel, int64_t depth, const Activations& x, int64_t row0,
                        int64_t rows, float* out) {
-    int64_t r = 0;
 #if defined(__AVX512VNNI__)
     constexpr int64_t kWorthTile = 8;
     if (unit.amx && rows > kWorthTile) {
-      for (; r < rows; r += 16) {
+      for (int64_t r = 0; r < rows; r += 16) {
         const int64_t count = std::min<int64_t>(rows - r, 16);
         multiply_int8_by_int8_amx(panel, depth, x, row0 + r, count, out + r * kPanelOutputs);
       }
@@ -609,13 +655,9 @@ struct Int8WeightsAndActivations {
     }
 #endif
     (void)unit;
-    if constexpr (kInt8Rows >= 8)
-      for (; r + 8 <= rows; r += 8) multiply_int8_by_int8<8>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    if constexpr (kInt8Rows >= 4)
-      for (; r + 4 <= rows; r += 4) multiply_int8_by_int8<4>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    if constexpr (kInt8Rows >= 2)
-      for (; r + 2 <= rows; r += 2) multiply_int8_by_int8<2>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
-    for (; r < rows; ++r) multiply_int8_by_int8<1>(panel, depth, x, row0 + r, out + r * kPanelOutputs);
+    for_row_blocks<kInt8Rows>(panel, panel_bytes(kFormat, depth), rows, [&](auto count, int64_t r, Ahead ahead) {
+      multiply_int8_by_int8<count>(panel, depth, x, row0 + r, ahead, out + r * kPanelOutputs);
+    });
   }
 };
 
