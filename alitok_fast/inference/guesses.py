@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,20 +17,27 @@ class FirstGuesses:
     """
 
     def __init__(self, num_tokens: int) -> None:
-        self.labels = torch.empty(0, dtype=torch.int64)
-        self.tokens = torch.empty(0, num_tokens, dtype=torch.int64)
+        self._labels = np.full(REMEMBERED, -1, np.int64)
+        self._tokens = np.full((REMEMBERED, num_tokens), -1, np.int64)
+        self._agree = np.zeros((REMEMBERED, REMEMBERED, num_tokens), np.float32)  # 1 where two have the same token
+        self._count = 0
 
     def remember(self, labels: Tensor, tokens: Tensor) -> None:
         """Images of the classes (B,), tokens (B, N); the oldest are forgotten."""
-        self.labels = torch.cat([self.labels, labels.cpu()])[-REMEMBERED:]
-        self.tokens = torch.cat([self.tokens, tokens.cpu()])[-REMEMBERED:]
+        for label, image in zip(labels.tolist()[-REMEMBERED:], tokens.cpu().numpy()[-REMEMBERED:], strict=True):
+            place = self._count % REMEMBERED
+            self._labels[place], self._tokens[place] = label, image
+            self._agree[place] = self._tokens == image
+            self._agree[:, place] = self._agree[place]
+            self._count += 1
 
     def guesses(self, labels: Tensor) -> Tensor:
         """(B, N) for the classes (B,), on the CPU; -1 while no image is known."""
-        if not len(self.labels):
-            return torch.full((len(labels), self.tokens.shape[1]), -1)
-        classes, place = labels.cpu().unique(return_inverse=True)
-        weights = 1.0 + (SAME_CLASS - 1) * (classes[:, None] == self.labels)
-        agree = (self.tokens[:, None] == self.tokens).float()  # (voters, candidates, N)
-        votes = torch.einsum("cv,vmn->cmn", weights, agree)
-        return self.tokens.gather(0, votes.argmax(1))[place]
+        known = min(self._count, REMEMBERED)
+        if not known:
+            return torch.full((len(labels), self._tokens.shape[1]), -1)
+        classes, place = np.unique(labels.cpu().numpy(), return_inverse=True)
+        weights = np.where(classes[:, None] == self._labels[:known], np.float32(SAME_CLASS), np.float32(1))
+        votes = np.tensordot(weights, self._agree[:known, :known], 1)  # (classes, candidates, N)
+        best = np.take_along_axis(self._tokens, votes.argmax(1), 0)
+        return torch.from_numpy(best[place])

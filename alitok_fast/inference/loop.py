@@ -18,7 +18,8 @@ from alitok_fast.inference.window import WindowChoice
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.decode import SampleState
 
-PASSES_PER_CALL = 16  # Ctrl-C waits for the end of a native call; starting one costs far less than a pass
+CALL_SECONDS = 0.05  # Ctrl-C waits for the end of a native call
+PASSES_PER_CALL = (16, 256)
 MOST_COLUMNS = 16  # of a window
 
 
@@ -84,6 +85,8 @@ class SamplingLoop:
             passes=zeros(batch_size),
         )
         self.last_run: LastRun | None = None
+        self._passes_per_call = PASSES_PER_CALL[0]
+        self._prompt = 0, 0  # its tokens, and how many of them have been read
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._read_by_graphs: list[Tensor] = []
         self.turn = Turn(device) if turn is None else turn
@@ -155,35 +158,46 @@ class SamplingLoop:
             state.tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
         first = state.tokens[:, : MOST_COLUMNS - 1].repeat(len(condition) // self.batch_size, 1)
         state.ids[:, 1 : 1 + first.shape[1]] = first.clamp(min=0)
+        prompt = 0 if prompt_tokens is None else prompt_tokens.shape[1]
+        self._prompt = prompt, self.model.read_prompt(state, self.cache, prompt) if prompt else 0
 
     def _passes(self, choice: WindowChoice, one_by_one: bool) -> Iterator[int]:
         """Do passes until all images are done; yields now and then how many tokens of each image are known."""
-        length, on_cpu = self.state.tokens.shape[1], self.model.device.type == "cpu"
-        reads_back = on_cpu or len(choice.windows) > 1 or choice.windows[0] > 1
-        known, progress, used = 0, self._progress() if reads_back else None, []
+        state, length, on_cpu = self.state, self.state.tokens.shape[1], self.model.device.type == "cpu"
+        reads_back = on_cpu or choice.windows[-1] > 1  # else a pass settles a token, and nothing waits for the device
+        (prompt, known), used = self._prompt, list[tuple[int, int]]()
+        before, read = [known] * self.batch_size, max(state.passes.tolist()) if reads_back else 0
+        if known:
+            yield known
         while known < length:
             window, passes = choice.next()
-            passes = min(passes, -(-(length - known) // window))  # which are not too many, however much they settle
-            passes = 1 if one_by_one else min(passes, PASSES_PER_CALL) if on_cpu else passes
+            if one_by_one:
+                passes = 1
+            elif on_cpu:
+                passes = min(passes, self._passes_per_call, length - known)  # a native call stops when all are done
+            else:
+                passes = min(passes, -(-(length - known) // window))  # a replay does not; so many are not too many
             begin = time.perf_counter()
             self.advance(passes, window)
-            used.append((window, passes))
-            if progress is None:  # nothing needs to be read back from a device
+            if not reads_back:
                 known += passes
             else:
-                before, progress = progress, self._progress()
-                seconds, known = time.perf_counter() - begin, int(progress.min())
-                reads = before < self.state.prompt_lengths.to(before.device)
-                if not reads.any():
-                    active = before < length
-                    choice.after(window, passes, seconds, float((progress - before)[active].float().mean()))
+                progress, seconds = self._progress(), time.perf_counter() - begin
+                passes = max(state.passes.tolist()) - read - sum(some for _, some in used)
+                if known >= prompt:
+                    settled = [now - at for now, at in zip(progress, before, strict=True) if at < length]
+                    choice.after(window, passes, seconds, sum(settled) / len(settled))
+                    fewest, most = PASSES_PER_CALL
+                    self._passes_per_call = min(max(fewest, int(CALL_SECONDS * passes / seconds)), most)
+                known, before = min(progress), progress
+            used.append((window, passes))
             yield known
         self._remember(used)
 
-    def _progress(self) -> Tensor:
-        """(B,) on the CPU: how many tokens of each image are known."""
-        positions = self.state.positions[: self.batch_size].cpu()
-        return torch.where(positions < 0, self.state.tokens.shape[1], positions)
+    def _progress(self) -> list[int]:
+        """How many tokens of each image are known."""
+        length = self.state.tokens.shape[1]
+        return [length if at < 0 else at for at in self.state.positions[: self.batch_size].tolist()]
 
     def _remember(self, used: list[tuple[int, int]]) -> None:
         windows: list[tuple[int, int]] = []

@@ -91,6 +91,10 @@ class PackedGenerator:
         """Up to `passes` times `step` and `sample_next`, in one native call; prompts in passes of their own."""
         decode_tokens(self.packed, state, cache.keys, cache.values, passes, window)
 
+    def read_prompt(self, state: SampleState, cache: KVCache, length: int) -> int:
+        """0: `sample_passes` reads it, without computing logits."""
+        return 0
+
     def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """As `Generator.condition_ids`."""
         return condition_ids(self.config, labels, batch_size, self.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alitok_fast.inference.cuda_graph import storage
 from alitok_fast.inference.origin import Origin
-from alitok_fast.models.generator import Generator, condition_ids, sample_passes
+from alitok_fast.models.generator import Generator, condition_ids, read_prompt, sample_passes
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.decode import SampleState
 from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
@@ -81,6 +81,10 @@ class QuantizedGenerator:
     def sample_passes(self, state: SampleState, cache: KVCache, passes: int, window: int = 1) -> None:
         """As `Generator.sample_passes`."""
         sample_passes(self, state, cache, passes, window)
+
+    def read_prompt(self, state: SampleState, cache: KVCache, length: int) -> int:
+        """As `Generator.read_prompt`."""
+        return read_prompt(self, state, cache, length)
 
     def tensors(self) -> list[Tensor]:
         """All tensors that a step reads besides the cache."""

@@ -52,6 +52,10 @@ class StepModel(Protocol):
         """Up to `passes` times: feed the first `window` ids of each row, draw, and feed next what follows."""
         ...
 
+    def read_prompt(self, state: SampleState, cache: KVCache, length: int) -> int:
+        """Feed the first `length` >= 1 tokens of sequences that begin; how many are behind them then, all or none."""
+        ...
+
     def tensors(self) -> list[Tensor]:
         """All tensors that a step reads besides the cache; a CUDA graph of steps keeps them alive."""
         ...

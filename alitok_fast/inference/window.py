@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 FIRST_INTERVAL, LONGEST_INTERVAL = 8, 1024  # passes between two trials
-PAIRS = 3  # of a trial
+PAIRS = (3, 8)  # of a trial: where the result is clear, and where it is close
+CLOSE = 0.1
 PAIR_SECONDS, PAIR_PASSES = 0.004, (2, 8)  # one side of a pair takes about so long, in so many passes
 REMEMBERED_PASSES, REMEMBERED_PAIRS = 256, 9
+ENOUGH_PASSES = 6  # without a single right guess
+MARGIN = 1.03  # a wider window has to gain so much more than it costs
 
 
 @dataclass
@@ -97,14 +100,15 @@ class WindowChoice:
         cost = seconds / trial.best_seconds if trial.window == wide else trial.best_seconds / seconds
         self._costs.setdefault(wide, deque(maxlen=REMEMBERED_PAIRS)).append(cost)
         trial.best_seconds, trial.pairs = None, trial.pairs + 1
-        hopeless = trial.window == wide and self._tokens[wide].tokens <= 1
-        if trial.pairs < PAIRS and not hopeless:
+        settled, (few, many) = self._tokens[wide], PAIRS
+        hopeless = trial.window == wide and settled.tokens <= 1 and settled.passes >= ENOUGH_PASSES
+        gain = settled.tokens / self._tokens[narrow].tokens / statistics.median(self._costs[wide])
+        if trial.pairs < (many if abs(gain - 1) < CLOSE else few) and not hopeless:
             return
-        gain = self._tokens[wide].tokens / self._tokens[narrow].tokens
-        better = wide if gain > statistics.median(self._costs[wide]) else narrow
+        better = wide if gain > MARGIN else narrow
         if better == self._best:
             self._wider = not self._wider
-            self._interval = min(self._interval * (4 if hopeless else 2), LONGEST_INTERVAL)
+            self._interval = min(self._interval * (8 if hopeless else 2), LONGEST_INTERVAL)
         else:
             self._best, self._interval = better, FIRST_INTERVAL
         self._trial, self._since = None, 0

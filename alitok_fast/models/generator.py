@@ -16,6 +16,8 @@ from alitok_fast.models.rope import rope_table
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.decode import SampleState, sample_next
 
+PROMPT_INPUTS = 256  # of a pass that reads a prompt, as many as in csrc/decode.h
+
 
 def condition_ids(
     config: GeneratorConfig, labels: Tensor | None, batch_size: int, device: torch.device, check: bool = True
@@ -34,6 +36,23 @@ def sample_passes(model: Any, state: SampleState, cache: KVCache, passes: int, w
     ids = state.ids[:, :window]
     for _ in range(passes):
         sample_next(state, model.step(ids, cache, state.positions, state.slots), window)
+
+
+def read_prompt(model: Any, state: SampleState, cache: KVCache, length: int) -> int:
+    """`Generator.read_prompt` for whatever has `step`."""
+    rows, batch = len(state.positions), len(state.tokens)
+    inputs = torch.cat([state.ids[:, :1], state.tokens[:, : length - 1].repeat(rows // max(batch, 1), 1)], 1)
+    if length < state.tokens.shape[1]:  # else there is nothing to draw from what would be read
+        width = max(1, PROMPT_INPUTS // max(rows, 1))
+        for begin in range(0, length, width):
+            model.step(inputs[:, begin : begin + width].contiguous(), cache, state.positions + begin, state.slots)
+            state.passes.add_(1)
+        follows = state.tokens[:, length - 1 : length - 1 + state.ids.shape[1]].clamp(min=0)
+        state.ids[:, : follows.shape[1]] = follows.repeat(rows // max(batch, 1), 1)
+        state.positions.add_(length)
+    else:
+        state.positions.fill_(-1)
+    return length
 
 
 def _after_loading(generator: Generator, _: object) -> None:
@@ -179,6 +198,11 @@ class Generator(HubModel):
     def sample_passes(self, state: SampleState, cache: KVCache, passes: int, window: int = 1) -> None:
         """`passes` times: feed the first `window` ids of each row, draw, and feed next what follows (`sample_next`)."""
         sample_passes(self, state, cache, passes, window)
+
+    def read_prompt(self, state: SampleState, cache: KVCache, length: int) -> int:
+        """Feed the first `length` >= 1 tokens of sequences that are all at their beginning, in a few passes of up to 256
+        inputs; returns how many tokens are behind them then."""
+        return read_prompt(self, state, cache, length)
 
     def tensors(self) -> list[Tensor]:
         """What a step reads beside the cache."""
