@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,14 +16,14 @@ class FirstGuesses:
     """
 
     def __init__(self, num_tokens: int) -> None:
-        self._labels = np.full(REMEMBERED, -1, np.int64)
-        self._tokens = np.full((REMEMBERED, num_tokens), -1, np.int64)
-        self._agree = np.zeros((REMEMBERED, REMEMBERED, num_tokens), np.float32)  # 1 where two have the same token
+        self._labels = torch.full((REMEMBERED,), -1)
+        self._tokens = torch.full((REMEMBERED, num_tokens), -1)
+        self._agree = torch.zeros(REMEMBERED, REMEMBERED, num_tokens)  # 1 where two images have the same token
         self._count = 0
 
     def remember(self, labels: Tensor, tokens: Tensor) -> None:
         """Images of the classes (B,), tokens (B, N); the oldest are forgotten."""
-        for label, image in zip(labels.tolist()[-REMEMBERED:], tokens.cpu().numpy()[-REMEMBERED:], strict=True):
+        for label, image in zip(labels.cpu()[-REMEMBERED:], tokens.cpu()[-REMEMBERED:], strict=True):
             place = self._count % REMEMBERED
             self._labels[place], self._tokens[place] = label, image
             self._agree[place] = self._tokens == image
@@ -36,8 +35,8 @@ class FirstGuesses:
         known = min(self._count, REMEMBERED)
         if not known:
             return torch.full((len(labels), self._tokens.shape[1]), -1)
-        classes, place = np.unique(labels.cpu().numpy(), return_inverse=True)
-        weights = np.where(classes[:, None] == self._labels[:known], np.float32(SAME_CLASS), np.float32(1))
-        votes = np.tensordot(weights, self._agree[:known, :known], 1)  # (classes, candidates, N)
-        best = np.take_along_axis(self._tokens, votes.argmax(1), 0)
-        return torch.from_numpy(best[place])
+        classes, place = labels.cpu().unique(return_inverse=True)
+        weights = 1.0 + (SAME_CLASS - 1) * (classes[:, None] == self._labels[:known])
+        votes = (weights @ self._agree[:known].flatten(1)).view(len(classes), REMEMBERED, -1)
+        # Candidates that are not known yet have no votes.
+        return self._tokens.gather(0, votes.argmax(1))[place]

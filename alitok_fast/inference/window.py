@@ -14,7 +14,7 @@ CLOSE = 0.1
 PAIR_SECONDS, PAIR_PASSES = 0.004, (2, 8)  # one side of a pair takes about so long, in so many passes
 REMEMBERED_PASSES, REMEMBERED_PAIRS = 256, 9
 ENOUGH_PASSES = 6  # without a single right guess
-MARGIN = 1.03  # a wider window has to gain so much more than it costs
+MARGIN = 1.05  # a wider window has to gain so much more than it costs
 
 
 @dataclass
