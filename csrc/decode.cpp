@@ -128,7 +128,8 @@ DecodeParams decode_params(const Tensor& arena, const Tensor& vectors, const Ten
 
 Tensor decode(const Tensor& arena, const Tensor& vectors, const Tensor& embeddings, const Tensor& rope,
               const Tensor& ids, Tensor keys, Tensor values, const Tensor& positions,
-              const std::optional<Tensor>& slots, int64_t hidden, int64_t codes, int64_t bytes, int64_t activation_bytes, double norm_eps) {
+              const std::optional<Tensor>& slots, int64_t hidden, int64_t codes, int64_t bytes,
+              int64_t activation_bytes, double norm_eps) {
   check_tensors({{"arena", arena},
                  {"vectors", vectors},
                  {"embeddings", embeddings},

@@ -504,19 +504,16 @@ class Schedule {
       feed(row + d_->batch, end, draws + kept, columns - kept);
   }
 
-  // Row `row` goes on at `position`: its last token is certain; then come tokens of the prompt, `count` guesses, those
-  // that were there before the first pass, and where there is none the last of all these again.
-  void feed(int64_t row, int64_t position, const int64_t* guesses, int64_t count) {
+  // Row `row` goes on at `position`: its last token is certain; then come `count` draws that were not kept (in a prompt
+  // these are its tokens), what stands in the sequence, and where that is no code the one before again.
+  void feed(int64_t row, int64_t position, const int64_t* draws, int64_t count) {
     int64_t* ids = d_->ids + row * p_.columns;
     d_->positions[row] = position;
-    const int64_t* follows = tokens(row) + position - 1;
-    const int64_t prompt = std::min(d_->prompt_lengths[row % d_->batch], d_->length) - position;
-    const int64_t left = d_->length - position;
-    const auto is_code = [&](int64_t id) { return id >= 0 && id < p_.codes; };
+    const int64_t *follows = tokens(row) + position - 1, left = d_->length - position;
     ids[0] = std::max<int64_t>(follows[0], 0);  // -1: no distribution; whoever reads the tokens reports it
     for (int64_t w = 1; w < d_->window; ++w) {
-      const int64_t next = w <= prompt || w > count ? (w <= left ? follows[w] : -1) : guesses[w - 1];
-      ids[w] = is_code(next) ? next : ids[w - 1];
+      const int64_t guess = w <= count ? draws[w - 1] : w <= left ? follows[w] : -1;
+      ids[w] = guess >= 0 && guess < p_.codes ? guess : ids[w - 1];
     }
   }
 

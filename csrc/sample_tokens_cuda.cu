@@ -234,22 +234,21 @@ __device__ __forceinline__ int64_t sampled_code(const SampleTokensParams& p, con
   }
 }
 
-// What the rows of image b are fed next, at `position`: its last token is certain; then come tokens of the prompt, `count`
-// guesses, those that were there before the first pass, and where there is none the last of all these again. At the end
-// of the sequence the rows rest.
-__device__ void feed(const SampleTokensParams& p, int64_t b, int64_t position, int64_t last, const int64_t* guesses,
+// What the rows of image b are fed next, at `position`: its last token is certain; then come `count` draws that were not
+// kept (in a prompt these are its tokens), what stands in the sequence, and where that is no code the one before again.
+// At the end of the sequence the rows rest.
+__device__ void feed(const SampleTokensParams& p, int64_t b, int64_t position, int64_t last, const int64_t* draws,
                      int64_t count) {
   const SampleNextParams& next = p.next;
   const int64_t rows = p.guidance_scale.data != nullptr && next.positions[p.batch + b] >= 0 ? 2 : 1;
   const int64_t* follows = next.tokens + b * next.length + position - 1;
-  const int64_t given = next.prompt_lengths[b];
-  const int64_t prompt = (given < next.length ? given : next.length) - position, left = next.length - position;
+  const int64_t left = next.length - position;
   for (int64_t row = b, r = 0; r < rows; ++r, row += p.batch) {
     int64_t* ids = p.ids + row * next.columns;
     next.positions[row] = position < next.length ? position : -1;
     ids[0] = last > 0 ? last : 0;
     for (int64_t w = 1; w < next.window; ++w) {
-      const int64_t guess = w <= prompt || w > count ? (w <= left ? follows[w] : -1) : guesses[w - 1];
+      const int64_t guess = w <= count ? draws[w - 1] : w <= left ? follows[w] : -1;
       ids[w] = guess >= 0 && guess < p.codes ? guess : ids[w - 1];
     }
   }

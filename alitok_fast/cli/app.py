@@ -10,6 +10,7 @@ import typer
 
 from alitok_fast import __version__
 from alitok_fast.cli import data, evaluate, photographs, sampling, study, tokens, train
+from alitok_fast.cli.options import MaybeText
 from alitok_fast.storage.text import shown
 
 INTERRUPTED = 130  # exit status after Ctrl-C; typer returns it
@@ -58,6 +59,14 @@ def _top(
 def info(
     classes: Annotated[bool, typer.Option("--classes", help="List the classes of --model instead.")] = False,
     model: Annotated[str, typer.Option(help="'demo', 'imagenet', a folder, a hub repository or a generator.")] = "demo",
+    probe: Annotated[
+        MaybeText,
+        typer.Option(help="Measure instead what windows are worth with this generator: the same images, in turns."),
+    ] = None,
+    weight_dtype: Annotated[MaybeText, typer.Option(help="Of --probe, as for sample.")] = None,
+    activation_dtype: Annotated[MaybeText, typer.Option(help="Of --probe, as for sample.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of --probe: images sampled together.", min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="Of --probe: how long, about.", min=0.001)] = 60.0,
 ) -> None:
     """Print versions, what was built, what this machine can use, and why something is off.
 
@@ -65,7 +74,19 @@ def info(
     Examples:
       alitok-fast info
       alitok-fast info --classes --model imagenet
+      alitok-fast info --probe demo --weight-dtype int8 --seconds 10
     """
+    if probe is not None:
+        from alitok_fast.inference.probe import probe as measure
+        from alitok_fast.inference.probe import render
+        from alitok_fast.inference.step_model import prepare
+        from alitok_fast.models import load_generator
+        from alitok_fast.models.loading import dtype_from_name
+
+        weights = dtype_from_name(weight_dtype, "weight_dtype")
+        prepared = prepare(load_generator(probe), weights, dtype_from_name(activation_dtype, "activation_dtype"))
+        typer.echo(render(measure(prepared, batch_size=batch_size, seconds=seconds), batch_size))
+        return
     if classes:
         from alitok_fast.pipelines.class_names import class_names_of
 

@@ -207,15 +207,14 @@ def _draws(state: SampleState, logits: Tensor, steps: Tensor) -> Tensor:
 def _fed_next(
     state: SampleState, draws: Tensor, kept: Tensor, columns: Tensor, goes_on: Tensor, codes: int
 ) -> Tensor:
-    """(B, W): the last token, then those of the prompt, the draws that were not kept, and the guesses in `tokens`; where
-    there is none, the token before it again."""
+    """(B, W): the last token, the draws that were not kept (in a prompt these are its tokens), what stands in `tokens`,
+    and where that is no code the one before again."""
     length, window = state.tokens.shape[1], draws.shape[1]
-    prompt = state.prompt_lengths.clamp(max=length) - goes_on
     place = torch.arange(window, device=draws.device)
     at = goes_on[:, None] - 1 + place
     there = torch.where(at < length, state.tokens.gather(1, at.clamp(0, length - 1)), -1)
     drawn = draws.gather(1, (kept[:, None] - 1 + place).clamp(max=window - 1))
-    ids = torch.where((place > prompt[:, None]) & (place <= (columns - kept)[:, None]), drawn, there)
+    ids = torch.where((place > 0) & (place <= (columns - kept)[:, None]), drawn, there)
     # A row without a distribution is marked -1; it is reported at the end, so that no pass waits for the device.
     ids[:, 0] = there[:, 0].clamp(min=0)
     usable = (ids >= 0) & (ids < codes)

@@ -117,11 +117,14 @@ def make_next_case(
     def of_images(name):
         return inputs[name].expand(batch).clone()
 
+    prompt_lengths = torch.as_tensor(prompt_length).expand(batch).clone()
+    given_tokens = torch.randint(codes, (batch, length), generator=generator)
+    guesses = torch.randint(-codes // 2, 2 * codes, (batch, length), generator=generator)  # half of them are none
     state = SampleState(
         ids=torch.randint(codes, (rows, columns), generator=generator),
         positions=torch.as_tensor(position).expand(rows).clone(),
-        tokens=torch.randint(codes, (batch, length), generator=generator),
-        prompt_lengths=torch.as_tensor(prompt_length).expand(batch).clone(),
+        tokens=torch.where(torch.arange(length) < prompt_lengths[:, None], given_tokens, guesses),
+        prompt_lengths=prompt_lengths,
         schedule=torch.linspace(1, 4, length) + torch.arange(batch)[:, None] if guided else None,
         temperature=of_images("temperature"),
         top_k=of_images("top_k"),
@@ -217,7 +220,9 @@ WINDOW = {"length": 12, "window": 4, "right": 2, "guided": True}
             "kept < columns &&", "kept < next.window &&", {**WINDOW, "position": 10}, id="past the end"
         ),
         pytest.param("draws + kept, columns - kept", "draws, columns", WINDOW, id="old guesses"),
-        pytest.param("w <= prompt ?", "w < prompt ?", {**WINDOW, "prompt_length": 9}, id="forgets the prompt"),
+        pytest.param("w <= left ?", "w <= left - 99 ?", WINDOW, id="forgets the first guesses"),
+        pytest.param("w <= left ?", "w <= left + 1 ?", {**WINDOW, "position": 7}, id="guesses of another image"),
+        pytest.param("guess >= 0 && guess < p.codes", "guess >= 0", WINDOW, id="guesses what is no code"),
         pytest.param("next.draws[b * next.window + column]", "next.draws[column]", WINDOW, id="draws of another image"),
     ],
 )  # fmt: skip
