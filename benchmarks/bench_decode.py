@@ -1,4 +1,4 @@
-"""One cached step of the generator, half-way through an image, beside the same step in torch."""
+"""Cached passes of the generator, half-way through an image, beside the same in torch: steps, and windows of inputs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from alitok_fast.inference.packed_generator import PackedGenerator
 from alitok_fast.ops.decode import decode_reference
 from alitok_fast.testing import relative_error
+from floor import step_weights
 from peers.eager import EagerLoop
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -62,3 +63,49 @@ def bench_decode(size, weights, batch, generator, mode, compare, device):
         "torch float32, static cache": lambda: step(gen, static),
     }
     compare(lambda: step(decoder, cache), alternatives, decoder.packed.step_bytes + seen, "read_bytes")
+
+
+WINDOWED = {"bfloat16": (torch.bfloat16, None), "int8": (torch.int8, None), "int8-by-int8": (torch.int8, torch.int8)}
+SHAPES = [(2, 1), (2, 2), (2, 4), (2, 8), (2, 16), (16, 1), (16, 4), (64, 1)]  # rows, columns
+
+
+@pytest.mark.quick("rows2-columns8-int8-by-int8")
+@pytest.mark.parametrize("weights", WINDOWED)
+@pytest.mark.parametrize(("rows", "columns"), [pytest.param(*shape, id="rows%d-columns%d" % shape) for shape in SHAPES])
+def bench_decode_rows(rows, columns, weights, generator, mode, compare, ceilings, device):
+    """A pass of B by rows and window. Its bound is what takes longer: the bytes, or the operations of its products."""
+    if device.type != "cpu":
+        pytest.skip("decode has no CUDA kernel; bench_sampling times the loop")
+    gen, (dtype, activations) = generator("b"), WINDOWED[weights]
+    position = gen.config.num_tokens // 2
+    columns = min(columns, gen.config.num_tokens - position)
+    decoder = PackedGenerator(gen, dtype, activations)
+    cache = decoder.new_cache(rows)
+    generated = torch.Generator().manual_seed(0)
+    past = torch.randn(cache.keys.shape[:3] + (position, gen.config.head_dim), generator=generated)
+    cache.keys[:, :, :, :position], cache.values[:, :, :, :position] = past, past.flip(1)
+    ids = torch.randint(gen.config.codebook_size, (rows, columns), generator=generated)
+    positions = torch.full((rows,), position)
+
+    def whole():
+        return decoder.step(ids, cache, positions)
+
+    def one_by_one():
+        return [decoder.step(ids[:, i : i + 1].contiguous(), cache, positions + i) for i in range(columns)]
+
+    singles = torch.cat(one_by_one(), 1)
+    assert torch.equal(whole(), singles), "a window changes the logits"
+    expected = decode_reference(decoder.packed, ids[:2], cache.keys[:, :2], cache.values[:, :2], positions[:2])
+    assert relative_error(singles[:2], expected) < (0.1 if activations else ERROR["int8"])
+    seen = 2 * gen.config.num_layers * rows * gen.config.width * (position + columns) * cache.keys.element_size()
+    read, operations = decoder.packed.step_bytes + seen, 2 * step_weights(gen.config) * rows * columns
+    rate = "bf16_flops" if dtype == torch.bfloat16 else "int8_flops"
+    by_operations = mode.timed and operations / getattr(ceilings, rate) > read / ceilings.read_bytes
+    alternatives = {"one input at a time": one_by_one} if columns > 1 else {}
+    alternatives["torch float32, static cache"] = _in_torch(gen, ids, position)
+    compare(whole, alternatives, *((operations, rate) if by_operations else (read, "read_bytes")))
+
+
+def _in_torch(gen, ids, position):
+    cache, positions = gen.new_cache(len(ids)), torch.full((len(ids),), position)
+    return lambda: gen.step(ids, cache, positions)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 
 from alitok_fast.inference.image_decoder import ImageDecoder
+from alitok_fast.models import load_generator
 from alitok_fast.testing import relative_error
 from floor import Machine, decode_floor, tokens_floor
 from peers import contender
 from peers.compiled import Compiled
 from peers.eager import Eager
-from peers.ours import Ours
+from peers.ours import AsOftenRight, Ours, tokens_per_pass
 from peers.reference import Reference, load_reference
 from timing import Missing
 
@@ -22,25 +24,41 @@ BUDGET = 12.0  # seconds of one system
 FULL = {"cpu": {"b": (1, 8, 32), "l": (1, 8), "xl": (1, 8)}, "cuda": dict.fromkeys(("b", "l", "xl"), (1, 8, 64, 256))}
 QUICK = {"cpu": {"b": (1, 8)}, "cuda": {"b": (1, 8, 64)}}
 CHECK = dict.fromkeys(("cpu", "cuda"), {"b": (1, 3), "l": (2,), "xl": (2,)})
+EIGHT_BITS = "int8, 8-bit activations"
+SIMULATED_WINDOW = 8
+SIMULATED = "guesses right as often as the demo's (simulated)"
 MINUTES = "on a CPU this would take minutes"
 
 
-def precisions(device, size, batch) -> dict[str, tuple[torch.dtype, torch.dtype | None, torch.dtype]]:
-    """Ours by name: weights, cache where it is another, decoder; the first is what others are compared with."""
-    bf16, fp32 = torch.bfloat16, torch.float32
+@dataclass(frozen=True)
+class Precision:
+    """Of one system of ours: weights, what they are multiplied with, cache where it is another, tokens to images."""
+
+    weights: torch.dtype
+    images: torch.dtype
+    activations: torch.dtype | None = None
+    kv: torch.dtype | None = None
+
+
+def precisions(device, size, batch) -> dict[str, Precision]:
+    """Ours by name; the first is what others are compared with."""
+    bf16, fp32, int8 = torch.bfloat16, torch.float32, torch.int8
     if device.type == "cuda":
         named = {
-            "bf16": (bf16, None, bf16),
-            "bf16, fp8 KV": (bf16, torch.float8_e4m3fn, bf16),
-            "fp32": (fp32, None, fp32),
+            "bf16": Precision(bf16, bf16),
+            "bf16, fp8 KV": Precision(bf16, bf16, kv=torch.float8_e4m3fn),
+            "fp32": Precision(fp32, fp32),
         }
-        if size != "b" or batch > 1:  # a full run is long enough without
-            del named["fp32"]
     else:
-        named = {"int8": (torch.int8, None, torch.int8), "bf16": (bf16, None, bf16), "fp32": (fp32, None, fp32)}
-        if size != "b" or batch > 1:
-            del named["fp32"]
-    return {f"alitok_fast {name}": dtypes for name, dtypes in named.items()}
+        named = {
+            "int8": Precision(int8, int8),
+            EIGHT_BITS: Precision(int8, int8, activations=int8),
+            "bf16": Precision(bf16, bf16),
+            "fp32": Precision(fp32, fp32),
+        }
+    if size != "b" or batch > 1:  # a full run is long enough without
+        del named["fp32"]
+    return {f"alitok_fast {name}": precision for name, precision in named.items()}
 
 
 def check(system, gen, tokenizer, labels):
@@ -101,10 +119,12 @@ def bench_sampling(size, batch, generator, tokenizer, measure, mode, device, cei
     gen = generator(size)
     labels = torch.arange(batch, device=device)
     own_precisions = precisions(device, size, batch)
-    decoders = {dtype: ImageDecoder(tokenizer, dtype) for _, _, dtype in own_precisions.values()}
+    images = {own.images for own in own_precisions.values()}
+    decoders = {dtype: ImageDecoder(tokenizer, dtype) for dtype in images}
     contenders = {}
-    for name, (weights, kv_dtype, images) in own_precisions.items():
-        system = made(partial(Ours, gen, decoders[images], batch, weights, kv_dtype), gen, tokenizer, labels)
+    for name, own in own_precisions.items():
+        given = gen, decoders[own.images], batch, own.weights, own.kv, own.activations
+        system = made(partial(Ours, *given), gen, tokenizer, labels)
         if isinstance(system, Missing):
             contenders[name] = system
             continue
@@ -113,9 +133,18 @@ def bench_sampling(size, batch, generator, tokenizer, measure, mode, device, cei
             labels,
             warm=None if batch <= 8 or device.type == "cuda" else system.sampling_seconds,
             own=True,
-            floor=floor(system, batch, weights, images, tokenizer, ceilings) if mode.timed else None,
+            floor=floor(system, batch, own.weights, own.images, tokenizer, ceilings) if mode.timed else None,
             draw=system.sampling_seconds(),
+            tokens_per_pass=1.0,
         )
+    if device.type == "cpu" and batch == 1:
+        rate = tokens_per_pass(load_generator("demo"), SIMULATED_WINDOW)
+        for name in ("int8", EIGHT_BITS):
+            own = own_precisions[f"alitok_fast {name}"]
+            given = gen, decoders[own.images], batch, own.weights, own.kv, own.activations
+            make = partial(AsOftenRight, *given, window=SIMULATED_WINDOW, rate=rate)
+            simulated = contender(made(make, gen, tokenizer, labels), labels, own=True, tokens_per_pass=rate)
+            contenders[f"alitok_fast {name}, window {SIMULATED_WINDOW}, {SIMULATED}"] = simulated
     for name, make in peers(size, batch, gen, tokenizer, mode, device, reference_repo).items():
         system = make if isinstance(make, Missing) else made(make, gen, tokenizer, labels)
         if isinstance(system, Missing):

@@ -65,6 +65,7 @@ def info(
     ] = None,
     weight_dtype: Annotated[MaybeText, typer.Option(help="Of --probe, as for sample.")] = None,
     activation_dtype: Annotated[MaybeText, typer.Option(help="Of --probe, as for sample.")] = None,
+    device: Annotated[str, typer.Option(help="Of --probe: cpu, cuda or cuda:N.")] = "cpu",
     batch_size: Annotated[int, typer.Option(help="Of --probe: images sampled together.", min=1)] = 1,
     seconds: Annotated[float, typer.Option(help="Of --probe: how long, about.", min=0.001)] = 60.0,
 ) -> None:
@@ -77,15 +78,18 @@ def info(
       alitok-fast info --probe demo --weight-dtype int8 --seconds 10
     """
     if probe is not None:
+        from alitok_fast.device import check_device
         from alitok_fast.inference.probe import probe as measure
-        from alitok_fast.inference.probe import render
+        from alitok_fast.inference.probe import probe_table
         from alitok_fast.inference.step_model import prepare
         from alitok_fast.models import load_generator
         from alitok_fast.models.loading import dtype_from_name
 
         weights = dtype_from_name(weight_dtype, "weight_dtype")
-        prepared = prepare(load_generator(probe), weights, dtype_from_name(activation_dtype, "activation_dtype"))
-        typer.echo(render(measure(prepared, batch_size=batch_size, seconds=seconds), batch_size))
+        prepared = prepare(
+            load_generator(probe, check_device(device)), weights, dtype_from_name(activation_dtype, "activation_dtype")
+        )
+        typer.echo(probe_table(measure(prepared, batch_size=batch_size, seconds=seconds), batch_size))
         return
     if classes:
         from alitok_fast.pipelines.class_names import class_names_of

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=100, help="samples of each class")
     parser.add_argument("--guidance", action="append", metavar="SCALE,POWER", help="repeatable; default: the preset's")
     parser.add_argument("--precision", action="append", metavar="WEIGHTS",
-                        help="float32, bfloat16, int8, or int8,int8 with 8-bit activations; repeatable; default: float32")  # fmt: skip
+                        help="float32, bfloat16, int8, or int8,int8 (8-bit activations); repeatable; default: float32")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--choose", action="store_true", help="another classifier, and training images for test images")
@@ -76,8 +76,9 @@ def main() -> None:
         weights, _, activations = precision.partition(",")
         dtype = dtype_from_name(weights, "weight_dtype")
         decode = ImageDecoder(tokenizer, dtype)
+        prepared = prepare(generator, dtype, dtype_from_name(activations or None, "activation_dtype"))
         images, labels = generate_samples(
-            prepare(generator, dtype, dtype_from_name(activations or None, "activation_dtype")), decode, arguments.per_class, arguments.seed,
+            prepared, decode, arguments.per_class, arguments.seed,
             guidance_scale=scale, guidance_power=power, temperature=arguments.temperature,
         )  # fmt: skip
         result = _named(evaluate_samples(classifier, images, labels, real_features), train_source.class_names)

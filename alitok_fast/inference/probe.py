@@ -61,7 +61,7 @@ def probe(
 
     Raises:
         ValueError: for arguments out of range.
-        RuntimeError: if two windows gave different tokens, which would be a bug.
+        RuntimeError: if two windows gave different tokens on a CPU, which would be a bug.
     """
     if not seconds > 0:
         raise ValueError(f"seconds: expected a number above 0, got {seconds}")
@@ -69,6 +69,7 @@ def probe(
         raise ValueError("windows: expected at least one, got none")
     samplers = {window: Sampler(gen, window=window) for window in windows}
     model = next(iter(samplers.values())).model
+    exact = model.device.type == "cpu"  # on a GPU, products of more rows may be rounded otherwise
     begin, rounds = clock(), list[dict[int, tuple[float, float]]]()
     while True:
         start, labels = clock(), torch.arange(batch_size) + len(rounds) * batch_size
@@ -79,7 +80,7 @@ def probe(
             seed = (0 if params is None else params.seed) + len(rounds) - 1
             tokens = sampler(labels % model.config.num_classes, params, **{"seed": seed, **overrides})
             rounds[-1][window] = clock() - before, sampler.last_run.tokens_per_pass if sampler.last_run else 1.0
-            if expected is not None and not torch.equal(tokens, expected):
+            if exact and expected is not None and not torch.equal(tokens, expected):
                 raise RuntimeError(f"probe: expected window {window} to give the tokens of window {windows[0]}")
             expected = tokens
         if clock() + (clock() - start) > begin + seconds:
@@ -97,7 +98,7 @@ def probe(
     ]
 
 
-def render(measures: Sequence[WindowMeasure], batch_size: int) -> str:
+def probe_table(measures: Sequence[WindowMeasure], batch_size: int) -> str:
     """A table, and what it means."""
     lines = ["window  tokens/pass  s/image  speed"]
     for one in measures:
@@ -105,7 +106,6 @@ def render(measures: Sequence[WindowMeasure], batch_size: int) -> str:
             f"{one.window:6}  {one.tokens_per_pass:11.2f}  {one.seconds / batch_size:7.4f}  {one.speedup:4.2f}x"
         )
     best = max(measures, key=lambda one: one.speedup)
-    lines.append(
-        f"Medians of {best.rounds} batches of {batch_size}, the same images with every window. Fastest: window {best.window}."
-    )
+    lines.append(f"Medians of {best.rounds} batches of {batch_size}, the same images with every window.")
+    lines.append(f"Fastest: window {best.window}.")
     return "\n".join(lines)

@@ -204,9 +204,7 @@ def _draws(state: SampleState, logits: Tensor, steps: Tensor) -> Tensor:
     return torch.where(given, state.tokens.gather(1, at), sampled.view_as(steps))
 
 
-def _fed_next(
-    state: SampleState, draws: Tensor, kept: Tensor, columns: Tensor, goes_on: Tensor, codes: int
-) -> Tensor:
+def _fed_next(state: SampleState, draws: Tensor, kept: Tensor, columns: Tensor, goes_on: Tensor, codes: int) -> Tensor:
     """(B, W): the last token, the draws that were not kept (in a prompt these are its tokens), what stands in `tokens`,
     and where that is no code the one before again."""
     length, window = state.tokens.shape[1], draws.shape[1]

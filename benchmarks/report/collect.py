@@ -27,6 +27,8 @@ class Image:
     first: str
     cut: bool
     """The model had fewer layers than the published one."""
+    tokens_per_pass: float | None = None
+    """Of an image; None where it was not recorded, or there are no passes."""
 
     @property
     def one_round(self) -> bool:
@@ -130,6 +132,7 @@ def _images(info: dict[str, Any]) -> list[Image]:
             times=result["times"],
             first=first,
             cut=info["layers"] < LAYERS[info["size"]],
+            tokens_per_pass=result.get("tokens_per_pass"),
         )
         for name, result in info["contenders"].items()
     ]

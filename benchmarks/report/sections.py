@@ -144,13 +144,16 @@ def _parts(report: Report) -> Section | None:
     rows = [
         (f"{image.size.upper()}, batch {image.batch}", image.system)
         + tuple(seconds(image.parts[name]) if name in image.parts else "" for name in names)
+        + ("" if image.tokens_per_pass is None else number(image.tokens_per_pass),)
         for image in report.images
     ]
     text = [
         "Seconds of the batch, medians. In ours the draws (guidance, softmax, noise, choice) are timed by themselves "
-        "and the steps are the rest of the tokens' time; of other systems the tokens are one part."
+        "and the steps are the rest of the tokens' time; of other systems the tokens are one part. A pass of several "
+        "tokens an image keeps those whose guesses were right, so that the images are the same. How often they are with "
+        "trained weights of these sizes was not measured: rows that say so take the rate of the trained demo model."
     ]
-    return Section("Time by part", text, [Table(("model", "system", *names), rows)], ["parts"])
+    return Section("Time by part", text, [Table(("model", "system", *names, "tokens a pass"), rows)], ["parts"])
 
 
 def _diffusion(report: Report) -> Section | None:
