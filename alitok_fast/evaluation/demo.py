@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=100, help="samples of each class")
     parser.add_argument("--guidance", action="append", metavar="SCALE,POWER", help="repeatable; default: the preset's")
     parser.add_argument("--precision", action="append", metavar="WEIGHTS",
-                        help="float32, bfloat16, int8, or int8,int8 (8-bit activations); repeatable; default: float32")  # fmt: skip
+                        help="float32, bfloat16, int8, or int8,int8: with 8-bit activations; repeatable")  # fmt: skip
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--choose", action="store_true", help="another classifier, and training images for test images")

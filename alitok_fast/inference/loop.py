@@ -106,9 +106,9 @@ class SamplingLoop:
     ) -> Tensor:
         """tokens (B, N); arguments as in `sampler.sample`, checked there. Rows without a distribution hold -1.
 
-        `schedule` is (N,), the guidance scale of each step. `guesses` (B, N): tokens to try where no pass has looked yet,
-        -1 for none. `choice` chooses the windows and learns from what they
-        cost; None is single tokens. `in_turn`: the caller has the turn already.
+        `schedule` is (N,), the guidance scale of each step. `guesses` (B, N) are tokens to try where no pass has looked
+        yet, -1 for none. `choice` chooses the windows and learns from what they cost; None is single tokens. `in_turn`:
+        the caller has the turn already.
         """
         choice = choice or WindowChoice((1,))
         with contextlib.nullcontext() if in_turn else self.turn:

@@ -200,8 +200,8 @@ class Generator(HubModel):
         sample_passes(self, state, cache, passes, window)
 
     def read_prompt(self, state: SampleState, cache: KVCache, length: int) -> int:
-        """Feed the first `length` >= 1 tokens of sequences that are all at their beginning, in a few passes of up to 256
-        inputs; returns how many tokens are behind them then."""
+        """Feed the first `length` >= 1 tokens of sequences that all begin, in a few passes of up to 256 inputs; returns
+        how many tokens are behind them then."""
         return read_prompt(self, state, cache, length)
 
     def tensors(self) -> list[Tensor]:

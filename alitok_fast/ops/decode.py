@@ -108,7 +108,7 @@ class SampleState:
     Attributes:
         ids: (R, W) int64, what each row is fed next: one token that is certain, and guesses of those that follow it.
         positions: (R,) int64, where the first of them stands in its sequence; -1: the row rests.
-        tokens: (B, N) int64, the sequences. Behind an image's position stand its prompt, then guesses, for where no pass
+        tokens: (B, N) int64, the sequences. Behind an image's position stand its prompt, then guesses for where no pass
             has looked yet: what is outside [0, K) is none, and the token before it is guessed again.
         prompt_lengths: (B,) int64, tokens before this position are given.
         schedule: (B, N) float32, the guidance scale at each position; None: no guidance.

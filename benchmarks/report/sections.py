@@ -150,8 +150,8 @@ def _parts(report: Report) -> Section | None:
     text = [
         "Seconds of the batch, medians. In ours the draws (guidance, softmax, noise, choice) are timed by themselves "
         "and the steps are the rest of the tokens' time; of other systems the tokens are one part. A pass of several "
-        "tokens an image keeps those whose guesses were right, so that the images are the same. How often they are with "
-        "trained weights of these sizes was not measured: rows that say so take the rate of the trained demo model."
+        "tokens an image keeps those whose guesses were right: the images are the same. How often they are right with "
+        "trained weights of these sizes was not measured; rows that say so take the rate of the trained demo model."
     ]
     return Section("Time by part", text, [Table(("model", "system", *names, "tokens a pass"), rows)], ["parts"])
 
