@@ -96,14 +96,16 @@ def bench_decode_rows(rows, columns, weights, generator, mode, compare, ceilings
 
     singles = torch.cat(one_by_one(), 1)
     assert torch.equal(whole(), singles), "a window changes the logits"
-    expected = decode_reference(decoder.packed, ids[:2], cache.keys[:, :2], cache.values[:, :2], positions[:2])
-    assert relative_error(singles[:2], expected) < (0.1 if activations else ERROR["int8"])
+    if rows * columns == 2:  # the tests compare the others with it; here the definition takes seconds
+        expected = decode_reference(decoder.packed, ids, cache.keys, cache.values, positions)
+        assert relative_error(singles, expected) < (0.1 if activations else ERROR["int8"])
     seen = 2 * gen.config.num_layers * rows * gen.config.width * (position + columns) * cache.keys.element_size()
     read, operations = decoder.packed.step_bytes + seen, 2 * step_weights(gen.config) * rows * columns
     rate = "bf16_flops" if dtype == torch.bfloat16 else "int8_flops"
     by_operations = mode.timed and operations / getattr(ceilings, rate) > read / ceilings.read_bytes
     alternatives = {"one input at a time": one_by_one} if columns > 1 else {}
-    alternatives["torch float32, static cache"] = _in_torch(gen, ids, position)
+    if rows == 2:
+        alternatives["torch float32, static cache"] = _in_torch(gen, ids, position)
     compare(whole, alternatives, *((operations, rate) if by_operations else (read, "read_bytes")))
 
 
