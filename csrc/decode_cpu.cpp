@@ -492,11 +492,15 @@ class Schedule {
     const int64_t row = inputs->row, columns = inputs->columns, *draws = w_.draws + first;
     if (row >= d_->batch) return;  // moves on with its conditional row
     int64_t* sequence = tokens(row) + inputs->position;
+    const int64_t partner = this->partner(first);
+    const auto was_fed = [&](int64_t w, int64_t id) {  // to both rows of the image
+      return inputs[w].id == id && (partner < 0 || w_.inputs[partner + w].id == id);
+    };
     int64_t kept = 0;
     do {
       sequence[kept] = draws[kept];
       ++kept;
-    } while (kept < columns && inputs[kept].id == draws[kept - 1]);
+    } while (kept < columns && was_fed(kept, draws[kept - 1]));
     ++d_->passes_done[row];
     const int64_t end = inputs->position + kept;
     feed(row, end, draws + kept, columns - kept);

@@ -293,12 +293,14 @@ __global__ void keep_draws_kernel(const SampleTokensParams p) {
   if (position < 0 || position >= next.length) return;
   const int64_t left = next.length - position, columns = left < next.window ? left : next.window;
   const int64_t *ids = p.ids + b * next.columns, *draws = next.draws + b * next.window;
+  const bool guided = p.guidance_scale.data != nullptr && next.positions[p.batch + b] >= 0;
+  const int64_t* other_ids = guided ? ids + p.batch * next.columns : ids;
   int64_t* tokens = next.tokens + b * next.length + position;
   int64_t kept = 0;
   do {
     tokens[kept] = draws[kept];
     ++kept;
-  } while (kept < columns && ids[kept] == draws[kept - 1]);
+  } while (kept < columns && ids[kept] == draws[kept - 1] && other_ids[kept] == draws[kept - 1]);
   ++next.passes_done[b];
   feed(p, b, position + kept, draws[kept - 1], draws + kept, columns - kept);
 }

@@ -15,6 +15,7 @@ class FirstGuesses:
     A guess decides how many passes an image takes, never what it looks like (`ops.decode.sample_next`).
     """
 
+    @torch.inference_mode(False)  # else they could be written in such a mode only
     def __init__(self, num_tokens: int) -> None:
         self._labels = torch.full((REMEMBERED,), -1)
         self._tokens = torch.full((REMEMBERED, num_tokens), -1)

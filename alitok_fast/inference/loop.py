@@ -106,7 +106,7 @@ class SamplingLoop:
     ) -> Tensor:
         """tokens (B, N); arguments as in `sampler.sample`, checked there. Rows without a distribution hold -1.
 
-        `schedule` is (N,), the guidance scale of each step. `guesses` (B, N) are tokens to try where no pass has looked
+        `schedule` is (N,), the guidance scale of each step. `guesses` (B, N): tokens to try where no pass has looked
         yet, -1 for none. `choice` chooses the windows and learns from what they cost; None is single tokens. `in_turn`:
         the caller has the turn already.
         """
@@ -190,7 +190,8 @@ class SamplingLoop:
                     fewest, most = PASSES_PER_CALL
                     self._passes_per_call = min(max(fewest, int(CALL_SECONDS * passes / seconds)), most)
                 known, before = min(progress), progress
-            used.append((window, passes))
+            if passes:  # a prompt of the whole length needs none
+                used.append((window, passes))
             yield known
         self._remember(used)
 

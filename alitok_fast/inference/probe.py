@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from alitok_fast.inference.params import SamplingParams
+from alitok_fast.inference.params import SamplingParams, sampling_params
 from alitok_fast.inference.sampler import Sampler
-from alitok_fast.inference.step_model import StepModel
+from alitok_fast.inference.step_model import StepModel, prepare
 from alitok_fast.models.generator import Generator
+from alitok_fast.ops.arguments import integer
 
 PROBED_WINDOWS = (1, 2, 3, 4, 6, 8, 16)
 
@@ -55,20 +56,21 @@ def probe(
     Args:
         gen: as for `Sampler`.
         windows: 1..16, the first of which is compared with; usually 1.
-        batch_size: images sampled together.
+        batch_size: images sampled together, 1 or more.
         seconds: > 0.
         params, overrides: settings as for `sample`; the seed is that of the first round, and counts up.
 
     Raises:
-        ValueError: for arguments out of range.
+        TypeError, ValueError: for arguments that are no such numbers.
         RuntimeError: if two windows gave different tokens on a CPU, which would be a bug.
     """
     if not seconds > 0:
         raise ValueError(f"seconds: expected a number above 0, got {seconds}")
     if not windows:
         raise ValueError("windows: expected at least one, got none")
-    samplers = {window: Sampler(gen, window=window) for window in windows}
-    model = next(iter(samplers.values())).model
+    integer("batch_size", batch_size, 1)
+    params, model = sampling_params(params, overrides), prepare(gen)
+    samplers = {window: Sampler(model, window=window) for window in windows}
     exact = model.device.type == "cpu"  # on a GPU, products of more rows may be rounded otherwise
     begin, rounds = clock(), list[dict[int, tuple[float, float]]]()
     while True:
@@ -77,8 +79,7 @@ def probe(
         expected = None
         for window, sampler in samplers.items():
             before = clock()
-            seed = (0 if params is None else params.seed) + len(rounds) - 1
-            tokens = sampler(labels % model.config.num_classes, params, **{"seed": seed, **overrides})
+            tokens = sampler(labels % model.config.num_classes, params, seed=params.seed + len(rounds) - 1)
             rounds[-1][window] = clock() - before, sampler.last_run.tokens_per_pass if sampler.last_run else 1.0
             if exact and expected is not None and not torch.equal(tokens, expected):
                 raise RuntimeError(f"probe: expected window {window} to give the tokens of window {windows[0]}")
@@ -106,6 +107,8 @@ def probe_table(measures: Sequence[WindowMeasure], batch_size: int) -> str:
             f"{one.window:6}  {one.tokens_per_pass:11.2f}  {one.seconds / batch_size:7.4f}  {one.speedup:4.2f}x"
         )
     best = max(measures, key=lambda one: one.speedup)
-    lines.append(f"Medians of {best.rounds} batches of {batch_size}, the same images with every window.")
-    lines.append(f"Fastest: window {best.window}.")
+    lines.append(
+        f"Medians of {best.rounds} batches of {batch_size}, the same images with every window. "
+        f"Fastest: window {best.window}."
+    )
     return "\n".join(lines)

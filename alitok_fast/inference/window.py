@@ -87,7 +87,7 @@ class WindowChoice:
         elif trial.best_seconds is None:
             trial.best_seconds = each
         else:
-            self._end_pair(trial, each, trial.best_seconds)
+            self._end_pair(trial, trial.best_seconds, each)
 
     def _begin_trial(self, seconds: float) -> None:
         places = [place for place in (self._best + 1, self._best - 1) if 0 <= place < len(self.windows)]
@@ -95,9 +95,9 @@ class WindowChoice:
         least, most = PAIR_PASSES
         self._trial = _Trial(place, min(max(math.ceil(PAIR_SECONDS / max(seconds, 1e-9)), least), most))
 
-    def _end_pair(self, trial: _Trial, seconds: float, of_best: float) -> None:
+    def _end_pair(self, trial: _Trial, best: float, seconds: float) -> None:
         narrow, wide = sorted((self._best, trial.window))
-        cost = seconds / of_best if trial.window == wide else of_best / seconds
+        cost = seconds / best if trial.window == wide else best / seconds
         self._costs.setdefault(wide, deque(maxlen=REMEMBERED_PAIRS)).append(cost)
         trial.best_seconds, trial.pairs = None, trial.pairs + 1
         settled, (few, many) = self._tokens[wide], PAIRS

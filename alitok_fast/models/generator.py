@@ -47,12 +47,18 @@ def read_prompt(model: Any, state: SampleState, cache: KVCache, length: int) -> 
         for begin in range(0, length, width):
             model.step(inputs[:, begin : begin + width].contiguous(), cache, state.positions + begin, state.slots)
             state.passes.add_(1)
-        follows = state.tokens[:, length - 1 : length - 1 + state.ids.shape[1]].clamp(min=0)
+        follows = _usable(state.tokens[:, length - 1 : length - 1 + state.ids.shape[1]], model.config.codebook_size)
         state.ids[:, : follows.shape[1]] = follows.repeat(rows // max(batch, 1), 1)
         state.positions.add_(length)
     else:
         state.positions.fill_(-1)
     return length
+
+
+def _usable(tokens: Tensor, codes: int) -> Tensor:
+    """(B, W), the first of each row a code: what is none is the one before it again, as in `sample_next`."""
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    return tokens.gather(1, torch.where((tokens >= 0) & (tokens < codes), place, 0).cummax(1).values)
 
 
 def _after_loading(generator: Generator, _: object) -> None:
@@ -200,8 +206,8 @@ class Generator(HubModel):
         sample_passes(self, state, cache, passes, window)
 
     def read_prompt(self, state: SampleState, cache: KVCache, length: int) -> int:
-        """Feed the first `length` >= 1 tokens of sequences that all begin, in a few passes of up to 256 inputs; returns
-        how many tokens are behind them then."""
+        """Feed the first `length` >= 1 tokens of sequences that are all at their beginning, in a few passes of up to
+        256 inputs; returns how many tokens are behind them then."""
         return read_prompt(self, state, cache, length)
 
     def tensors(self) -> list[Tensor]:

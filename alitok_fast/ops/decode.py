@@ -160,6 +160,8 @@ def sample_next_reference(state: SampleState, logits: Tensor, window: int) -> No
     draws = _draws(state, logits, positions[:, None] + torch.arange(window, device=logits.device))
     columns = (length - positions).clamp(max=window)
     right = state.ids[:images, 1:window] == draws[:, :-1]
+    if state.schedule is not None:  # both rows of an image have to be fed what was drawn
+        right &= (state.ids[images:, 1:window] == draws[:, :-1]) | (state.positions[images:, None] < 0)
     right &= torch.arange(1, window, device=logits.device) < columns[:, None]
     kept = 1 + right.cumprod(1).sum(1)
 

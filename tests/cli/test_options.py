@@ -26,7 +26,7 @@ def test_every_setting_is_an_option(command):
             assert field.metadata["help"].split()[0] in text
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["info", "--help"], ["--version"]])
 def test_help_needs_no_torch(arguments):
     program = (
         "import sys; from alitok_fast.cli import main\n"

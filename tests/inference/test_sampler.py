@@ -300,7 +300,7 @@ def test_a_run_equals_single_steps(tiny_generator, weights, guided, settings):
 
 
 def test_a_keyboard_interrupt_waits_for_a_few_steps_only(tiny_generator, monkeypatch):
-    """Python handles signals between native calls: none takes longer than CALL_SECONDS, or does but a few passes."""
+    """Python handles signals between native calls: none takes longer than CALL_SECONDS, or more than a few passes."""
     gen = tiny_generator(grid=8)
     decoder, calls = PackedGenerator(gen), []
     passes = decoder.sample_passes

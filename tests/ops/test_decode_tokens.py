@@ -140,6 +140,22 @@ def test_right_guesses_save_passes(guided):
         assert told.passes.tolist() == [1, 1, 1] and whole.passes.tolist() == [CAPACITY] * 3
 
 
+@pytest.mark.parametrize("row", [0, 1], ids=["conditional", "unconditional"])
+def test_a_guess_counts_where_both_rows_were_fed_it(row):
+    weights = make_weights()
+    whole = make_drawing(batch=1)
+    decode_tokens(weights, whole, *poisoned(whole), CAPACITY)
+    for step in (decode_tokens, decode_tokens_reference):
+        told = make_drawing(batch=1)
+        told.ids[:, 1:] = whole.tokens[:, : COLUMNS - 1]
+        told.ids[row, 3] = (told.ids[row, 3] + 1) % CODES
+        caches = poisoned(told)
+        step(weights, told, *caches, 1, 8)
+        assert told.positions.tolist() == [3, 3]
+        step(weights, told, *caches, CAPACITY, 8)
+        assert torch.equal(told.tokens, whole.tokens)
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_guesses_before_the_first_look(guided):
     """Tokens that lie behind the position are guesses; what is no code is none, and the one before it is guessed."""

@@ -103,10 +103,11 @@ def make_next_case(
     right=0,
     rests=(),
     alone=(),
+    other=None,
     **options,
 ):
     """Inputs of the emulated kernel, and the state after the definition. The first `right` guesses are right; the rows
-    of images in `rests` rest, and so do the unconditional ones of those in `alone`."""
+    of images in `rests` rest, and so do the unconditional ones of those in `alone`; these differ at column `other`."""
     inputs, _, _ = make_case(codes, guidance=2.0 if guided else None, **options)
     batch, rows, generator = inputs["batch"], inputs["logits"].shape[0], torch.Generator().manual_seed(codes)
     logits = 2 * torch.randn(rows, window, codes, generator=generator)
@@ -141,6 +142,8 @@ def make_next_case(
         at = (state.positions[:batch] + column - 1).clamp(0, length - 1)
         drawn = seen.tokens.gather(1, at[:, None]).clamp(min=0)
         state.ids[:, column] = drawn.squeeze(1).repeat(rows // batch)
+    if other is not None:  # a guess that the unconditional rows were not fed
+        state.ids[batch:, other] = (state.ids[batch:, other] + 1) % codes
     expected = copied(state)
     sample_next_reference(expected, logits, window)
     given = {name: value for name, value in vars(state).items() if name not in ("schedule", "seeds", "slots")}
@@ -176,6 +179,7 @@ def is_the_next(result, state):
         {"codes": 90, **MIXED, "rests": [2], "alone": [0]},
         {"codes": 90, "length": 12, "window": 4},
         {"codes": 90, "length": 12, "window": 4, "right": 3},
+        {"codes": 90, "length": 12, "window": 4, "right": 3, "other": 2},
         {"codes": 33, "length": 12, "window": 3, "right": 1, "rests": [0, 3], "alone": [2], "dtype": torch.bfloat16},
         {"codes": 33, "length": 6, "window": 4, "right": 2, "guided": False},
         {"codes": 70, "length": 12, "window": 4, "prompt_length": torch.tensor([6, 9, 4, 30]), "right": 2},
@@ -221,6 +225,7 @@ WINDOW = {"length": 12, "window": 4, "right": 2, "guided": True}
         ),
         pytest.param("draws + kept, columns - kept", "draws, columns", WINDOW, id="old guesses"),
         pytest.param("w <= left ?", "w <= left - 99 ?", WINDOW, id="forgets the first guesses"),
+        pytest.param("&& other_ids[kept] == draws[kept - 1]", "", {**WINDOW, "other": 2}, id="one row of two"),
         pytest.param("w <= left ?", "w <= left + 1 ?", {**WINDOW, "position": 7}, id="guesses of another image"),
         pytest.param("guess >= 0 && guess < p.codes", "guess >= 0", WINDOW, id="guesses what is no code"),
         pytest.param("next.draws[b * next.window + column]", "next.draws[column]", WINDOW, id="draws of another image"),
