@@ -11,7 +11,7 @@ import torch
 from alitok_fast.inference import probe as probing
 from alitok_fast.inference.packed_generator import PackedGenerator
 from alitok_fast.inference.params import SamplingParams
-from alitok_fast.inference.probe import PROBED_WINDOWS, WindowMeasure, probe, render
+from alitok_fast.inference.probe import PROBED_WINDOWS, WindowMeasure, probe, probe_table
 from alitok_fast.inference.sampler import Sampler
 from alitok_fast.models.loading import load_generator
 
@@ -170,11 +170,11 @@ def test_guesses_of_the_demo_are_often_right():
 
 def test_table():
     measures = [WindowMeasure(1, 1.0, 0.5, 1.0, 7), WindowMeasure(8, 2.4567, 0.12345, 4.049, 7)]
-    head, one, eight, meaning = render([*measures], 2).splitlines()
+    head, one, eight, meaning = probe_table([*measures], 2).splitlines()
     assert head.split() == ["window", "tokens/pass", "s/image", "speed"]
     assert one.split() == ["1", "1.00", "0.2500", "1.00x"]
     assert eight.split() == ["8", "2.46", "0.0617", "4.05x"]
     assert len({len(line) for line in (head, one, eight)}) <= 2
     assert meaning == "Medians of 7 batches of 2, the same images with every window. Fastest: window 8."
-    assert render(measures[::-1], 1).endswith("Fastest: window 8.")
-    assert render(measures[:1], 1).endswith("Fastest: window 1.")
+    assert probe_table(measures[::-1], 1).endswith("Fastest: window 8.")
+    assert probe_table(measures[:1], 1).endswith("Fastest: window 1.")

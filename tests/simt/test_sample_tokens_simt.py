@@ -219,13 +219,13 @@ WINDOW = {"length": 12, "window": 4, "right": 2, "guided": True}
         pytest.param(
             "&& p.next.positions[p.batch + b] >= 0;\n  const float", ";\n  const float", {"alone": [0]}, id="guides all"
         ),
-        pytest.param("ids[kept] == draws[kept - 1]", "ids[kept] == draws[kept]", WINDOW, id="other guess"),
+        pytest.param("&& ids[kept] == draws[kept - 1]", "&& ids[kept] == draws[kept]", WINDOW, id="other guess"),
         pytest.param(
             "kept < columns &&", "kept < next.window &&", {**WINDOW, "position": 10}, id="past the end"
         ),
         pytest.param("draws + kept, columns - kept", "draws, columns", WINDOW, id="old guesses"),
         pytest.param("w <= left ?", "w <= left - 99 ?", WINDOW, id="forgets the first guesses"),
-        pytest.param("&& other_ids[kept] == draws[kept - 1]", "", {**WINDOW, "other": 2}, id="one row of two"),
+        pytest.param("guided ? ids + p.batch * next.columns", "guided ? ids", {**WINDOW, "other": 2}, id="one row"),
         pytest.param("w <= left ?", "w <= left + 1 ?", {**WINDOW, "position": 7}, id="guesses of another image"),
         pytest.param("guess >= 0 && guess < p.codes", "guess >= 0", WINDOW, id="guesses what is no code"),
         pytest.param("next.draws[b * next.window + column]", "next.draws[column]", WINDOW, id="draws of another image"),
