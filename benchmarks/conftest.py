@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     option.benchmark_quiet = option.quick  # a line for each, and one for all
     if not option.benchmark:
         return
-    session.machine = describe(option.device)
+    session.machine, session.partial = describe(option.device), not full_report(config, HERE)
     session.command = "pytest benchmarks/ --benchmark" + (" --quick" if option.quick else "")
     session.command += " --reference-repo PATH" if option.reference_repo else ""
     session.command += f" --device {option.device}" if option.device.type != "cpu" else ""
