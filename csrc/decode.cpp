@@ -238,13 +238,14 @@ void decode_tokens(const Tensor& arena, const Tensor& vectors, const Tensor& emb
   check_slots(p);
   check_ids(p, window, embeddings.size(0));
   for (int64_t b = 0; b < draw.batch; ++b) {
-    const int64_t position = p.positions[b];
-    if (schedule && p.positions[b + draw.batch] >= 0)
-      check(p.positions[b + draw.batch] == position, "positions", "the same for both rows of an image",
-            std::to_string(position) + " and " + std::to_string(p.positions[b + draw.batch]));
-    if (position < 0) continue;
+    const int64_t position = p.positions[b], other = schedule ? p.positions[b + draw.batch] : -1;
     const int64_t given = std::min(draw.prompt_lengths[b], draw.length);
-    for (int64_t i = position; i < given; ++i)
+    if (other >= 0)  // a call may end between the rows of a prompt
+      check(other == position || (position >= 0 && std::max(position, other) <= given), "positions",
+            "the same for both rows of an image behind its prompt",
+            std::to_string(position) + " and " + std::to_string(other));
+    if (position < 0) continue;
+    for (int64_t i = other < 0 ? position : std::min(position, other); i < given; ++i)
       check_range(draw.tokens[b * draw.length + i], "tokens: the prompt", 0, codes - 1);
   }
   if (p.rows > 0) ALITOK_DISPATCH_ISA(decode_tokens_cpu, p, draw, process_crew(), torch_parallel());

@@ -196,9 +196,10 @@ class SamplingLoop:
         self._remember(used)
 
     def _progress(self) -> list[int]:
-        """How many tokens of each image are known."""
+        """How many tokens of each image are known, to both of its rows."""
         length = self.state.tokens.shape[1]
-        return [length if at < 0 else at for at in self.state.positions[: self.batch_size].tolist()]
+        rows = [length if at < 0 else at for at in self.state.positions.tolist()]
+        return list(map(min, rows[: self.batch_size], rows[-self.batch_size :]))
 
     def _remember(self, used: list[tuple[int, int]]) -> None:
         windows: list[tuple[int, int]] = []

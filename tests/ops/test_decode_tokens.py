@@ -140,6 +140,19 @@ def test_right_guesses_save_passes(guided):
         assert told.passes.tolist() == [1, 1, 1] and whole.passes.tolist() == [CAPACITY] * 3
 
 
+def test_a_call_may_end_within_a_prompt():
+    """More rows than one pass reads: between two calls the rows of an image are not at one position."""
+    weights = make_weights()
+    expected, drawing = (make_drawing(30, prompt=CAPACITY - 2) for _ in range(2))
+    expected_caches, caches = poisoned(expected), poisoned(drawing)
+    decode_tokens(weights, expected, *expected_caches, CAPACITY)
+    apart = False
+    for _ in range(2 * CAPACITY):
+        decode_tokens(weights, drawing, *caches, 1, 2)
+        apart |= not torch.equal(drawing.positions[:30], drawing.positions[30:])
+    assert apart and torch.equal(drawing.tokens, expected.tokens) and torch.equal(caches, expected_caches)
+
+
 @pytest.mark.parametrize("row", [0, 1], ids=["conditional", "unconditional"])
 def test_a_guess_counts_where_both_rows_were_fed_it(row):
     weights = make_weights()
