@@ -29,7 +29,8 @@ inline PerImage<int64_t> integer_per_image(const Tensor& t, const char* argument
 
 // Throws std::invalid_argument, naming the setting that is wrong; what lies on a device has no values to look at.
 inline SampleSettings sample_settings(const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
-                                      const Tensor& seeds, const Tensor& image_ids, int64_t batch) {
+                                      const Tensor& seeds, const Tensor& image_ids, int64_t batch,
+                                      const char* seeds_name = "seeds") {
   SampleSettings s{};
   s.temperature = per_image<float>(temperature, "temperature", ScalarType::Float, batch,
                                    "0 (greedy) or a number in 1e-30..1e30", [](float t) { return is_temperature(t); });
@@ -37,7 +38,7 @@ inline SampleSettings sample_settings(const Tensor& temperature, const Tensor& t
       per_image<int64_t>(top_k, "top_k", ScalarType::Long, batch, "0 (all) or more", [](int64_t k) { return k >= 0; });
   s.top_p = per_image<double>(top_p, "top_p", ScalarType::Double, batch, "a number in (0, 1]",
                               [](double p) { return is_top_p(p); });
-  s.seed = integer_per_image(seeds, "seed", batch);
+  s.seed = integer_per_image(seeds, seeds_name, batch);
   s.image_id = integer_per_image(image_ids, "image_ids", batch);
   return s;
 }

@@ -61,7 +61,7 @@ Tensor sample_tokens(const Tensor& logits_any, const std::optional<Tensor>& guid
     p.guidance_scale =
         per_image<float>(*guidance_scale, "guidance_scale", ScalarType::Float, p.batch, "", [](float) { return true; });
   }
-  p.settings = sample_settings(temperature, top_k, top_p, seed, image_ids, p.batch);
+  p.settings = sample_settings(temperature, top_k, top_p, seed, image_ids, p.batch, "seed");
   check_shape(image_ids, "image_ids", {p.batch});
   p.step = integer_per_image(step, "step", p.batch);
 

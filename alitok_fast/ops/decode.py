@@ -190,7 +190,7 @@ def _draws(state: SampleState, logits: Tensor, steps: Tensor) -> Tensor:
         logits = torch.cat([conditional, torch.where(with_guidance, unconditional, conditional)])
 
     def of_image(values: Tensor) -> Tensor:
-        return values[:, None].expand_as(steps).flatten()
+        return values.expand(images)[:, None].expand_as(steps).flatten()
 
     sampled = sample_tokens(
         logits.flatten(0, 1),

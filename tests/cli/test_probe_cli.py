@@ -75,7 +75,7 @@ def test_what_is_asked_for_is_what_is_measured(run, tiny_folder, monkeypatch):
         (("--batch-size", "0"), "Invalid value for '--batch-size'"),
         (("--batch-size", "two"), "Invalid value for '--batch-size'"),
         (("--seconds", "0"), "Invalid value for '--seconds'"),
-        (("--seconds", "nan"), "Invalid value for '--seconds'"),
+        (("--seconds", "nan"), "seconds"),
         (("--probe", "nowhere"), "got 'nowhere', which does not exist"),
         (("--probe", "b"), "got the preset 'b', whose weights are not shipped"),
     ],
