@@ -29,7 +29,12 @@
 // dependent launch, from sm_90 on). Until wait_for_kernel_ahead() it may read only what no kernel writes, such as
 // weights, and write nothing.
 #define ALITOK_LAUNCH_EARLY(kernel, grid, block, shared_bytes, stream, ...) \
-  ::alitok::launch_early(kernel, (grid), (block), (shared_bytes), stream, __VA_ARGS__)
+  ::alitok::launch_clusters(kernel, 1, (grid), (block), (shared_bytes), stream, __VA_ARGS__)
+
+// The same for clusters of `cluster` blocks, 1 to 8, that follow one another in direction x: blocks that run at the same
+// time and read one another's shared memory. From sm_90 on; for earlier devices such a kernel is compiled without a body.
+#define ALITOK_LAUNCH_CLUSTERS(kernel, cluster, grid, block, shared_bytes, stream, ...) \
+  ::alitok::launch_clusters(kernel, (cluster), (grid), (block), (shared_bytes), stream, __VA_ARGS__)
 
 // The dynamic shared memory of a kernel, 128-byte aligned: `ALITOK_DYNAMIC_SHARED(unsigned char, smem);`
 #define ALITOK_DYNAMIC_SHARED(type, name)                                 \
@@ -76,6 +81,39 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// The number of this block in its cluster.
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks of a cluster meet; what they wrote to shared memory before is there for the others.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// What another block of the cluster has where this one has `mine` in its dynamic shared memory. It must have come to a
+// cluster_sync before, and must come to one more afterwards, so that it does not end.
+__device__ __forceinline__ uint32_t address_in_block(const void* mine, unsigned rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(rank));
+  return address;
+}
+__device__ __forceinline__ float4 load_from_block(const float4* mine, unsigned rank) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address_in_block(mine, rank))
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ float load_from_block(const float* mine, unsigned rank) {
+  float x;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address_in_block(mine, rank)) : "memory");
+  return x;
 }
 
 // 16 bytes that are read once and that no kernel writes, past the first-level cache, or zeros where not `valid`. Stays
@@ -199,6 +237,14 @@ inline void cuda_check(cudaError_t status, const char* expression) {
   }
 }
 
+// Whether the current device has what came with sm_90: clusters, and kernels that begin early.
+inline bool has_clusters() {
+  int device = 0, major = 0;
+  ALITOK_CUDA_CHECK(cudaGetDevice(&device));
+  ALITOK_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9;
+}
+
 #ifndef ALITOK_SIMT
 // Whether kernels of ALITOK_LAUNCH_EARLY do begin early on the current device; ALITOK_EARLY_LAUNCH=0 turns it off.
 inline bool early_launch() {
@@ -206,25 +252,31 @@ inline bool early_launch() {
     const char* value = std::getenv("ALITOK_EARLY_LAUNCH");
     return value == nullptr || std::strcmp(value, "0") != 0;
   }();
-  int device = 0, major = 0;
-  ALITOK_CUDA_CHECK(cudaGetDevice(&device));
-  ALITOK_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return wanted && major >= 9;
+  return wanted && has_clusters();
 }
 
 template <class... Parameters, class... Arguments>
-void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-                  const Arguments&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     void* stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (early_launch()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = cluster;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = early_launch() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   ALITOK_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 #endif

@@ -23,12 +23,16 @@ FusedLinearDtype fused_linear_dtype(ScalarType dtype) {
   }
 }
 
+void check_aligned(const Tensor& x, const char* name) {
+  check(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, name, "memory aligned to 16 bytes",
+        "a view that is not");
+}
+
 void check_matrix(const Tensor& weight, const char* name, ScalarType dtype, int64_t outputs, int64_t inputs) {
   check_dtype(weight, name, {dtype});
   check_shape(weight, name, {outputs, inputs});
   check_contiguous(weight, name);
-  check(reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0, name, "memory aligned to 16 bytes",
-        "a view that is not");
+  check_aligned(weight, name);
 }
 
 const void* check_scale(const std::optional<Tensor>& scale, const char* name, const Tensor& weight) {
@@ -44,14 +48,13 @@ const void* check_scale(const std::optional<Tensor>& scale, const char* name, co
 
 // What both operators have.
 FusedLinearParams params(const Tensor& x, ScalarType dtype, const Tensor& weight, const std::optional<Tensor>& scale,
-                         const std::optional<Tensor>& bias) {
+                         const std::optional<Tensor>& bias, bool clusters) {
   check_dim(x, "x", 2);
   check_contiguous(x, "x");
   check(x.size(0) <= kFusedLinearMostRows, "x", "at most " + std::to_string(kFusedLinearMostRows) + " rows",
         "shape " + shape_name(x));
   check(x.size(1) % kFusedLinearGroup == 0, "x", "a multiple of 64 inputs", "shape " + shape_name(x));
-  check(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "x", "memory aligned to 16 bytes",
-        "a view that is not");
+  check_aligned(x, "x");
   check_dim(weight, "weight", 2);
   if (dtype == ScalarType::BFloat16) {
     check_dtype(weight, "weight", {ScalarType::BFloat16, ScalarType::Char, ScalarType::Float8_e4m3fn});
@@ -75,12 +78,25 @@ FusedLinearParams params(const Tensor& x, ScalarType dtype, const Tensor& weight
     check_contiguous(*bias, "bias");
     p.bias = bias->const_data_ptr();
   }
+  if (clusters) {
+    check(p.inputs <= kFusedLinearMostShared, "x",
+          "at most " + std::to_string(kFusedLinearMostShared) + " inputs for clusters", "shape " + shape_name(x));
+    check(p.outputs % 8 == 0, "weight", "a multiple of 8 outputs for clusters", "shape " + shape_name(weight));
+  }
   return p;
+}
+
+void run(const FusedLinearParams& p, int32_t device_index, bool clusters) {
+  if (clusters) {
+    ALITOK_DISPATCH_CUDA(fused_linear_sm90, device_index, p);
+  } else {
+    ALITOK_DISPATCH_CUDA(fused_linear_cuda, device_index, p);
+  }
 }
 
 Tensor fused_linear(const Tensor& x, const std::optional<Tensor>& norm_weight, double norm_eps, const Tensor& weight,
                     const std::optional<Tensor>& scale, const std::optional<Tensor>& gate,
-                    const std::optional<Tensor>& gate_scale, const std::optional<Tensor>& bias) {
+                    const std::optional<Tensor>& gate_scale, const std::optional<Tensor>& bias, bool clusters) {
   check_tensors({{"x", x},
                  {"norm_weight", norm_weight},
                  {"weight", weight},
@@ -90,15 +106,14 @@ Tensor fused_linear(const Tensor& x, const std::optional<Tensor>& norm_weight, d
                  {"bias", bias}});
   const Tensor& like = norm_weight ? *norm_weight : x;
   check_dtype(like, norm_weight ? "norm_weight" : "x", {ScalarType::BFloat16, ScalarType::Half});
-  FusedLinearParams p = params(x, like.scalar_type(), weight, scale, bias);
+  FusedLinearParams p = params(x, like.scalar_type(), weight, scale, bias, clusters);
   if (norm_weight) {
     check_dtype(x, "x", {ScalarType::Float});
     check(p.inputs <= kFusedLinearMostNormed, "x",
           "at most " + std::to_string(kFusedLinearMostNormed) + " inputs with a norm", "shape " + shape_name(x));
     check_shape(*norm_weight, "norm_weight", {p.inputs});
     check_contiguous(*norm_weight, "norm_weight");
-    check(reinterpret_cast<uintptr_t>(norm_weight->const_data_ptr()) % 16 == 0, "norm_weight",
-          "memory aligned to 16 bytes", "a view that is not");
+    check_aligned(*norm_weight, "norm_weight");
     p.norm_weight = norm_weight->const_data_ptr();
     p.norm_eps = static_cast<float>(norm_eps);
   }
@@ -111,22 +126,23 @@ Tensor fused_linear(const Tensor& x, const std::optional<Tensor>& norm_weight, d
   Tensor out = torch::stable::new_empty(like, {p.rows, p.outputs});
   if (out.numel() == 0) return out;
   p.out = out.mutable_data_ptr();
-  ALITOK_DISPATCH_CUDA(fused_linear_cuda, x.get_device_index(), p);
+  run(p, x.get_device_index(), clusters);
   return out;
 }
 
 void fused_linear_add(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
-                      const std::optional<Tensor>& bias, const Tensor& residual) {
+                      const std::optional<Tensor>& bias, const Tensor& residual, bool clusters) {
   check_tensors({{"x", x}, {"weight", weight}, {"scale", scale}, {"bias", bias}, {"residual", residual}});
   check_dtype(x, "x", {ScalarType::BFloat16, ScalarType::Half});
-  FusedLinearParams p = params(x, x.scalar_type(), weight, scale, bias);
+  FusedLinearParams p = params(x, x.scalar_type(), weight, scale, bias, clusters);
   check_dtype(residual, "residual", {ScalarType::Float});
   check_shape(residual, "residual", {p.rows, p.outputs});
   check_contiguous(residual, "residual");
+  if (clusters) check_aligned(residual, "residual");
   check_no_overlap({{"residual", residual}}, {{"x", x}, {"weight", weight}, {"scale", scale}, {"bias", bias}});
   if (residual.numel() == 0) return;
   p.residual = static_cast<float*>(residual.mutable_data_ptr());
-  ALITOK_DISPATCH_CUDA(fused_linear_cuda, x.get_device_index(), p);
+  run(p, x.get_device_index(), clusters);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alitok, CUDA, m) {

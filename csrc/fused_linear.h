@@ -15,6 +15,7 @@ enum class FusedLinearDtype : int { float32, bfloat16, float16, int8, e4m3 };
 constexpr int64_t kFusedLinearGroup = 64;         // inputs of an output that share a scale
 constexpr int64_t kFusedLinearMostNormed = 1280;  // inputs of a row that a warp normalises in registers
 constexpr int64_t kFusedLinearMostRows = 128;
+constexpr int64_t kFusedLinearMostShared = 4096;  // inputs that the blocks of a cluster share
 
 struct FusedLinearParams {
   FusedLinearDtype dtype;         // of out, bias, norm_weight, and of x where there is no norm: bfloat16 or float16
@@ -33,5 +34,8 @@ struct FusedLinearParams {
 };
 
 void fused_linear_cuda(const FusedLinearParams&, void* stream);
+// The same by clusters of blocks, on devices of compute capability 9.0 and later, for at most kFusedLinearMostShared inputs
+// and a multiple of 8 outputs; a residual is 16-byte aligned.
+void fused_linear_sm90(const FusedLinearParams&, void* stream);
 
 }  // namespace alitok

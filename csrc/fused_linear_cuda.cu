@@ -7,25 +7,13 @@
 // Which inputs meet in a matrix instruction is free, as long as both operands agree: lane t of four takes the inputs
 // that lie behind one another in its 16 bytes of a weight row, so no operand is moved between lanes.
 #include <algorithm>
-#include <type_traits>
 
-#include "cuda_element.h"
-#include "fused_linear.h"
+#include "fused_linear_cuda.h"
 
 namespace alitok {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kTileRows = 16, kTileOutputs = 8;  // of a matrix instruction
 constexpr int kPadding = 32;  // between rows in shared memory, in elements: 64 bytes, for eight rows without conflicts
-
-// Inputs that one load of a lane brings, those of the four lanes that share an output, and matrix instructions for them.
-template <class W>
-constexpr int kLaneInputs = 16 / sizeof(W);
-template <class W>
-constexpr int kChunk = 4 * kLaneInputs<W>;
-template <class W>
-constexpr int kSteps = kLaneInputs<W> / 4;
 
 // Loads that bring the longest rows that are normalised.
 template <class W>
@@ -41,36 +29,6 @@ template <bool kNorm, bool kGated>
 constexpr int kOwnedTiles = !kNorm   ? 1
                             : kGated ? 2
                                      : 3;
-
-__device__ __forceinline__ uint32_t word(const uint4& bits, int i) {
-  return i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w;
-}
-
-// The weights of a load as pairs of T, exactly.
-template <class T, class W>
-__device__ __forceinline__ void pair_up(const uint4& bits, uint32_t (&pairs)[kLaneInputs<W> / 2]) {
-  if constexpr (sizeof(W) == 2) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = word(bits, i);
-  } else {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const PackedEight<W> packed = {{word(bits, 2 * half), word(bits, 2 * half + 1)}};
-      float value[8];
-      if constexpr (std::is_same_v<W, int8_t>) {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          const uint32_t byte = packed.words[k / 4] >> (8 * (k % 4)) & 0xffu;
-          value[k] = __uint_as_float(0x4b000000u | (byte ^ 0x80u)) - 8388736.0f;  // 2^23 + 128 + the number
-        }
-      } else {
-        widen(packed, value);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pairs[4 * half + i] = pack2<T>(value[2 * i], value[2 * i + 1]);
-    }
-  }
-}
 
 // kTeam warps: RMSNorm of a row of x of up to kMost inputs, if it exists, rounded where add_rms_norm rounds; weights and
 // result in shared memory. Where kTeam > 1 the whole block comes here, once.

@@ -24,8 +24,10 @@ STABLE_TORCH_LIBRARY(alitok, m) {
       "-> Tensor");
   m.def(
       "fused_linear(Tensor x, Tensor? norm_weight, float norm_eps, Tensor weight, Tensor? scale, Tensor? gate, "
-      "Tensor? gate_scale, Tensor? bias) -> Tensor");
-  m.def("fused_linear_add(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor(a!) residual) -> ()");
+      "Tensor? gate_scale, Tensor? bias, bool clusters) -> Tensor");
+  m.def(
+      "fused_linear_add(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor(a!) residual, bool clusters) "
+      "-> ()");
   m.def(
       "bf16_linear(Tensor x, Tensor weight, Tensor? bias, int outputs, ScalarType dtype, Tensor? norm_weight=None, "
       "Tensor? norm_bias=None, float norm_eps=1e-5, bool gelu=False, Tensor? residual=None) -> Tensor");

@@ -2,10 +2,14 @@
 
 On a GPU a step of few rows is a chain of short kernels, each of which waits for the one ahead. Fused, a block of the
 generator is five of them instead of nine, and the weights of each are on their way before the one ahead has ended.
+
+There are two kernels. In that for few rows, a block has all inputs of its outputs. In the other (clusters; sm_90 and
+later), up to eight blocks share the inputs. The first has been measured on an H100; the second no GPU has run yet.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -20,10 +24,22 @@ from alitok_fast.ops.quantized_linear import quantized_linear
 from alitok_fast.ops.swiglu import swiglu
 
 FUSED_ROWS = {torch.bfloat16: 32, torch.float16: 32, torch.int8: 128, torch.float8_e4m3fn: 128}
-"""Up to so many rows the fused kernel is used, by the dtype of the weights; beyond, torch's matrix product."""
+"""Up to so many rows a fused kernel is used, by the dtype of the weights; beyond, torch's matrix product."""
+
+CLUSTER_ROWS = {
+    torch.bfloat16: range(9, 129),
+    torch.float16: range(9, 129),
+    torch.int8: range(1, 129),
+    torch.float8_e4m3fn: range(1, 129),
+}
+"""Rows for which it is the one of clusters, where the device has them. The other one needs so many registers for 8-bit
+weights that no block of the next kernel fits beside it, and was slower with them than with bfloat16 on an H100."""
 
 NORMED_INPUTS, INPUTS_MULTIPLE = 1280, 64
-"""Inputs of a row that the kernel can normalise, and what their number must be a multiple of."""
+"""Inputs of a row that the kernels can normalise, and what their number must be a multiple of."""
+
+SHARED_INPUTS, OUTPUTS_MULTIPLE = 4096, 8
+"""Inputs that a cluster can share, and what the number of outputs must be a multiple of there."""
 
 NO_GRADIENTS = "it is for sampling; use_reference() allows it"
 
@@ -66,12 +82,12 @@ def norm_linear(
         The residual stream with `delta` added, (R, width) float32, and the layer's result (R, outputs) in the dtype of
         `norm_weight`.
     """
-    if delta is None and _fits(
-        x.shape[0], x.dtype == torch.float32 and x.shape[1] <= NORMED_INPUTS, norm_weight, layer
-    ):
+    rows = x.shape[0]
+    if delta is None and _fits(rows, x.dtype == torch.float32 and x.shape[1] <= NORMED_INPUTS, norm_weight, layer):
         gated = (None, None) if gate is None else gate[:2]
         refuse_gradients("norm_linear", NO_GRADIENTS, x=x, norm_weight=norm_weight, **layer._asdict())
-        return x, torch.ops.alitok.fused_linear(x, norm_weight, eps, *layer[:2], *gated, layer.bias)
+        clusters = _by_clusters(rows, layer)
+        return x, torch.ops.alitok.fused_linear(x, norm_weight, eps, *layer[:2], *gated, layer.bias, clusters)
     x, normed = add_rms_norm(x, delta, norm_weight, eps)
     out = whole_linear(normed, layer)
     return x, out if gate is None else swiglu(whole_linear(normed, gate), out)
@@ -93,7 +109,7 @@ def linear_add(residual: Tensor, x: Tensor, layer: LinearWeights) -> tuple[Tenso
     """
     if _fits(x.shape[0], residual.dtype == torch.float32, x, layer):
         refuse_gradients("linear_add", NO_GRADIENTS, residual=residual, x=x, **layer._asdict())
-        torch.ops.alitok.fused_linear_add(x, *layer, residual)
+        torch.ops.alitok.fused_linear_add(x, *layer, residual, _by_clusters(x.shape[0], layer))
         return residual, None
     return residual, whole_linear(x, layer)
 
@@ -104,13 +120,36 @@ def whole_linear(x: Tensor, layer: LinearWeights) -> Tensor:
     return F.linear(x, weight, bias) if scale is None else quantized_linear(x, weight, scale, bias)
 
 
+def fused_rows(weight_dtype: torch.dtype, device: torch.device) -> int:
+    """Up to so many rows a fused kernel multiplies weights of that dtype on a device; 0 on a CPU.
+
+    What a layer's shape or dtypes may forbid is not counted.
+    """
+    if device.type != "cuda" or weight_dtype not in FUSED_ROWS:
+        return 0
+    return CLUSTER_ROWS[weight_dtype][-1] if _has_clusters(device) else FUSED_ROWS[weight_dtype]
+
+
+@functools.cache
+def _has_clusters(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _by_clusters(rows: int, layer: LinearWeights) -> bool:
+    outputs, inputs = layer.weight.shape
+    fits = (
+        rows in CLUSTER_ROWS.get(layer.weight.dtype, ()) and inputs <= SHARED_INPUTS and outputs % OUTPUTS_MULTIPLE == 0
+    )
+    return fits and _has_clusters(layer.weight.device)
+
+
 def _fits(rows: int, fits: bool, activations: Tensor, layer: LinearWeights) -> bool:
     weight, dtype = layer.weight, activations.dtype
     return (
         fits
         and weight.is_cuda
         and native_enabled()
-        and 0 < rows <= FUSED_ROWS.get(weight.dtype, 0)
+        and (0 < rows <= FUSED_ROWS.get(weight.dtype, 0) or (weight.dtype in FUSED_ROWS and _by_clusters(rows, layer)))
         and (dtype == weight.dtype if layer.scale is None else dtype == torch.bfloat16)
         and weight.shape[1] % INPUTS_MULTIPLE == 0
         and weight.is_contiguous()
@@ -136,13 +175,13 @@ def fused_linear_reference(
 
 
 @register_fake("fused_linear")
-def _(x, norm_weight, norm_eps, weight, scale, gate, gate_scale, bias):
+def _(x, norm_weight, norm_eps, weight, scale, gate, gate_scale, bias, clusters):
     check_one_device(x=x, norm_weight=norm_weight, weight=weight, scale=scale, gate=gate, bias=bias)
     return weight.new_empty(x.shape[0], weight.shape[0], dtype=x.dtype if norm_weight is None else norm_weight.dtype)
 
 
 @register_fake("fused_linear_add")
-def _(x, weight, scale, bias, residual):
+def _(x, weight, scale, bias, residual, clusters):
     check_one_device(x=x, weight=weight, scale=scale, bias=bias, residual=residual)
 
 

@@ -1,4 +1,4 @@
-"""norm_linear and linear_add: against their definition in float64, on a GPU the fused kernel among the ways."""
+"""norm_linear and linear_add: against their definition in float64, on a GPU the fused kernels among the ways."""
 
 import pytest
 import torch
@@ -46,8 +46,8 @@ def close(got, expected, dtype, units):
 @pytest.mark.parametrize("gated", [False, True])
 def test_norm_linear(device, dtype, weight_dtype, rows, gated):
     x, weight = randn(rows, 192).to(device), (1 + 0.2 * randn(192, seed=3)).to(device, dtype)
-    layer, exact = layer_of(100, 192, dtype, weight_dtype, device, bias=not gated)
-    gate, exact_gate = layer_of(100, 192, dtype, weight_dtype, device, bias=False, seed=5) if gated else (None, None)
+    layer, exact = layer_of(104, 192, dtype, weight_dtype, device, bias=not gated)
+    gate, exact_gate = layer_of(104, 192, dtype, weight_dtype, device, bias=False, seed=5) if gated else (None, None)
     total, out = norm_linear(x, None, weight, EPS, layer, gate)
     expected = fused_linear_reference(x.double(), weight.double(), EPS, exact, exact_gate)
     assert total is x and out.dtype == dtype
@@ -56,9 +56,10 @@ def test_norm_linear(device, dtype, weight_dtype, rows, gated):
 
 @KINDS
 @ROWS
-def test_linear_add(device, dtype, weight_dtype, rows):
-    x, residual = randn(rows, 512).to(device, dtype), randn(rows, 70, seed=2).to(device)
-    layer, exact = layer_of(70, 512, dtype, weight_dtype, device)
+@pytest.mark.parametrize("outputs", [70, 72])
+def test_linear_add(device, dtype, weight_dtype, rows, outputs):
+    x, residual = randn(rows, 512).to(device, dtype), randn(rows, outputs, seed=2).to(device)
+    layer, exact = layer_of(outputs, 512, dtype, weight_dtype, device)
     expected = fused_linear_reference(x.double(), None, EPS, exact, residual=residual.double())
     total, delta = linear_add(residual, x, layer)
     close(total if delta is None else total + delta.float(), expected, dtype, 4)
@@ -89,6 +90,59 @@ def on_a_gpu() -> torch.device:
     return torch.device("cuda")
 
 
+@pytest.mark.parametrize("clusters", [False, True])
+@pytest.mark.parametrize("kind", [None, torch.int8], ids=["bf16", "int8"])
+@pytest.mark.parametrize("rows", [1, 16, 33, 128])
+def test_both_kernels_on_a_gpu(clusters, kind, rows):
+    device = on_a_gpu()
+    if clusters and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the GPU has no clusters")
+    x, norm = randn(rows, 768).to(device), (1 + 0.2 * randn(768, seed=3)).to(device, torch.bfloat16)
+    (layer, exact), (gate, exact_gate) = (
+        layer_of(2048, 768, torch.bfloat16, kind, device, bias=seed == 1, seed=seed) for seed in (1, 5)
+    )
+    out = torch.ops.alitok.fused_linear(x, norm, EPS, *layer[:2], *gate[:2], layer.bias, clusters)
+    close(out, fused_linear_reference(x.double(), norm.double(), EPS, exact, exact_gate), torch.bfloat16, 4)
+    down, exact = layer_of(768, 2048, torch.bfloat16, kind, device)
+    residual = randn(rows, 768, seed=2).to(device)
+    expected = fused_linear_reference(out.double(), None, EPS, exact, residual=residual.double())
+    torch.ops.alitok.fused_linear_add(out, *down, residual, clusters)
+    close(residual, expected, torch.bfloat16, 4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "weight_dtype", "rows", "inputs", "outputs", "fits", "clusters"),
+    [
+        ((8, 0), torch.bfloat16, 32, 768, 768, True, False),
+        ((8, 0), torch.bfloat16, 33, 768, 768, False, False),
+        ((8, 6), torch.int8, 128, 768, 768, True, False),
+        ((9, 0), torch.bfloat16, 8, 768, 768, True, False),
+        ((9, 0), torch.float16, 9, 768, 768, True, True),
+        ((9, 0), torch.bfloat16, 128, 3584, 768, True, True),
+        ((9, 0), torch.bfloat16, 129, 768, 768, False, False),
+        ((9, 0), torch.int8, 1, 768, 768, True, True),
+        ((9, 0), torch.float8_e4m3fn, 2, 8192, 768, True, False),
+        ((9, 0), torch.bfloat16, 64, 8192, 768, False, False),
+        ((10, 0), torch.bfloat16, 16, 768, 100, True, False),
+        ((9, 0), torch.float32, 16, 768, 768, False, False),
+    ],
+)
+def test_which_kernel(monkeypatch, capability, weight_dtype, rows, inputs, outputs, fits, clusters):
+    class OnAGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(module, "_has_clusters", lambda _: capability >= (9, 0))
+    scale = torch.ones(1) if weight_dtype.itemsize == 1 else None
+    weight = torch.empty(outputs, inputs, dtype=weight_dtype).as_subclass(OnAGpu)
+    layer = LinearWeights(weight, scale)
+    activations = torch.empty(1, dtype=torch.bfloat16 if scale is not None else weight_dtype)
+    assert module._fits(rows, True, activations, layer) == fits
+    assert (fits and module._by_clusters(rows, layer)) == clusters
+    most = module.fused_rows(weight_dtype, torch.device("cuda"))
+    assert rows <= most or not fits
+    assert module.fused_rows(weight_dtype, torch.device("cpu")) == 0
+
+
 def test_cuda_uses_one_kernel_for_few_rows_of_16_bits(monkeypatch):
     device = on_a_gpu()
     layer, _ = layer_of(64, 64, torch.bfloat16, None, device)
@@ -97,7 +151,7 @@ def test_cuda_uses_one_kernel_for_few_rows_of_16_bits(monkeypatch):
     residual = torch.zeros(32, 64, device=device)
     _, out = norm_linear(residual, None, norm, EPS, layer)
     assert linear_add(residual, out, layer) == (residual, None) and residual.any()
-    for rows, dtype in ((33, torch.bfloat16), (2, torch.float32)):
+    for rows, dtype in ((module.fused_rows(torch.bfloat16, device) + 1, torch.bfloat16), (2, torch.float32)):
         with pytest.raises(TypeError):
             linear_add(residual, torch.zeros(rows, 64, dtype=dtype, device=device), layer)
     with use_reference(), pytest.raises(TypeError):
@@ -114,12 +168,14 @@ def test_cuda_uses_one_kernel_for_few_rows_of_16_bits(monkeypatch):
         (dict(norm_weight=torch.zeros(64)), "norm_weight: expected bfloat16 or float16"),
         (dict(gate=torch.zeros(8, 64).half()), "gate: expected bfloat16"),
         (dict(scale=torch.ones(8, 1).bfloat16()), "scale: expected given exactly beside 8-bit weights"),
+        (dict(weight=torch.zeros(12, 64).bfloat16(), clusters=True), "weight: expected a multiple of 8 outputs"),
     ],
 )
 def test_cuda_refuses_what_does_not_fit(changes, message):
     device = on_a_gpu()
     given = dict(x=torch.zeros(2, 64), norm_weight=torch.ones(64).bfloat16(), norm_eps=EPS,
-                 weight=torch.zeros(8, 64).bfloat16(), scale=None, gate=None, gate_scale=None, bias=None)  # fmt: skip
+                 weight=torch.zeros(8, 64).bfloat16(), scale=None, gate=None, gate_scale=None, bias=None,
+                 clusters=False)  # fmt: skip
     given |= changes
     given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
     with pytest.raises(ValueError, match=message):

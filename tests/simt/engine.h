@@ -1,8 +1,9 @@
 // A grid of CUDA threads on one CPU thread. Every thread of a block is a fiber with a stack of its own; a fiber runs
-// until a barrier or a warp-wide instruction, where it waits for the others as it would on a device. Blocks run one
-// after another. The order of blocks and of runnable threads is chosen by a seed, so a kernel that leans on an order
-// fails under some seed; built with -fsanitize=thread every fiber is a thread to the race detector and only
-// __syncthreads and __syncwarp order memory, so a missing barrier is found in any order.
+// until a barrier or a warp-wide instruction, where it waits for the others as it would on a device. Clusters, which most
+// often are single blocks, run one after another, the blocks of a cluster side by side. The order of clusters and of
+// runnable threads is chosen by a seed, so a kernel that leans on an order fails under some seed; built with
+// -fsanitize=thread every fiber is a thread to the race detector and only barriers (__syncthreads, __syncwarp,
+// cluster_sync) order memory, so a missing one is found in any order.
 #pragma once
 
 #include <sys/mman.h>
@@ -81,6 +82,7 @@ namespace simt {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kMaxSharedBytes = 163 * 1024;  // of a block, compute capability 8.0
+constexpr int kMaxCluster = 8;                  // blocks that every device with clusters has room for
 constexpr unsigned char kPoison = 0xFF;         // NaN in fp32, fp16 and bf16, -1 in integers
 
 // A meeting point of `expected` fibers. The last one to come wakes the others.
@@ -121,22 +123,32 @@ struct Fiber {
 #endif
 };
 
+// A block of the running cluster.
+struct Block {
+  uint3 index{};
+  int unfinished = 0;  // threads
+  Meeting barrier;
+  std::vector<std::map<uint32_t, Convergence>> warps;  // by lane mask
+  unsigned char* dynamic_shared = nullptr;
+  char barrier_order = 0, warp_orders[1024 / kWarp];  // only their addresses matter, to the race detector
+};
+
 struct Engine {
   uint64_t seed = 0;
   const char* kernel = "(no kernel)";
   std::function<void()> body;
   std::vector<std::unique_ptr<Fiber>> fibers;
-  int threads = 0;   // of the running block
-  int current = -1;  // index of the running fiber
-  int unfinished = 0;
+  int threads = 0;            // of a block
+  int cluster = 1;            // blocks
+  Block blocks[kMaxCluster];  // of the cluster; block b has the fibers from number b * threads on
+  Meeting cluster_barrier;
+  int current = -1;        // index of the running fiber
+  Block* block = nullptr;  // that it belongs to
   std::vector<int> runnable;
-  Meeting barrier;
-  std::vector<std::map<uint32_t, Convergence>> warps;  // by lane mask
-  unsigned char* dynamic_shared = nullptr;
   std::map<const void*, size_t> allowed_shared;
   std::mt19937_64 random;
   uint64_t bank_conflicts = 0;                             // extra passes that ldmatrix needs, over all launches
-  char start_order = 0, end_order = 0, barrier_order = 0;  // only their addresses matter, to the race detector
+  char start_order = 0, end_order = 0, cluster_order = 0;  // as a block's
 #if defined(__x86_64__)
   void* scheduler = nullptr;
 #else
@@ -216,7 +228,9 @@ SIMT_SWITCHES inline void yield_to_scheduler() {
 SIMT_SWITCHES inline void resume(int index) {
   Fiber& fiber = *engine.fibers[index];
   engine.current = index;
+  engine.block = &engine.blocks[index / engine.threads];
   threadIdx = fiber.index;
+  blockIdx = engine.block->index;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, fiber.stack, kStackBytes);
@@ -242,7 +256,7 @@ inline void run_body() {
   Untracked untracked;
   Fiber& fiber = *engine.fibers[engine.current];
   if (!fiber.open.empty() || !fiber.committed.empty()) fail("cp.async still under way when the thread ended");
-  engine.unfinished -= 1;
+  engine.block->unfinished -= 1;
 }
 
 // A fiber outlives its block: it runs one thread, waits, and runs a thread of the next block.
@@ -310,44 +324,68 @@ inline void meet(Meeting& meeting, int expected) {
   yield_to_scheduler();
 }
 
-inline void report_deadlock() {
-  int at_barrier = static_cast<int>(engine.barrier.waiting.size());
-  int in_warp = 0;
-  for (auto& warp : engine.warps) {
-    for (auto& [mask, convergence] : warp) in_warp += static_cast<int>(convergence.meeting.waiting.size());
-  }
-  fail("deadlock: of %d threads %d have ended, %d wait at __syncthreads and %d in a warp-wide instruction",
-       engine.threads, engine.threads - engine.unfinished, at_barrier, in_warp);
+inline int unfinished() {
+  int threads = 0;
+  for (int b = 0; b < engine.cluster; ++b) threads += engine.blocks[b].unfinished;
+  return threads;
 }
 
-inline void run_block(size_t shared_bytes) {
+inline void report_deadlock() {
+  int at_barrier = 0, in_warp = 0;
+  for (int b = 0; b < engine.cluster; ++b) {
+    at_barrier += static_cast<int>(engine.blocks[b].barrier.waiting.size());
+    for (auto& warp : engine.blocks[b].warps) {
+      for (auto& [mask, convergence] : warp) in_warp += static_cast<int>(convergence.meeting.waiting.size());
+    }
+  }
+  const int threads = engine.threads * engine.cluster;
+  fail(
+      "deadlock: of %d threads %d have ended, %d wait at __syncthreads, %d at cluster_sync and %d in a warp-wide "
+      "instruction",
+      threads, threads - unfinished(), at_barrier, static_cast<int>(engine.cluster_barrier.waiting.size()), in_warp);
+}
+
+// A block whose memory is poisoned and whose threads can begin.
+inline void prepare_block(int number, uint3 index, size_t shared_bytes) {
+  Block& block = engine.blocks[number];
+  block.index = index;
   // Exactly as many bytes as asked for, so that the address sanitizer guards both ends.
-  if (shared_bytes > 0 && posix_memalign(reinterpret_cast<void**>(&engine.dynamic_shared), 128, shared_bytes) != 0) {
+  if (shared_bytes > 0 && posix_memalign(reinterpret_cast<void**>(&block.dynamic_shared), 128, shared_bytes) != 0) {
     fail("no memory for %zu bytes of shared memory", shared_bytes);
   }
-  poison(engine.dynamic_shared, shared_bytes);
-  poison(__start_simt_shared, static_cast<size_t>(__stop_simt_shared - __start_simt_shared));
-  engine.barrier = Meeting{};
-  engine.warps.assign((engine.threads + kWarp - 1) / kWarp, {});
-  engine.runnable.clear();
+  poison(block.dynamic_shared, shared_bytes);
+  block.barrier = Meeting{};
+  block.warps.assign((engine.threads + kWarp - 1) / kWarp, {});
+  block.unfinished = engine.threads;
   for (int i = 0; i < engine.threads; ++i) {
-    Fiber& fiber = *engine.fibers[i];
+    const int number_of_fiber = number * engine.threads + i;
     const unsigned x = blockDim.x, y = blockDim.y, n = static_cast<unsigned>(i);
-    fiber.index = uint3{n % x, n / x % y, n / (x * y)};
-    engine.runnable.push_back(i);
+    engine.fibers[number_of_fiber]->index = uint3{n % x, n / x % y, n / (x * y)};
+    engine.runnable.push_back(number_of_fiber);
   }
-  engine.unfinished = engine.threads;
+}
+
+// The blocks from `first` on in direction x.
+inline void run_cluster(uint3 first, size_t shared_bytes) {
+  poison(__start_simt_shared, static_cast<size_t>(__stop_simt_shared - __start_simt_shared));
+  engine.runnable.clear();
+  engine.cluster_barrier = Meeting{};
+  for (int b = 0; b < engine.cluster; ++b) {
+    prepare_block(b, uint3{first.x + static_cast<unsigned>(b), first.y, first.z}, shared_bytes);
+  }
   release(&engine.start_order);
-  while (engine.unfinished > 0) {
+  while (unfinished() > 0) {
     if (engine.runnable.empty()) report_deadlock();
     resume(take_runnable());
   }
   acquire(&engine.end_order);
-  std::free(engine.dynamic_shared);
-  engine.dynamic_shared = nullptr;
+  for (int b = 0; b < engine.cluster; ++b) {
+    std::free(engine.blocks[b].dynamic_shared);
+    engine.blocks[b].dynamic_shared = nullptr;
+  }
 }
 
-inline void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+inline void launch(const char* name, const void* kernel, unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
                    std::function<void()> body) {
   Untracked untracked;
   engine.kernel = name;
@@ -360,34 +398,60 @@ inline void launch(const char* name, const void* kernel, dim3 grid, dim3 block, 
     fail("grid (%u, %u, %u)", grid.x, grid.y, grid.z);
   }
   if (shared_bytes > limit) fail("%zu bytes of dynamic shared memory, %zu allowed", shared_bytes, limit);
+  if (cluster == 0 || cluster > kMaxCluster || grid.x % cluster != 0) fail("clusters of %u blocks", cluster);
+  if (cluster > 1 && threads % kWarp != 0) fail("clusters of partial warps are not emulated");
   engine.body = std::move(body);
   engine.threads = static_cast<int>(threads);
+  engine.cluster = static_cast<int>(cluster);
   gridDim = grid;
   blockDim = block;
-  while (engine.fibers.size() < threads) add_fiber();
-  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
-  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = engine.seed == 1 ? blocks.size() - 1 - i : i;
+  while (engine.fibers.size() < threads * cluster) add_fiber();
+  const unsigned columns = grid.x / cluster;
+  std::vector<uint64_t> clusters(uint64_t{columns} * grid.y * grid.z);
+  for (uint64_t i = 0; i < clusters.size(); ++i) clusters[i] = engine.seed == 1 ? clusters.size() - 1 - i : i;
   engine.random.seed(engine.seed);
-  if (engine.seed > 1) std::shuffle(blocks.begin(), blocks.end(), engine.random);
-  for (const uint64_t i : blocks) {
-    blockIdx = uint3{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                     static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))};
-    run_block(shared_bytes);
+  if (engine.seed > 1) std::shuffle(clusters.begin(), clusters.end(), engine.random);
+  for (const uint64_t i : clusters) {
+    run_cluster(uint3{static_cast<unsigned>(i % columns) * cluster, static_cast<unsigned>(i / columns % grid.y),
+                      static_cast<unsigned>(i / (uint64_t{columns} * grid.y))},
+                shared_bytes);
   }
   engine.kernel = "(no kernel)";
 }
 
 // ---- instructions ----------------------------------------------------------------------------------------------
 
-inline int lane() { return engine.current % kWarp; }
+inline int thread() { return engine.current % engine.threads; }  // of the block
+inline int lane() { return thread() % kWarp; }
 
 inline void sync_block() {
-  release(&engine.barrier_order);
+  release(&engine.block->barrier_order);
   {
     Untracked untracked;
-    meet(engine.barrier, engine.threads);
+    meet(engine.block->barrier, engine.threads);
   }
-  acquire(&engine.barrier_order);
+  acquire(&engine.block->barrier_order);
+}
+
+inline void sync_cluster() {
+  release(&engine.cluster_order);
+  {
+    Untracked untracked;
+    meet(engine.cluster_barrier, engine.threads * engine.cluster);
+  }
+  acquire(&engine.cluster_order);
+}
+
+inline unsigned rank_in_cluster() { return static_cast<unsigned>(engine.block - engine.blocks); }
+
+// Where an address in this block's dynamic shared memory lies in that of another block of the cluster. That one must
+// have come to the cluster's barrier, or its memory is not there yet, and must not have ended.
+inline const void* shared_of_block(const void* mine, unsigned rank) {
+  Untracked untracked;
+  if (rank >= static_cast<unsigned>(engine.cluster)) fail("shared memory of block %u of the cluster", rank);
+  if (engine.cluster_barrier.generation == 0) fail("shared memory of another block before a cluster_sync");
+  if (engine.blocks[rank].unfinished < engine.threads) fail("shared memory of a block of which threads have ended");
+  return engine.blocks[rank].dynamic_shared + (static_cast<const unsigned char*>(mine) - engine.block->dynamic_shared);
 }
 
 enum Instruction { kSyncWarp, kShuffle, kVote, kReduce, kMatch, kLdmatrix, kMma };
@@ -397,11 +461,11 @@ template <class T>
 const Convergence::Slot* exchange(Instruction instruction, uint32_t mask, const T& mine) {
   static_assert(sizeof(T) <= sizeof(Convergence::Slot::words));
   Untracked untracked;
-  const int warp = engine.current / kWarp;
+  const int warp = thread() / kWarp;
   const int lanes = std::min(kWarp, engine.threads - warp * kWarp);
   if (lanes < kWarp) mask &= (1u << lanes) - 1;  // a last, partial warp
   if (!(mask >> lane() & 1)) fail("the mask %08x of a warp-wide instruction lacks the calling lane", mask);
-  Convergence& convergence = engine.warps[warp][mask];
+  Convergence& convergence = engine.block->warps[warp][mask];
   Convergence::Slot* slots = convergence.slots[convergence.meeting.generation & 1];
   slots[lane()].instruction = instruction;
   __builtin_memcpy(slots[lane()].words, &mine, sizeof(T));
@@ -421,8 +485,7 @@ T value_of(const Convergence::Slot* slots, int lane) {
 }
 
 inline void sync_warp(uint32_t mask) {
-  static char orders[1024 / kWarp];
-  char* order = &orders[engine.current / kWarp];
+  char* order = &engine.block->warp_orders[thread() / kWarp];
   release(order);
   exchange(kSyncWarp, mask, 0);
   acquire(order);

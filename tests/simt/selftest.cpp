@@ -100,6 +100,19 @@ __global__ void barrier_in_branch() {
   if (threadIdx.x < 16) __syncthreads();
 }
 __global__ void misaligned(const float* x, float* y) { y[0] = reinterpret_cast<const float4*>(x + 1)->x; }
+// y[rank] = the sum of what the blocks of a cluster hold.
+template <bool Wait, bool Stay>
+__global__ void cluster_sum(const float* x, float* y) {
+  ALITOK_DYNAMIC_SHARED(float, smem);
+  smem[threadIdx.x] = x[blockIdx.x * 32 + threadIdx.x];
+  if constexpr (Wait) cluster_sync();
+  float sum = 0;
+  if (Stay || blockIdx.x != 0) {
+    for (unsigned block = 0; block < 3; ++block) sum += load_from_block(smem + threadIdx.x, block);
+  }
+  y[blockIdx.x * 32 + threadIdx.x] = 100 * cluster_rank() + sum;
+  if constexpr (Stay) cluster_sync();
+}
 __global__ void last_writer(float* y) { y[0] = static_cast<float>(threadIdx.x); }
 
 }  // namespace
@@ -142,6 +155,16 @@ void run_case(simt::Case& test) {
     case 13: ALITOK_LAUNCH(last_writer, 1, 64, 0, nullptr, test.output<float>("y", 1)); break;
     case 14: ALITOK_LAUNCH(write_past_shared, 1, 32, 64 * 1024, nullptr, test.output<float>("y", 1)); break;
     case 15: alitok::allow_shared_bytes(write_past_shared, simt::kMaxSharedBytes + 1); break;
+    case 16:
+      ALITOK_LAUNCH_CLUSTERS((cluster_sum<true, true>), 3, 6, 32, 128, nullptr, x, test.output<float>("y", 192));
+      break;
+    case 17:
+      ALITOK_LAUNCH_CLUSTERS((cluster_sum<false, true>), 3, 3, 32, 128, nullptr, x, test.output<float>("y", 96));
+      break;
+    case 18:
+      ALITOK_LAUNCH_CLUSTERS((cluster_sum<true, false>), 3, 3, 32, 128, nullptr, x, test.output<float>("y", 96));
+      break;
+    case 19: ALITOK_LAUNCH_CLUSTERS(barrier_in_branch, 3, 4, 32, 0, nullptr); break;
     default: simt::fail("no such kernel");
   }
 }

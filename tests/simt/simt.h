@@ -16,15 +16,16 @@
 #define __shared__ static __attribute__((section("simt_shared")))
 #define __grid_constant__
 
-#define ALITOK_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(::simt::engine.dynamic_shared)
+#define ALITOK_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(::simt::engine.block->dynamic_shared)
 
-#define ALITOK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                      \
-  do {                                                                                                     \
-    auto* alitok_kernel = kernel;                                                                          \
-    (void)(stream);                                                                                        \
-    ::simt::launch(#kernel, reinterpret_cast<const void*>(alitok_kernel), (grid), (block), (shared_bytes), \
-                   ::simt::call(alitok_kernel)(__VA_ARGS__));                                              \
+#define ALITOK_LAUNCH_CLUSTERS(kernel, cluster, grid, block, shared_bytes, stream, ...)                               \
+  do {                                                                                                                \
+    auto* alitok_kernel = kernel;                                                                                     \
+    (void)(stream);                                                                                                   \
+    ::simt::launch(#kernel, reinterpret_cast<const void*>(alitok_kernel), (cluster), (grid), (block), (shared_bytes), \
+                   ::simt::call(alitok_kernel)(__VA_ARGS__));                                                         \
   } while (0)
+#define ALITOK_LAUNCH(kernel, ...) ALITOK_LAUNCH_CLUSTERS(kernel, 1, __VA_ARGS__)
 
 // Kernels run one after the other here.
 #define ALITOK_LAUNCH_EARLY ALITOK_LAUNCH
@@ -51,7 +52,7 @@ To bits_as(From from) {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 using cudaStream_t = void*;
 
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
@@ -65,8 +66,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = static_cast<int>(simt::kMaxSharedBytes);
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  // The memory of the smallest device that kernels are written for, and the instructions of a later one.
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : static_cast<int>(simt::kMaxSharedBytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
@@ -264,7 +266,7 @@ T shuffle(unsigned mask, T value, int width, Source source) {
   const int base = lane() & ~(width - 1), from = source(lane() - base);
   if (from < 0 || from >= width) return value;
   if (!(mask >> (base + from) & 1)) fail("a shuffle reads lane %d, which is not in the mask %08x", base + from, mask);
-  if (engine.current - lane() + base + from >= engine.threads) fail("a shuffle reads beyond a partial warp");
+  if (thread() - lane() + base + from >= engine.threads) fail("a shuffle reads beyond a partial warp");
   return value_of<T>(slots, base + from);
 }
 
@@ -273,7 +275,7 @@ T reduce(Instruction instruction, unsigned mask, T value, Combine combine) {
   const Convergence::Slot* slots = exchange(instruction, mask, value);
   bool first = true;
   T result{};
-  for (int i = 0; i < kWarp && engine.current - lane() + i < engine.threads; ++i) {
+  for (int i = 0; i < kWarp && thread() - lane() + i < engine.threads; ++i) {
     if (!(mask >> i & 1)) continue;
     const T other = value_of<T>(slots, i);
     result = first ? other : combine(result, other);
@@ -407,6 +409,15 @@ inline void prefetch(const void*) {}
 inline uint4 stream16(const void* global, bool valid) {
   return valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
 }
+inline unsigned cluster_rank() { return simt::rank_in_cluster(); }
+inline void cluster_sync() { simt::sync_cluster(); }
+inline float4 load_from_block(const float4* mine, unsigned rank) {
+  return *static_cast<const float4*>(simt::shared_of_block(mine, rank));
+}
+inline float load_from_block(const float* mine, unsigned rank) {
+  return *static_cast<const float*>(simt::shared_of_block(mine, rank));
+}
+
 inline void cp_async_commit() { simt::commit_copies(); }
 template <int Pending>
 void cp_async_wait() {

@@ -1,4 +1,4 @@
-"""The CUDA kernel of fused_linear, emulated, against its definition in float64."""
+"""The CUDA kernels of fused_linear, emulated, against its definition in float64."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def matrix(generator, outputs, inputs, dtype, weight_dtype):
 
 
 def check(simt, rows, inputs, outputs, dtype=BF16, weight_dtype=None, norm=True, gated=False, bias=True, add=False,
-          sanitizer="address", patches=()):  # fmt: skip
+          clusters=False, sanitizer="address", patches=()):  # fmt: skip
     generator = torch.Generator().manual_seed(rows + inputs + outputs)
     weight_dtype = weight_dtype or dtype
     x = torch.randn(rows, inputs, generator=generator).to(torch.float32 if norm else dtype)
@@ -35,7 +35,7 @@ def check(simt, rows, inputs, outputs, dtype=BF16, weight_dtype=None, norm=True,
                 residual=residual, rows=rows, inputs=inputs, outputs=outputs, add=add,
                 dtype=DTYPES.index(dtype), weight_dtype=DTYPES.index(weight_dtype))  # fmt: skip
     name, kind = ("residual", torch.float32) if add else ("out", dtype)
-    program = simt.program("fused_linear", sanitizer, patches)
+    program = simt.program("fused_linear_sm90" if clusters else "fused_linear", sanitizer, patches)
     got = program.run(case, {name: ((rows, outputs), kind)}, schedules=2)[name].double()
     wide = [None if t is None else t.double() for t in (norm_weight, added, residual)]
     layers = LinearWeights(exact, None, wide[1]), LinearWeights(exact_gate) if gated else None
@@ -66,11 +66,36 @@ def test_without_norm(simt, dtype, weight_dtype, rows, inputs, outputs):
     check(simt, rows, inputs, outputs, dtype, weight_dtype, norm=False)
 
 
+KINDS = {"bf16": (BF16, BF16), "fp16": (FP16, FP16), "int8": (BF16, INT8), "e4m3": (BF16, E4M3)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "inputs", "outputs"),
+    [("bf16", 1, 64, 8), ("int8", 1, 64, 8), ("fp16", 9, 192, 136), ("e4m3", 9, 192, 136), ("bf16", 16, 1280, 40),
+     ("int8", 16, 1280, 40), ("fp16", 35, 320, 24), ("e4m3", 35, 320, 24), ("bf16", 67, 768, 72), ("int8", 67, 768, 72)],
+)  # fmt: skip
+def test_clusters_with_norm(simt, kind, rows, inputs, outputs):
+    check(simt, rows, inputs, outputs, *KINDS[kind], bias=outputs != 40, clusters=True)
+    check(simt, rows, inputs, outputs, *KINDS[kind], gated=True, bias=False, clusters=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "inputs", "outputs"),
+    [("bf16", 1, 64, 8), ("e4m3", 1, 64, 8), ("fp16", 15, 576, 72), ("int8", 15, 576, 72), ("bf16", 16, 3584, 16),
+     ("e4m3", 16, 3584, 16), ("fp16", 33, 2048, 24), ("int8", 33, 2048, 24), ("bf16", 80, 2816, 8), ("e4m3", 80, 320, 8)],
+)  # fmt: skip
+def test_clusters_without_norm(simt, kind, rows, inputs, outputs):
+    check(simt, rows, inputs, outputs, *KINDS[kind], norm=False, add=True, bias=outputs != 72, clusters=True)
+    check(simt, rows, inputs, outputs, *KINDS[kind], norm=False, clusters=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_has_no_data_race(simt, gated):
     check(simt, 9, 320, 18, gated=gated, bias=not gated, sanitizer="thread")
     check(simt, 3, 640, 9, weight_dtype=INT8, norm=False, add=True, sanitizer="thread")
+    check(simt, 18, 320, 40, gated=gated, bias=not gated, clusters=True, sanitizer="thread")
+    check(simt, 9, 640, 8, weight_dtype=INT8, norm=False, add=True, clusters=True, sanitizer="thread")
 
 
 # Those for up to 8 rows of bfloat16: the fewer kernels, the sooner they are compiled.
@@ -108,3 +133,37 @@ def test_seeded_bugs_are_caught(simt, old, new):
         check(simt, 2, 1216, 20, patches=patches)
         check(simt, 5, 1216, 20, norm=False, add=True, patches=patches)
         check(simt, 5, 4672, 20, weight_dtype=INT8, norm=False, add=True, patches=patches)
+
+
+# Those for up to 16 rows, of bfloat16 and int8.
+FEWER_CLUSTER_KERNELS = [
+    (f"{condition} {action};", "")
+    for condition, action in [
+        ("if (p.dtype == FusedLinearDtype::float16)", "return launch_for_rows<__half, __half>(p, stream)"),
+        ("case FusedLinearDtype::e4m3:", "return launch_for_rows<__nv_bfloat16, e4m3>(p, stream)"),
+    ]
+] + [("  launch_for_layer<T, W, kMany>(p, stream);", "")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("at < own && output < p.outputs);", "output < p.outputs);"),
+        ("const bool there = row < rows && at < own;", "const bool there = row < rows + 1 && at < own;"),
+        ("for (unsigned b = 0; b < blocks; ++b) sum +=", "for (unsigned b = 1; b < blocks; ++b) sum +="),
+        ("first_input + at) / kGroup]", "first_input) / kGroup]"),
+        ("if (place == 0) squares[row] = sum;\n  cluster_sync();", "if (place == 0) squares[row] = sum;"),
+        ("add(total[0], added);", ""),
+        ("cluster_sync();  // others have read", "// others have read"),
+        ("  if (part == 1) for_each_pair", "  if (part == 2) for_each_pair"),
+        ("item < last_item && row < rows", "item < last_item + 1 && row < rows + 1"),
+        ("(d * kParts + part) * kGroup;\n    if (at >= own) break;", "(d * kParts + part) * kGroup;"),
+    ],
+)
+def test_seeded_bugs_are_caught_with_clusters(simt, old, new):
+    patches = [("fused_linear_sm90.cu", *patch) for patch in [(old, new), *FEWER_CLUSTER_KERNELS]]
+    with pytest.raises(AssertionError, match="^(error|exit code) "):  # not the compiler's
+        check(simt, 11, 1216, 88, bias=True, clusters=True, patches=patches)
+        check(simt, 10, 128, 136, bias=True, gated=False, clusters=True, patches=patches)
+        check(simt, 13, 4032, 24, weight_dtype=INT8, norm=False, add=True, clusters=True, patches=patches)

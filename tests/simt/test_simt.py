@@ -16,6 +16,14 @@ def test_blocks_shared_memory_and_barriers(simt, sanitizer):
     torch.testing.assert_close(result["y"], expected)
 
 
+@pytest.mark.parametrize("sanitizer", ["address", pytest.param("thread", marks=pytest.mark.slow)])
+def test_clusters(simt, sanitizer):
+    x = torch.randint(-9, 10, (6, 32), generator=torch.Generator().manual_seed(1)).float()
+    got = simt.program("selftest", sanitizer).run({"kernel": 16, "x": x, "n": 192}, {"y": ((2, 3, 32), torch.float32)})
+    sums = x.view(2, 3, 32).sum(1, keepdim=True)
+    assert torch.equal(got["y"], sums + 100 * torch.arange(3)[None, :, None])
+
+
 @pytest.mark.parametrize(("kernel", "dtype"), [(2, torch.bfloat16), (3, torch.float16), (5, torch.float32)])
 def test_matrix_instructions(simt, kernel, dtype):
     generator = torch.Generator().manual_seed(kernel)
@@ -102,12 +110,16 @@ def test_sixteen_bit_rounding(simt):
         pytest.param(11, "address", "deadlock", id="barrier in a branch"),
         pytest.param(12, "address", "misaligned address", id="misaligned vector"),
         pytest.param(14, "address", "bytes of dynamic shared memory", id="too much shared memory"),
+        pytest.param(17, "address", "before a cluster_sync", id="another block's memory too early"),
+        pytest.param(18, "address", "of which threads have ended", id="another block's memory too late"),
+        pytest.param(19, "address", "clusters of 3 blocks", id="a grid that is not whole clusters"),
         pytest.param(15, "address", "shared memory: expected a GPU with .* bytes for a block", id="too small a GPU"),
     ],
 )
 def test_catches(simt, kernel, sanitizer, message):
     with pytest.raises(simt.Failure, match=message):
-        simt.program("selftest", sanitizer).run({"kernel": kernel, "x": torch.ones(64), "n": 64}, ONE)
+        x = torch.ones(96 if kernel > 15 else 64)
+        simt.program("selftest", sanitizer).run({"kernel": kernel, "x": x, "n": 64}, ONE)
 
 
 def test_missing_barrier_and_missing_wait_leave_poison(simt):
