@@ -24,11 +24,13 @@ template <class W>
 constexpr int kDeepestPlain = sizeof(W) == 1 ? 4 : 8;
 
 // Tiles of outputs to a block: as many as make about 100 blocks at the sizes of B, so that a block of the kernel behind
-// fits beside each, and has its weights on their way.
-template <bool kNorm, bool kGated>
-constexpr int kOwnedTiles = !kNorm   ? 1
-                            : kGated ? 2
-                                     : 3;
+// fits beside each, and has its weights on their way. Of two matrices with the longest rows of 8-bit weights, a lane has
+// registers for one.
+template <class W, bool kNorm, bool kGated, int kDeep>
+constexpr int kOwnedTiles = !kNorm                                   ? 1
+                            : !kGated                                ? 3
+                            : sizeof(W) == 1 && kDeep == kDeepest<W> ? 1
+                                                                     : 2;
 
 // kTeam warps: RMSNorm of a row of x of up to kMost inputs, if it exists, rounded where add_rms_norm rounds; weights and
 // result in shared memory. Where kTeam > 1 the whole block comes here, once.
@@ -88,10 +90,9 @@ __device__ __forceinline__ void normalise(const float* x, bool exists, const T* 
 
 // Up to kRows rows to a block; kDeep loads of weights are under way to a lane, for each of its outputs and matrices.
 template <class T, class W, bool kNorm, bool kGated, int kRows, int kDeep>
-__global__ void __launch_bounds__(kThreads,
-                                  kRows > kTileRows || kDeep == kDeepest<W> || (kNorm && sizeof(W) == 1) ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, kRows > kTileRows || kDeep == kDeepest<W> || sizeof(W) == 1 ? 1 : 2)
     fused_linear_kernel(const FusedLinearParams p) {
-  constexpr int kColumns = kOwnedTiles<kNorm, kGated>, kMatrices = kGated ? 2 : 1;
+  constexpr int kColumns = kOwnedTiles<W, kNorm, kGated, kDeep>, kMatrices = kGated ? 2 : 1;
   constexpr int kTiles = (kRows + kTileRows - 1) / kTileRows, kHalves = kRows > kTileRows / 2 ? 2 : 1;
   constexpr int kEach = kLaneInputs<W>, kStride = kWarps * kChunk<W>;  // from one load of a lane to the next
   constexpr bool kScaled = sizeof(W) == 1, kOnce = kNorm || kDeep < kDeepestPlain<W>;  // all inputs with one fetch
@@ -293,7 +294,7 @@ __global__ void __launch_bounds__(kThreads,
 template <class T, class W, bool kNorm, bool kGated, int kRows, int kDeep>
 void launch(const FusedLinearParams& p, void* stream) {
   const auto kernel = fused_linear_kernel<T, W, kNorm, kGated, kRows, kDeep>;
-  constexpr int64_t kOwned = kOwnedTiles<kNorm, kGated> * kTileOutputs;
+  constexpr int64_t kOwned = kOwnedTiles<W, kNorm, kGated, kDeep> * kTileOutputs;
   constexpr size_t kSummed = kRows < 8 ? 8 : kRows;
   const size_t normed = kNorm ? (p.inputs + kRows * (p.inputs + kPadding)) * sizeof(T) : 0;
   const size_t sums = kWarps * kSummed * kOwned * (kGated ? 2 : 1) * sizeof(float);

@@ -72,7 +72,8 @@ KINDS = {"bf16": (BF16, BF16), "fp16": (FP16, FP16), "int8": (BF16, INT8), "e4m3
 @pytest.mark.parametrize(
     ("kind", "rows", "inputs", "outputs"),
     [("bf16", 1, 64, 8), ("int8", 1, 64, 8), ("fp16", 9, 192, 136), ("e4m3", 9, 192, 136), ("bf16", 16, 1280, 40),
-     ("int8", 16, 1280, 40), ("fp16", 35, 320, 24), ("e4m3", 35, 320, 24), ("bf16", 67, 768, 72), ("int8", 67, 768, 72)],
+     ("int8", 16, 1280, 40), ("fp16", 35, 320, 24), ("e4m3", 35, 320, 24), ("bf16", 67, 768, 72),
+     ("int8", 67, 768, 72)],
 )  # fmt: skip
 def test_clusters_with_norm(simt, kind, rows, inputs, outputs):
     check(simt, rows, inputs, outputs, *KINDS[kind], bias=outputs != 40, clusters=True)
@@ -82,7 +83,8 @@ def test_clusters_with_norm(simt, kind, rows, inputs, outputs):
 @pytest.mark.parametrize(
     ("kind", "rows", "inputs", "outputs"),
     [("bf16", 1, 64, 8), ("e4m3", 1, 64, 8), ("fp16", 15, 576, 72), ("int8", 15, 576, 72), ("bf16", 16, 3584, 16),
-     ("e4m3", 16, 3584, 16), ("fp16", 33, 2048, 24), ("int8", 33, 2048, 24), ("bf16", 80, 2816, 8), ("e4m3", 80, 320, 8)],
+     ("e4m3", 16, 3584, 16), ("fp16", 33, 2048, 24), ("int8", 33, 2048, 24), ("bf16", 80, 2816, 8),
+     ("e4m3", 80, 320, 8)],
 )  # fmt: skip
 def test_clusters_without_norm(simt, kind, rows, inputs, outputs):
     check(simt, rows, inputs, outputs, *KINDS[kind], norm=False, add=True, bias=outputs != 72, clusters=True)
