@@ -21,11 +21,14 @@ struct alignas(8) RowStats {
 template <class T, int kDim>
 struct BackwardShape {
   static constexpr int kThreads = 128, kRows = 64;  // a warp owns 16 rows: queries, or keys and values
-  static constexpr int kColumns = sizeof(T) == 2 && kDim <= 80  ? 64
-                                  : kDim > 80 && sizeof(T) == 4 ? 16
-                                                                : 32;  // of a tile that the block walks over
-  // Of grad_kv_kernel on a multiprocessor, by its registers. The compiler is told, because it would trade them otherwise:
-  // spill for the sake of a third block, or use so many that the third does not fit.
+  static constexpr bool kWide = kDim > 80;
+  // Of a tile that the block walks over.
+  static constexpr int kColumns = sizeof(T) == 2 ? (kWide ? 32 : 64) : (kWide ? 16 : 32);
+  // Whether one block computes the gradients of keys and of values. Sums of both would be half of all registers for wide
+  // rows of floats: there each has a launch.
+  static constexpr bool kTogether = sizeof(T) == 2 || !kWide;
+  // Blocks of grad_kv_kernel on a multiprocessor, by its registers; 0 leaves it to the compiler. For 16 bits it is told,
+  // because it would spill for the sake of a third block, or use so many that the third does not fit.
   static constexpr int kBlocks = sizeof(T) == 4 ? 0 : kDim <= 48 ? 3 : 2;
   using Row = SharedRow<T, kDim, kThreads / kRows>;
 
@@ -358,7 +361,7 @@ __global__ __launch_bounds__(128) void grad_q_kernel(const PrefixAttentionBackwa
 
 // Everything transposed: rows are keys, columns queries, so that probabilities and their gradients leave one product as
 // the fragments that the next one takes.
-template <class T, int kDim>
+template <class T, int kDim, bool kKeys, bool kValues>
 __global__ __launch_bounds__(128, BackwardShape<T, kDim>::kBlocks) void grad_kv_kernel(
     const PrefixAttentionBackwardParams backward, const Scratch<T> scratch) {
   using Shape = BackwardShape<T, kDim>;
@@ -394,7 +397,7 @@ __global__ __launch_bounds__(128, BackwardShape<T, kDim>::kBlocks) void grad_kv_
   const int warp_first = k_first + warp_row;
   const int part = k_first % 128 / 16 + warp_index();
   const float scale_log2 = p.scale * kLog2e, dropout_scale = dropout ? p.dropout.scale : 1.0f;
-  float grad_k[1][kDim / 8][4] = {}, grad_v[1][kDim / 8][4] = {};
+  [[maybe_unused]] float grad_k[1][kDim / 8][4] = {}, grad_v[1][kDim / 8][4] = {};
 
   for (int first = q_begin, stage = 0; first < length; first += kColumns, stage ^= 1) {
     cp_async_wait<0>();
@@ -403,9 +406,10 @@ __global__ __launch_bounds__(128, BackwardShape<T, kDim>::kBlocks) void grad_kv_
     if (next < length) load_queries(stage ^ 1, next);
     if (warp_first >= length || (warp_first >= prefix && warp_first >= next)) continue;
 
-    float s[1][kTiles][4] = {}, grad_s[1][kTiles][4] = {};
+    float s[1][kTiles][4] = {};
+    [[maybe_unused]] float grad_s[1][kTiles][4] = {};
     multiply_rows<T, kDim>(s, shared->rows[0][warp_row], shared->columns[stage][0][0]);
-    multiply_rows<T, kDim>(grad_s, shared->rows[1][warp_row], shared->columns[stage][1][0]);
+    if constexpr (kKeys) multiply_rows<T, kDim>(grad_s, shared->rows[1][warp_row], shared->columns[stage][1][0]);
     int begin[2], end = length - first - 2 * t;  // queries that see each of the lane's keys
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -433,25 +437,37 @@ __global__ __launch_bounds__(128, BackwardShape<T, kDim>::kBlocks) void grad_kv_
         }
       }
     }
-    multiply_columns<T, kDim>(grad_v, s, shared->columns[stage][1][0]);
-    multiply_columns<T, kDim>(grad_k, grad_s, shared->columns[stage][0][0]);
+    if constexpr (kValues) multiply_columns<T, kDim>(grad_v, s, shared->columns[stage][1][0]);
+    if constexpr (kKeys) multiply_columns<T, kDim>(grad_k, grad_s, shared->columns[stage][0][0]);
   }
 
-  const float* weight = p.k_norm_weight == nullptr ? nullptr : shared->weight;
+  const float* weight = !kKeys || p.k_norm_weight == nullptr ? nullptr : shared->weight;
   if (weight != nullptr) load_weight<T, kDim>(shared->weight, p.k_norm_weight, p.head_dim);
   __syncthreads();
   auto* staged = reinterpret_cast<float (*)[kDim + 4]>(shared);
-  stage_gradient<T, kDim>(staged, grad_v, dropout_scale);
-  store_gradient<T, kDim>(backward, staged, bh, 2, k_first, nullptr, nullptr);
-  __syncwarp();
-  stage_gradient<T, kDim>(staged, grad_k, p.scale);
-  store_gradient<T, kDim>(backward, staged, bh, 1, k_first, weight,
-                          scratch.k_partials + (tile * int64_t{gridDim.x} + bh) * p.head_dim);
+  if constexpr (kValues) {
+    stage_gradient<T, kDim>(staged, grad_v, dropout_scale);
+    store_gradient<T, kDim>(backward, staged, bh, 2, k_first, nullptr, nullptr);
+    __syncwarp();
+  }
+  if constexpr (kKeys) {
+    stage_gradient<T, kDim>(staged, grad_k, p.scale);
+    store_gradient<T, kDim>(backward, staged, bh, 1, k_first, weight,
+                            scratch.k_partials + (tile * int64_t{gridDim.x} + bh) * p.head_dim);
+  }
 }
 
 struct BackwardLauncher {
   const PrefixAttentionBackwardParams& backward;
   void* stream;
+
+  template <class T, int kDim, bool kKeys, bool kValues>
+  void launch_kv(dim3 grid, const Scratch<T>& scratch) const {
+    using Shape = BackwardShape<T, kDim>;
+    allow_shared_bytes(grad_kv_kernel<T, kDim, kKeys, kValues>, sizeof(typename Shape::Shared));
+    ALITOK_LAUNCH((grad_kv_kernel<T, kDim, kKeys, kValues>), grid, Shape::kThreads, sizeof(typename Shape::Shared),
+                  stream, backward, scratch);
+  }
 
   template <class T, int kDim>
   void run() const {
@@ -465,8 +481,12 @@ struct BackwardLauncher {
     ALITOK_LAUNCH((prepare_kernel<T, kDim>), passes, Shape::kThreads, 0, stream, backward, scratch);
     allow_shared_bytes(grad_q_kernel<T, kDim>, shared_bytes);
     ALITOK_LAUNCH((grad_q_kernel<T, kDim>), grid, Shape::kThreads, shared_bytes, stream, backward, scratch);
-    allow_shared_bytes(grad_kv_kernel<T, kDim>, shared_bytes);
-    ALITOK_LAUNCH((grad_kv_kernel<T, kDim>), grid, Shape::kThreads, shared_bytes, stream, backward, scratch);
+    if constexpr (Shape::kTogether) {
+      launch_kv<T, kDim, true, true>(grid, scratch);
+    } else {
+      launch_kv<T, kDim, false, true>(grid, scratch);
+      launch_kv<T, kDim, true, false>(grid, scratch);
+    }
     if (p.q_norm_weight != nullptr) {
       const dim3 sums(column_sum_blocks(p.head_dim), 2);
       ALITOK_LAUNCH(sum_partials_kernel, sums, kSumThreads, 0, stream, scratch.q_partials, int64_t{grid.x} * grid.y,
