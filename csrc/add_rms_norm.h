@@ -41,8 +41,8 @@ void add_rms_norm_cuda(const AddRmsNormParams&, void* stream);
 void add_rms_norm_backward_cuda(const AddRmsNormBackwardParams&, void* stream);
 
 // Rows are cut into parts by their number alone, and the parts of grad_weight are summed in a fixed order: the same bits
-// in every run and for every number of threads. On CUDA a part is a block's: as many as an H100 holds at once, so that
-// none is left over for a second turn.
+// in every run and for every number of threads. On CUDA a part is a block's: about as many as an H100 holds at once with
+// the rows of B, so that few are left over for a second turn.
 inline int64_t add_rms_norm_parts_cpu(int64_t rows) { return rows < 64 ? 1 : rows < 64 * 1024 ? rows / 64 : 1024; }
 inline int64_t add_rms_norm_parts_cuda(int64_t rows) { return rows < 1024 ? rows : 1024; }
 
