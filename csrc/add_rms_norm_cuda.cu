@@ -1,7 +1,7 @@
 // A block holds a row at a time, in registers between its uses: every input is read once. A thread owns eight columns of
 // 128, sixteen apart, which one dropout counter serves.
 #include "add_rms_norm.h"
-#include "column_sums.h"
+#include "cuda_column_sums.h"
 #include "cuda_element.h"
 
 namespace alitok {

@@ -6,7 +6,7 @@
 // A first pass writes RowStats; where there is a norm or a rotary table, the prepared queries and
 // keys, which here would otherwise be prepared once for each tile that meets them; and with dropout its bits, which both
 // kernels would otherwise make for themselves, and the second twice, for tiles of half the columns that a counter serves.
-#include "column_sums.h"
+#include "cuda_column_sums.h"
 #include "prefix_attention_cuda.h"
 
 namespace alitok {

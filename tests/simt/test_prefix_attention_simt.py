@@ -266,7 +266,7 @@ COMPLETE = "__syncthreads();  // this tile is complete for all, and nobody reads
                      "thread", "data race", id="backward: one buffer for dropout"),
         pytest.param(BACKWARD, "valid ? first + i : 0), valid", "valid ? i : 0), valid",
                      "address", "grad_qkv: error", id="backward: statistics of the first queries for all"),
-        pytest.param("column_sums.h", "distance = kSumColumns", "distance = 2 * kSumColumns",
+        pytest.param("cuda_column_sums.h", "distance = kSumColumns", "distance = 2 * kSumColumns",
                      "address", "grad_q_norm_weight: error", id="backward: sums of half of the tiles"),
     ],
 )  # fmt: skip
@@ -276,7 +276,7 @@ def test_seeded_bugs_are_caught(simt, file, old, new, sanitizer, message):
     if "int>(row" in new:
         case, layout = make_case(torch.bfloat16, 1, 5, 1, 48, 3, True, True, 0.0), FAR
     with pytest.raises(AssertionError, match=message):
-        run = check_backward if file in (BACKWARD, "column_sums.h") else check
+        run = check_backward if file in (BACKWARD, "cuda_column_sums.h") else check
         run(only_bf16_48(simt, (file, old, new)), case, sanitizer, schedules=1, **layout)
 
 
