@@ -101,7 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(const OptionalTensor& g
   b.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());
   b.grad_delta = grad_sum ? grad_delta.mutable_data_ptr() : nullptr;
   b.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
-  const Tensor workspace = torch::stable::new_empty(x, {add_rms_norm_workspace(b.forward)}, ScalarType::Float);
+  const int64_t needed = x.is_cuda() ? add_rms_norm_workspace_cuda(b.forward) : add_rms_norm_workspace_cpu(b.forward);
+  const Tensor workspace = torch::stable::new_empty(x, {needed}, ScalarType::Float);
   b.workspace = workspace.mutable_data_ptr();
   if (x.is_cuda()) {
     ALITOK_DISPATCH_CUDA(add_rms_norm_backward_cuda, x.get_device_index(), b);

@@ -40,13 +40,18 @@ ALITOK_DECLARE_PER_ISA(void add_rms_norm_backward_cpu(const AddRmsNormBackwardPa
 void add_rms_norm_cuda(const AddRmsNormParams&, void* stream);
 void add_rms_norm_backward_cuda(const AddRmsNormBackwardParams&, void* stream);
 
-// Rows are cut into parts by their number alone, and the parts of grad_weight are summed in order: the same bits in every
-// run and for every number of threads.
-inline int64_t add_rms_norm_parts(int64_t rows) { return rows < 64 ? 1 : rows < 64 * 1024 ? rows / 64 : 1024; }
+// Rows are cut into parts by their number alone, and the parts of grad_weight are summed in a fixed order: the same bits
+// in every run and for every number of threads. On CUDA a part is a block's: about as many as an H100 holds at once with
+// the rows of B, so that few are left over for a second turn.
+inline int64_t add_rms_norm_parts_cpu(int64_t rows) { return rows < 64 ? 1 : rows < 64 * 1024 ? rows / 64 : 1024; }
+inline int64_t add_rms_norm_parts_cuda(int64_t rows) { return rows < 1024 ? rows : 1024; }
 
-// A sum of each part, and on CUDA each row's 1 / rms.
-inline int64_t add_rms_norm_workspace(const AddRmsNormParams& p) {
-  return add_rms_norm_parts(p.rows) * p.width + p.rows;
+// A sum of each part.
+inline int64_t add_rms_norm_workspace_cpu(const AddRmsNormParams& p) {
+  return add_rms_norm_parts_cpu(p.rows) * p.width;
+}
+inline int64_t add_rms_norm_workspace_cuda(const AddRmsNormParams& p) {
+  return add_rms_norm_parts_cuda(p.rows) * p.width;
 }
 
 }  // namespace alitok

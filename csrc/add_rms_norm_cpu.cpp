@@ -119,7 +119,7 @@ void backward_row(const AddRmsNormBackwardParams& b, int64_t row, const float* f
 template <class Type, class Weight>
 void backward(const AddRmsNormBackwardParams& b, const Parallel& parallel) {
   const AddRmsNormParams& p = b.forward;
-  const int64_t parts = add_rms_norm_parts(p.rows);
+  const int64_t parts = add_rms_norm_parts_cpu(p.rows);
   float* partials = static_cast<float*>(b.workspace);
   Scratch<Factors> scratch(parallel, parts, p);
   parallel(0, parts, 1, [&](int64_t begin, int64_t end) {

@@ -1,6 +1,7 @@
-// A block for each row, which stays in registers between its uses: every input is read once. A thread owns eight columns
-// of 128, sixteen apart, which one dropout counter serves.
+// A block holds a row at a time, in registers between its uses: every input is read once. A thread owns eight columns of
+// 128, sixteen apart, which one dropout counter serves.
 #include "add_rms_norm.h"
+#include "cuda_column_sums.h"
 #include "cuda_element.h"
 
 namespace alitok {
@@ -16,10 +17,10 @@ __device__ __forceinline__ int64_t first_column() {
 }
 __device__ __forceinline__ int64_t columns_of_block() { return int64_t{blockDim.x} * kKept; }
 
-__device__ __forceinline__ unsigned keep_bits(const AddRmsNormParams& p, uint64_t seed, int64_t first) {
+__device__ __forceinline__ unsigned keep_bits(const AddRmsNormParams& p, uint64_t seed, int64_t row, int64_t first) {
   if (p.dropout.threshold == 0) return 0xffu;
-  return dropout_bits(seed, p.dropout.threshold, 0, blockIdx.x, static_cast<uint32_t>(first / kDropoutColumns),
-                      static_cast<uint32_t>(first % kApart));
+  return dropout_bits(seed, p.dropout.threshold, 0, static_cast<uint32_t>(row),
+                      static_cast<uint32_t>(first / kDropoutColumns), static_cast<uint32_t>(first % kApart));
 }
 
 __device__ __forceinline__ uint64_t seed_of(const AddRmsNormParams& p) {
@@ -44,8 +45,10 @@ __global__ void __launch_bounds__(kThreads, 3) add_rms_norm_kernel(const AddRmsN
   const T* delta = static_cast<const T*>(p.delta);
   const W* weight = static_cast<const W*>(p.weight);
   let_next_kernel_begin();
-  if (threadIdx.x * int64_t{kLine} < p.width * int64_t{sizeof(W)}) {
-    prefetch(reinterpret_cast<const char*>(weight) + threadIdx.x * kLine);  // not read: the kernel ahead may write them
+  if (blockIdx.x == 0 && threadIdx.x * int64_t{kLine} < p.width * int64_t{sizeof(W)}) {
+    // Not read, for the kernel ahead may write them. One block does it for all: a prefetch goes past the first-level
+    // cache, and those of thousands of blocks would queue for the same few lines.
+    prefetch(reinterpret_cast<const char*>(weight) + threadIdx.x * kLine);
   }
   wait_for_kernel_ahead();
   W weights[kKept] = {};
@@ -64,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 3) add_rms_norm_kernel(const AddRmsN
       value[k] = i < p.width ? p.x[row + i] : 0;
       if (delta != nullptr && i < p.width) added[k] = delta[row + i];
     }
-    const unsigned keep = delta == nullptr ? 0 : keep_bits(p, seed, begin);
+    const unsigned keep = delta == nullptr ? 0 : keep_bits(p, seed, blockIdx.x, begin);
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
       const int64_t i = begin + k * kApart;
@@ -100,91 +103,116 @@ __global__ void __launch_bounds__(kThreads, 3) add_rms_norm_kernel(const AddRmsN
   }
 }
 
-template <class T, class W>
-__global__ void __launch_bounds__(kThreads)
-    add_rms_norm_backward_kernel(const AddRmsNormBackwardParams b, float* inverse_rms) {
-  __shared__ float scratch[32];
-  const AddRmsNormParams& p = b.forward;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * p.width, first = first_column(), step = columns_of_block();
-  const float* x = p.x + row;
-  const W* weight = static_cast<const W*>(p.weight);
-  const T* grad_normed = static_cast<const T*>(b.grad_normed) + row;
-  float squares = 0, products = 0;
-  const auto read = [&](int64_t i, float& value, float& grad) {
-    value = x[i];
-    grad = to_float(grad_normed[i]) * to_float(weight[i]);
-    squares += value * value;
-    products += grad * value;
-  };
-  float kept[kKept] = {}, grads[kKept] = {};
-#pragma unroll
-  for (int k = 0; k < kKept; ++k) {
-    if (first + k * kApart < p.width) read(first + k * kApart, kept[k], grads[k]);
-  }
-  for (int64_t begin = first + step; begin < p.width; begin += step) {
-    for (int64_t i = begin; i < begin + kKept * kApart && i < p.width; i += kApart) {
-      float value, grad;
-      read(i, value, grad);
-    }
-  }
-  const float inverse = rsqrtf(block_reduce(squares, 0.0f, scratch, warp_sum) / p.width + p.eps);
-  const float mean = block_reduce(products, 0.0f, scratch, warp_sum) / p.width * inverse;
-  if (threadIdx.x == 0) inverse_rms[blockIdx.x] = inverse;
-
-  const uint64_t seed = b.grad_delta == nullptr ? 0 : seed_of(p);
-  const auto write = [&](int64_t i, float value, float grad, bool keep) {
-    float total = inverse * (grad - value * inverse * mean);
-    if (b.grad_sum != nullptr) total += b.grad_sum[row + i];
-    b.grad_x[row + i] = total;
-    if (b.grad_delta == nullptr) return;
-    if (p.dropout.threshold != 0) total = keep ? total * p.dropout.scale : 0.0f;
-    static_cast<T*>(b.grad_delta)[row + i] = from_float<T>(total);
-  };
-  unsigned keep = b.grad_delta == nullptr ? 0 : keep_bits(p, seed, first);
-#pragma unroll
-  for (int k = 0; k < kKept; ++k) {
-    if (first + k * kApart < p.width) write(first + k * kApart, kept[k], grads[k], (keep >> k & 1) != 0);
-  }
-  for (int64_t begin = first + step; begin < p.width; begin += step) {
-    keep = b.grad_delta == nullptr ? 0 : keep_bits(p, seed, begin);
-    for (int k = 0; k < kKept && begin + k * kApart < p.width; ++k) {
-      const int64_t i = begin + k * kApart;
-      write(i, x[i], to_float(grad_normed[i]) * to_float(weight[i]), (keep >> k & 1) != 0);
-    }
-  }
+// As many of a thread's first kKept columns as there are.
+__device__ __forceinline__ int kept_columns(const AddRmsNormParams& p) {
+  const int64_t count = (p.width - first_column() + kApart - 1) / kApart;
+  return count <= 0 ? 0 : count < kKept ? static_cast<int>(count) : kKept;
 }
 
-// A block's share of grad_weight: 32 columns, one part of the rows, eight of them at a time.
-template <class T, class W>
-__global__ void __launch_bounds__(kThreads)
-    weight_gradient_kernel(const AddRmsNormBackwardParams b, const float* inverse_rms, float* partials) {
-  __shared__ float sums[kThreads / 32][32];
-  const AddRmsNormParams& p = b.forward;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t column = int64_t{blockIdx.x} * 32 + lane, part = blockIdx.y, parts = gridDim.y;
-  const int64_t end = (part + 1) * p.rows / parts;
-  float sum = 0;
-  for (int64_t row = part * p.rows / parts + warp; column < p.width && row < end; row += kThreads / 32) {
-    const int64_t at = row * p.width + column;
-    sum += to_float(static_cast<const T*>(b.grad_normed)[at]) * rounded<W>(p.x[at] * inverse_rms[row]);
-  }
-  sums[warp][lane] = sum;
+struct RowSums {
+  float squares, products;
+};
+
+// Over the block; every thread gets the result. `scratch` is not that of the call before: a thread that writes there has
+// passed the barrier of the call between, and with it everyone's reads of the last one that used it.
+__device__ __forceinline__ RowSums block_sums(RowSums sums, RowSums* scratch) {
+  const int warps = blockDim.x / 32;
+  sums = {warp_sum(sums.squares), warp_sum(sums.products)};
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sums;
   __syncthreads();
-  if (warp > 0 || column >= p.width) return;
-  for (int other = 1; other < kThreads / 32; ++other) sum += sums[other][lane];
-  partials[part * p.width + column] = sum;
+  sums = scratch[0];
+  for (int warp = 1; warp < warps; ++warp) {
+    sums.squares += scratch[warp].squares;
+    sums.products += scratch[warp].products;
+  }
+  return sums;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    sum_parts_kernel(const float* partials, int64_t parts, int64_t width, float* grad_weight) {
-  const int64_t column = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (column >= width) return;
-  float sum = 0;
-  for (int64_t part = 0; part < parts; ++part) sum += partials[part * width + column];
-  grad_weight[column] = sum;
+// A block for every gridDim.x-th row. What its rows add to grad_weight stays with the threads that own the columns, so
+// that x and grad_normed are read once, and goes to the block's row of `partials` at the end.
+//
+// As in the forward pass, all loads of a row come before the first use.
+template <class T, class W>
+__global__ void __launch_bounds__(kThreads, 3)
+    add_rms_norm_backward_kernel(const AddRmsNormBackwardParams b, float* partials) {
+  __shared__ RowSums scratch[2][kThreads / 32];
+  const AddRmsNormParams& p = b.forward;
+  const int64_t first = first_column(), step = columns_of_block();
+  const int count = kept_columns(p);
+  const W* weight = static_cast<const W*>(p.weight);
+  float* partial = partials + blockIdx.x * p.width;
+  const uint64_t seed = b.grad_delta == nullptr ? 0 : seed_of(p);
+  W weights[kKept] = {};
+  float shares[kKept] = {};
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    if (k < count) weights[k] = weight[first + k * kApart];
+  }
+
+  int stage = 0;
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, stage ^= 1) {
+    const int64_t begin = row * p.width;
+    const float *x = p.x + begin, *grad_sum = b.grad_sum == nullptr ? nullptr : b.grad_sum + begin;
+    const T* grad_normed = static_cast<const T*>(b.grad_normed) + begin;
+    float values[kKept] = {}, others[kKept] = {};
+    T above[kKept] = {};
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+      if (k >= count) continue;
+      values[k] = x[first + k * kApart];
+      above[k] = grad_normed[first + k * kApart];
+      if (grad_sum != nullptr) others[k] = grad_sum[first + k * kApart];
+    }
+    unsigned keep = b.grad_delta == nullptr ? 0 : keep_bits(p, seed, row, first);
+    RowSums sums = {0.0f, 0.0f};
+    const auto add = [&](float value, T grad, W factor) {
+      sums.squares += value * value;
+      sums.products += to_float(grad) * to_float(factor) * value;
+    };
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) add(values[k], above[k], weights[k]);
+    for (int64_t i = first + step; i < p.width; i += step) {
+      for (int64_t j = i; j < i + kKept * kApart && j < p.width; j += kApart) add(x[j], grad_normed[j], weight[j]);
+    }
+    sums = block_sums(sums, scratch[stage]);
+    const float inverse = rsqrtf(sums.squares / p.width + p.eps), mean = sums.products / p.width * inverse;
+
+    // Writes the gradients of one element, and gives its share of grad_weight.
+    const auto write = [&](int64_t i, float value, T grad, W factor, float other, bool kept) {
+      const float normed = value * inverse;
+      float total = inverse * (to_float(grad) * to_float(factor) - normed * mean) + other;
+      b.grad_x[begin + i] = total;
+      if (b.grad_delta != nullptr) {
+        if (p.dropout.threshold != 0) total = kept ? total * p.dropout.scale : 0.0f;
+        static_cast<T*>(b.grad_delta)[begin + i] = from_float<T>(total);
+      }
+      return to_float(grad) * rounded<W>(normed);
+    };
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+      if (k >= count) continue;
+      shares[k] += write(first + k * kApart, values[k], above[k], weights[k], others[k], (keep >> k & 1) != 0);
+    }
+    for (int64_t i = first + step; i < p.width; i += step) {
+      keep = b.grad_delta == nullptr ? 0 : keep_bits(p, seed, row, i);
+      for (int k = 0; k < kKept && i + k * kApart < p.width; ++k) {
+        const int64_t j = i + k * kApart;
+        const float other = grad_sum == nullptr ? 0.0f : grad_sum[j];
+        const float share = write(j, x[j], grad_normed[j], weight[j], other, (keep >> k & 1) != 0);
+        partial[j] = row == blockIdx.x ? share : partial[j] + share;  // registers hold the first columns' only
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    if (k < count) partial[first + k * kApart] = shares[k];
+  }
 }
 
-unsigned blocks_of(int64_t items, int64_t block) { return static_cast<unsigned>((items + block - 1) / block); }
+__global__ void __launch_bounds__(kSumThreads)
+    sum_partials_kernel(const float* partials, int64_t rows, int64_t width, float* grad_weight) {
+  sum_columns(partials, rows, width, grad_weight);
+}
 
 // Whole warps, as few as keep a row in registers.
 unsigned threads_of(const AddRmsNormParams& p) {
@@ -207,12 +235,11 @@ struct Backward {
   template <class T, class W>
   void run() const {
     const AddRmsNormParams& p = b.forward;
-    const int64_t parts = add_rms_norm_parts(p.rows);
-    float *partials = static_cast<float*>(b.workspace), *inverse_rms = partials + parts * p.width;
-    const dim3 rows(static_cast<unsigned>(p.rows)), grid(blocks_of(p.width, 32), static_cast<unsigned>(parts));
-    ALITOK_LAUNCH((add_rms_norm_backward_kernel<T, W>), rows, threads_of(p), 0, stream, b, inverse_rms);
-    ALITOK_LAUNCH((weight_gradient_kernel<T, W>), grid, kThreads, 0, stream, b, inverse_rms, partials);
-    ALITOK_LAUNCH(sum_parts_kernel, blocks_of(p.width, kThreads), kThreads, 0, stream, partials, parts, p.width,
+    const int64_t parts = add_rms_norm_parts_cuda(p.rows);
+    float* partials = static_cast<float*>(b.workspace);
+    ALITOK_LAUNCH((add_rms_norm_backward_kernel<T, W>), dim3(static_cast<unsigned>(parts)), threads_of(p), 0, stream, b,
+                  partials);
+    ALITOK_LAUNCH(sum_partials_kernel, column_sum_blocks(p.width), kSumThreads, 0, stream, partials, parts, p.width,
                   b.grad_weight);
   }
 };

@@ -182,7 +182,8 @@ __global__ __launch_bounds__(ForwardShape<T, kDim>::kThreads) void forward_kerne
     }
     if (p.dropout.threshold != 0 && first % 128 == 0) {  // a warp makes and reads its own rows' bits
       __syncwarp();
-      for (int i = lane_index(); i < 16 * kRowTiles * 16; i += 32) {
+      const int rows = min(16 * kRowTiles, length - warp_first);  // below zero where the warp has none
+      for (int i = lane_index(); i < 16 * rows; i += 32) {
         const int row = warp_row + i / 16;
         shared->keep[row][i % 16] = static_cast<uint8_t>(keep_bits(p, seed, bh, q_first + row, first / 128, i % 16));
       }

@@ -199,7 +199,7 @@ template <class T, int kDim, int kRowTiles, int kTiles>
 __device__ __forceinline__ void multiply_columns(float (&d)[kRowTiles][kDim / 8][4],
                                                  const float (&left)[kRowTiles][kTiles][4], const T* right) {
   using F = Fragments<T>;
-  constexpr int kSteps = F::kColumnSteps;
+  constexpr int kSteps = F::kColumnSteps * F::kStep > 8 * kTiles ? 8 * kTiles / F::kStep : F::kColumnSteps;
   static_assert(8 * kTiles % (kSteps * F::kStep) == 0);
 #pragma unroll
   for (int first = 0; first < 8 * kTiles / F::kStep; first += kSteps) {
@@ -401,14 +401,14 @@ __device__ __forceinline__ unsigned keep_bits(const PrefixAttentionParams& p, ui
 }  // namespace
 
 // Calls launcher.run<T, kDim>() with the smallest tile width that holds head_dim. Each width costs compile time: the
-// models' own in 16 bits, two in float.
+// models' own, of which 48 shares 64 in float.
 template <class T, class Launcher>
 void for_head_dim(int64_t head_dim, const Launcher& launcher) {
   if constexpr (sizeof(T) == 2) {
     if (head_dim <= 48) return launcher.template run<T, 48>();
-    if (head_dim > 64 && head_dim <= 80) return launcher.template run<T, 80>();
   }
   if (head_dim <= 64) return launcher.template run<T, 64>();
+  if (head_dim <= 80) return launcher.template run<T, 80>();
   launcher.template run<T, 128>();
 }
 

@@ -34,7 +34,7 @@ __device__ __forceinline__ SwigluGradients gradients_of(float gate, float up, fl
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(const SwigluBackwardParams b) {
+__global__ void __launch_bounds__(kThreads, 1) swiglu_backward_kernel(const SwigluBackwardParams b) {
   const T *gate = static_cast<const T*>(b.forward.gate), *up = static_cast<const T*>(b.forward.up);
   const T* grad = static_cast<const T*>(b.grad);
   T *grad_gate = static_cast<T*>(b.grad_gate), *grad_up = static_cast<T*>(b.grad_up);

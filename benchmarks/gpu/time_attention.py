@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alitok_fast.config import GENERATORS, TOKENIZERS
+from alitok_fast.models.rope import rope_table
 from alitok_fast.ops.prefix_attention import prefix_attention
 from gpu.items import Context, Items, Number
 from gpu.torch_alone import graphed
@@ -35,7 +36,7 @@ def shapes(context: Context) -> dict[str, tuple[int, int, int, int, int]]:
 
 
 def attention(context: Context, dtype: torch.dtype, backward: bool) -> list[Number]:
-    """Attention alone: what norms, rotary table and dropout cost on top is in the step of training."""
+    """Attention alone: `as_b_trains` has norms, rotary table and dropout."""
     numbers = []
     for name, (batch, length, heads, dim, prefix) in shapes(context).items():
         qkv = torch.randn(batch, length, 3, heads, dim, device=context.device).to(dtype)
@@ -96,6 +97,28 @@ for _backward in (False, True):
     for _dtype in (torch.bfloat16, torch.float32):
         _name = f"{'forward and backward' if _backward else 'forward'}, {str(_dtype).removeprefix('torch.')}"
         items(_name)(lambda context, dtype=_dtype, backward=_backward: attention(context, dtype, backward))
+
+
+@items("as B trains, bfloat16")
+def as_b_trains(context: Context) -> list[Number]:
+    """The generator's attention with norms and rotary table, then with dropout too, forward and with backward."""
+    numbers, config = [], GENERATORS["b"]
+    batch, length, heads, dim, prefix = shapes(context)["B, causal"]
+    qkv = torch.randn(batch, length, 3, heads, dim, device=context.device).bfloat16()
+    weights = [torch.ones(dim, device=context.device) for _ in range(2)]
+    rope, seed = rope_table(config).to(context.device), torch.tensor([1], device=context.device)
+    for backward in (False, True):
+        for dropout in (0.0, 0.1):
+
+            def run(x: torch.Tensor, *norms: torch.Tensor, dropout: float = dropout) -> torch.Tensor:
+                settings = dict(q_norm_weight=norms[0], k_norm_weight=norms[1], rope=rope)
+                settings |= dict(dropout=dropout, seed=seed) if dropout else {}
+                return prefix_attention(x, prefix, **settings)
+
+            name = f"{'forward and backward' if backward else 'forward'}, dropout {dropout}"
+            read = qkv.nbytes * 4 / 3 * (1 + 2 * backward)
+            numbers.append(timed(context, name, with_backward(run, [qkv, *weights], backward), read=read))
+    return numbers
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def time_elementwise(context: Context) -> list[Number]:
     def forward_backward() -> None:
         torch.autograd.grad(add_rms_norm(*leaves, dropout=0.1, seed=seed), leaves, directions)
 
-    read = 4 * x.nbytes + 4 * delta.nbytes
+    read = 5 * x.nbytes + 4 * delta.nbytes  # x, sum; sum, grad_sum, grad_x; each delta or normed and its gradient
     numbers.append(timed(context, f"add_rms_norm, {rows} rows, with backward", [forward_backward] * 4, read=read))
     return numbers
 

@@ -21,7 +21,7 @@ void run_case(simt::Case& test) {
     b.grad_x = test.output<float>("grad_x", size);
     b.grad_delta = b.grad_sum == nullptr ? nullptr : test.output<unsigned char>("grad_delta", size * element);
     b.grad_weight = test.output<float>("grad_weight", p.width);
-    b.workspace = test.workspace<float>(alitok::add_rms_norm_workspace(p));
+    b.workspace = test.workspace<float>(alitok::add_rms_norm_workspace_cuda(p));
     return alitok::add_rms_norm_backward_cuda(b, nullptr);
   }
   p.sum = p.delta == nullptr ? nullptr : test.output<float>("sum", size);

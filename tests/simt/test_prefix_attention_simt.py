@@ -100,6 +100,8 @@ CASES = [
     (torch.float32, 1, 133, 1, 64, 133, False, False, 0.1),
     (torch.float32, 1, 33, 1, 104, 5, True, False, 0.0),
     (torch.float32, 1, 66, 1, 72, 1, False, True, 0.0),
+    (torch.float32, 1, 70, 1, 128, 0, True, True, 0.1),
+    (torch.bfloat16, 1, 300, 1, 16, 150, False, False, 0.2),  # bits of dropout in three groups of columns
 ]
 
 
@@ -255,20 +257,39 @@ COMPLETE = "__syncthreads();  // this tile is complete for all, and nobody reads
         pytest.param(HEADER, "(valid ? row * rows.row_stride", "(valid ? static_cast<int>(row * rows.row_stride)",
                      "address", "exit code", id="offset of 32 bits"),
         pytest.param(BACKWARD, "n + e >= begin", "n + e > begin", "address", "grad_qkv: error", id="backward: mask"),
+        pytest.param(BACKWARD, "keep[first / 128 % 2]", "keep[0]",
+                     "address", "grad_qkv: error", id="backward: dropout of the first columns for all"),
+        pytest.param(BACKWARD, "keep_of_group(p, scratch.keep, bh, k_first / 128)",
+                     "keep_of_group(p, scratch.keep, bh, 0)",
+                     "address", "grad_qkv: error", id="backward: dropout of the first keys for all"),
+        pytest.param(BACKWARD, "shared->keep[group % 2], keep_of_group", "shared->keep[0], keep_of_group",
+                     "thread", "data race", id="backward: one buffer for dropout"),
+        pytest.param(BACKWARD, "valid ? first + i : 0), valid", "valid ? i : 0), valid",
+                     "address", "grad_qkv: error", id="backward: statistics of the first queries for all"),
+        pytest.param("cuda_column_sums.h", "distance = kSumColumns", "distance = 2 * kSumColumns",
+                     "address", "grad_q_norm_weight: error", id="backward: sums of half of the tiles"),
     ],
 )  # fmt: skip
 def test_seeded_bugs_are_caught(simt, file, old, new, sanitizer, message):
-    case, layout = make_case(torch.bfloat16, 1, 130, 1, 48, 3, True, True, 0.0), {}
+    length, dropout = (200, 0.2) if "keep" in old else (130, 0.0)
+    case, layout = make_case(torch.bfloat16, 1, length, 1, 48, 3, True, True, dropout), {}
     if "int>(row" in new:
         case, layout = make_case(torch.bfloat16, 1, 5, 1, 48, 3, True, True, 0.0), FAR
     with pytest.raises(AssertionError, match=message):
-        run = check_backward if file == BACKWARD else check
+        run = check_backward if file in (BACKWARD, "cuda_column_sums.h") else check
         run(only_bf16_48(simt, (file, old, new)), case, sanitizer, schedules=1, **layout)
 
 
 @pytest.mark.slow
-def test_truncated_sums_are_caught(simt):
-    patches = [*ONLY_FLOAT, (HEADER, "kSumsFromZero = true", "kSumsFromZero = false")]
-    program = simt.program("prefix_attention", patches=patches)
-    with pytest.raises(AssertionError, match="out: error"):
-        check(SimpleNamespace(program=lambda op, sanitizer: program), make_case(*LONG[0]), schedules=1)
+@pytest.mark.parametrize(
+    ("op", "run", "case", "message"),
+    [
+        ("prefix_attention", check, LONG[0], "out: error"),
+        ("prefix_attention_backward", check_backward, LONG_BACKWARD[2], "grad_qkv: error"),
+    ],
+    ids=["forward", "backward"],
+)
+def test_truncated_sums_are_caught(simt, op, run, case, message):
+    program = simt.program(op, patches=[*ONLY_FLOAT, (HEADER, "kSumsFromZero = true", "kSumsFromZero = false")])
+    with pytest.raises(AssertionError, match=message):
+        run(SimpleNamespace(program=lambda op, sanitizer: program), make_case(*case), schedules=1)

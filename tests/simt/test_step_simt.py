@@ -85,36 +85,59 @@ def test_add_rms_norm_backward(simt, dtype, weight_dtype, with_delta, rows, widt
     check_backward(simt, dtype, weight_dtype, rows, width, 0.2 if with_delta else 0.0, with_delta)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_of_several_rows(simt, dtype):
+    check_backward(simt, dtype, torch.float32, 2051, 24)
+
+
+# Blocks of several rows, from few rows.
+FEW_BLOCKS = ("add_rms_norm.h", "rows < 1024 ? rows : 1024", "rows < 2 ? rows : 2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [40, 300, 2050])
+def test_few_blocks_of_several_rows(simt, width):
+    check_backward(simt, torch.float32, torch.float32, 7, width, patches=[FEW_BLOCKS])
+
+
 @pytest.mark.slow
 def test_add_rms_norm_has_no_data_race(simt):
     _, _, inputs = make_case(torch.float32, torch.float32, 2, 300, 0.1)
     simt.program("add_rms_norm", "thread").run(inputs, {"normed": ((2, 300), torch.float32)}, schedules=1)
-    check_backward(simt, torch.float32, torch.float32, 70, 40, sanitizer="thread")
+    check_backward(simt, torch.float32, torch.float32, 5, 300, sanitizer="thread", patches=[FEW_BLOCKS])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("old", "new", "sanitizer", "message"),
+    ("file", "old", "new", "sanitizer", "message"),
     [
-        ("sums[warp][lane] = sum;\n  __syncthreads();", "sums[warp][lane] = sum;", "thread", "data race"),
-        ("value[k] += term;", "value[k] = term;", "address", "sum"),
-        (
-            "keep = b.grad_delta == nullptr ? 0 : keep_bits(p, seed, begin)",
-            "keep = 0xffu",
-            "address",
-            "grad_delta: error",
-        ),
+        pytest.param("add_rms_norm_cuda.cu", "__syncthreads();\n  sums = scratch[0]", "sums = scratch[0]",
+                     "thread", "data race", id="no barrier for a row's sums"),
+        pytest.param("add_rms_norm_cuda.cu", "stage ^= 1", "stage ^= 0",
+                     "thread", "data race", id="one scratch for all rows"),
+        pytest.param("cuda_column_sums.h", "__syncthreads();", "", "thread", "data race", id="no barrier for columns"),
+        pytest.param("cuda_column_sums.h", "distance = kSumColumns", "distance = 2 * kSumColumns",
+                     "address", "grad_weight: error", id="columns: half of the rows"),
+        pytest.param("add_rms_norm_cuda.cu", "value[k] += term;", "value[k] = term;", "address", "sum", id="sum"),
+        pytest.param("add_rms_norm_cuda.cu", "keep = b.grad_delta == nullptr ? 0 : keep_bits(p, seed, row, i)",
+                     "keep = 0xffu", "address", "grad_delta: error", id="dropout of wide rows"),
+        pytest.param("add_rms_norm_cuda.cu", "keep_bits(p, seed, row, first)", "keep_bits(p, seed, blockIdx.x, first)",
+                     "address", "grad_delta: error", id="dropout of the block's first row"),
+        pytest.param("add_rms_norm_cuda.cu", "shares[k] += write", "shares[k] = write",
+                     "address", "grad_weight: error", id="the last row's share alone"),
+        pytest.param("add_rms_norm_cuda.cu", "partial[j] + share", "share",
+                     "address", "grad_weight: error", id="the last row's share alone, wide rows"),
     ],
-)
-def test_seeded_bugs_are_caught(simt, old, new, sanitizer, message):
-    patches = [("add_rms_norm_cuda.cu", old, new)]
+)  # fmt: skip
+def test_seeded_bugs_are_caught(simt, file, old, new, sanitizer, message):
+    patches, width = [(file, old, new), FEW_BLOCKS], 300 if sanitizer == "thread" else 2050
     with pytest.raises(AssertionError, match=message):
         if message == "sum":
             arguments, dropout, inputs = make_case(torch.float32, torch.float32, 2, 48)
             outputs = {"sum": ((2, 48), torch.float32)}
             result = simt.program("add_rms_norm", patches=patches).run(inputs, outputs, schedules=1)
             assert torch.equal(result["sum"], reference(arguments, dropout)[0]), "sum"
-        check_backward(simt, torch.float32, torch.float32, 1, 2050, sanitizer=sanitizer, patches=patches)
+        check_backward(simt, torch.float32, torch.float32, 5, width, sanitizer=sanitizer, patches=patches)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
