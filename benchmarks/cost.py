@@ -18,8 +18,8 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # as a script, from anywhere
+if __name__ == "__main__":
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the checkout, installed or not
 
 from alitok_fast.config import generator_preset  # noqa: E402
 from costs import cpu as of_cpu  # noqa: E402

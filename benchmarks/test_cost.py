@@ -7,18 +7,24 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from alitok_fast.config import GENERATORS
+from alitok_fast.ops.fused_linear import FUSED_ROWS
+from ceilings import Ceilings
 from cost import main, predict, report, sources
-from costs import cpu, gpu
+from costs import cpu as of_cpu
+from costs import gpu as of_gpu
 from costs.cpu import Cpu, cpu_step
 from costs.gpu import LAUNCHES, Gpu, gpu_step, persistent_step
 from costs.parts import Work, weight_bytes
 from costs.reports import EPYC, FITTED, H100, REPORTS, ceilings_of, cpu_of, cpu_points, gpu_points, markdown
 from floor import Machine, step_weights, tokens_floor
+from gpu import time_sampling
+from gpu.items import Context
 
 B = GENERATORS["b"]
 EPYC_CPU = cpu_of(ceilings_of(REPORTS / EPYC[0]))
@@ -112,8 +118,8 @@ def test_a_faster_device_takes_less_time(device):
 
 
 def test_every_number_has_a_source():
-    assert set(gpu.SOURCES) == {field.name for field in fields(Gpu)}
-    assert set(cpu.SOURCES) == {field.name for field in fields(Cpu)}
+    assert set(of_gpu.SOURCES) == {field.name for field in fields(Gpu)}
+    assert set(of_cpu.SOURCES) == {field.name for field in fields(Cpu)}
     for device in (Gpu(), EPYC_CPU):
         assert len(sources(device).splitlines()) == 1 + len(fields(device))
 
@@ -151,7 +157,7 @@ def test_operators_of_the_h100_give_the_fitted_numbers():
         # Four products and a copy, which is torch's: it and the product behind it begin late.
         chain = 2 * device.node + 3 * ours
         for outputs, inputs in work.matrices().values():
-            latency, terms = gpu.product_terms(work, device, False, outputs, inputs)
+            latency, terms = of_gpu.product_terms(work, device, False, outputs, inputs)
             chain += latency + sum(terms.values())
         assert chain * 1e6 == pytest.approx(microseconds, rel=0.12)
     assert layer == 4 * 768 * 768 + 3 * 768 * 2048
@@ -159,7 +165,7 @@ def test_operators_of_the_h100_give_the_fitted_numbers():
                  ("float8_e4m3fn", 1): 3.52, ("float8_e4m3fn", 8): 5.71, ("float8_e4m3fn", 64): 18.0,
                  ("float8_e4m3fn", 256): 63.3}  # fmt: skip
     for (cache, batch), microseconds in attention.items():
-        _, terms = gpu.attention_terms(Work(B, batch, cache=cache, position=136), device)
+        _, terms = of_gpu.attention_terms(Work(B, batch, cache=cache, position=136), device)
         assert (ours + device.attention + sum(terms.values())) * 1e6 == pytest.approx(microseconds, rel=0.12)
 
 
@@ -257,6 +263,23 @@ def test_the_command_says_what_is_wrong(options, message, capsys):
 def test_the_command_needs_no_torch():
     """It runs where only the package's source is: a table in a second."""
     script = Path(__file__).with_name("cost.py")
-    code = f"import runpy, sys; sys.argv = ['cost.py']; runpy.run_path({str(script)!r}, run_name='__main__'); " \
-           "assert 'torch' not in sys.modules"  # fmt: skip
+    run = f"sys.path.insert(0, {str(script.parent)!r}); runpy.run_path({str(script)!r}, run_name='__main__')"
+    code = f"import runpy, sys; sys.argv = ['cost.py']; {run}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_gpu_check_predicts_its_steps(monkeypatch, capsys):
+    """As on a GPU, which is not there: with its own node, and the kernels that it has."""
+    of_report = {name: value for name, value in ceilings_of(REPORTS / H100).items() if name != "node"}
+    context = Context(torch.device("cuda"), False, Ceilings(**of_report))
+    monkeypatch.setattr(time_sampling, "generator", lambda context: SimpleNamespace(config=B))
+    monkeypatch.setattr(time_sampling, "node", lambda context: 1.5e-6)
+    found = {}
+    for capability in ((8, 6), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        found[capability] = time_sampling.predicted(context, 8, torch.bfloat16, torch.float8_e4m3fn)
+        assert time_sampling.launches(context.device).fused_rows == FUSED_ROWS[torch.bfloat16]
+    assert found[8, 6].seconds > found[9, 0].seconds, "no clusters"
+    assert found[9, 0].terms()["nodes"] == pytest.approx(found[9, 0].kernels * 1.5e-6)
+    assert "predicted: batch 8, window 1, bfloat16, cache float8_e4m3fn" in capsys.readouterr().out
+    assert time_sampling.predicted(replace(context, ceilings=None), 8, torch.bfloat16, None) is None
