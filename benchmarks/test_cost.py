@@ -25,6 +25,7 @@ from costs.reports import EPYC, FITTED, H100, REPORTS, ceilings_of, cpu_of, cpu_
 from floor import Machine, step_weights, tokens_floor
 from gpu import time_sampling
 from gpu.items import Context
+from report.sections import Table, with_predictions
 
 B = GENERATORS["b"]
 EPYC_CPU = cpu_of(ceilings_of(REPORTS / EPYC[0]))
@@ -176,6 +177,14 @@ def test_one_kernel_is_no_slower_with_weights_ahead():
     assert (
         persistent_step(Work(B, 1), Gpu(), 0.0, True).seconds < persistent_step(Work(B, 1), Gpu(), 1e-6, True).seconds
     )
+
+
+def test_reports_have_a_column_only_where_something_is_predicted():
+    table = Table(("a",), [("x",), ("y",)])
+    nothing, something = SimpleNamespace(predicted=None), SimpleNamespace(predicted={"least": 0.001, "most": 0.002})
+    assert with_predictions(table, [nothing, nothing], "predicted") is table
+    added = with_predictions(table, [nothing, something], "predicted")
+    assert added == Table(("a", "predicted"), [("x", ""), ("y", "1 ms to 2 ms")])
 
 
 @pytest.mark.parametrize(
