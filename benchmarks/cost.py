@@ -32,6 +32,7 @@ from costs.reports import (  # noqa: E402
     H100,
     REPORTS,
     ceilings_of,
+    commit_of,
     cpu_of,
     cpu_points,
     gpu_of,
@@ -103,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measured() -> str:
     """Tables in Markdown, in milliseconds."""
-    parts = [f"{H100}, as run at 5e0ba55\n\n{markdown(list(gpu_points()))}"]
+    parts = [f"{H100}, commit {commit_of(REPORTS / H100)}\n\n{markdown(list(gpu_points()))}"]
     parts += [f"{name}\n\n{markdown(list(cpu_points(REPORTS / name)))}" for name in EPYC]
     return "\n\n".join(parts)
 

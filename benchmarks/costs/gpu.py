@@ -74,7 +74,7 @@ class Launches:
     fused_rows_8: int
     """The same of 8-bit weights; beyond they are written out in bfloat16."""
     cluster_rows: int | None
-    """From so many inputs on, fused bfloat16 products are those by clusters; None: never, as where there are none."""
+    """From so many inputs on, fused products are those by clusters; None: never, as on devices without them."""
     head_rows: int
     """Up to so many inputs, the last norm and the head are one kernel."""
     counters: int
@@ -162,7 +162,7 @@ def product_terms(work: Work, gpu: Gpu, clusters: bool, outputs: int, depth: int
 
 def by_clusters(work: Work, launches: Launches) -> bool:
     first = launches.cluster_rows
-    return first is not None and work.inputs >= first and work.weights not in EIGHT_BITS
+    return first is not None and work.inputs >= first
 
 
 def _fused(chain: _Chain, work: Work, launches: Launches, name: str, outputs: int, depth: int) -> None:

@@ -16,6 +16,8 @@ from costs.parts import Work
 REPORTS = Path(__file__).resolve().parents[1] / "reports"
 H100 = "nvidia-h100-80gb-hbm3/gpu_check.json"
 EPYC = ("amd-epyc-2-threads/report.json", "amd-epyc-2-threads-rows/report.json")
+COMMITS = {H100: "5e0ba55", EPYC[0]: "887f663", EPYC[1]: "99bc770"}
+"""What the model was fitted to, and docs/tuning.md shows. Reports of other commits are predicted all the same."""
 NAMED = {"bf16": ("bfloat16", None), "e4m3 cache": ("bfloat16", "float8_e4m3fn"), "int8 weights": ("int8", None)}
 """Weights and cache, by the names of `make gpu`'s steps."""
 FITTED = {"decode[b-float32-1]", "decode[b-bfloat16-1]", "decode[b-int8-1]", "decode[b-float32-32]",
@@ -67,9 +69,16 @@ def cpu_of(ceilings: dict[str, float], read_bytes: float | None = None) -> Cpu:
     return Cpu(read_bytes or ceilings["read_bytes"], *(ceilings[name] for name in names))
 
 
-def gpu_points(path: Path = REPORTS / H100, launches: str = "5e0ba55") -> Iterator[Point]:
-    """The steps of `make gpu`. Its JSON names its commit: `launches` has to be how that ran a step."""
+def commit_of(path: Path) -> str:
+    """As far as COMMITS names it."""
     data = json.loads(path.read_text())
+    return (data.get("commit") or data.get("commit_info", {}).get("id", ""))[:7]
+
+
+def gpu_points(path: Path = REPORTS / H100) -> Iterator[Point]:
+    """The steps of `make gpu`, as its commit ran them."""
+    data, commit = json.loads(path.read_text()), commit_of(path)
+    launches = commit if commit in LAUNCHES else "present"
     gpu, numbers = gpu_of(ceilings_of(path)), _numbers(data)
     for batch in (1, 8, 64, 256):
         for name, (weights, cache) in NAMED.items():
