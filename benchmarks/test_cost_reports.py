@@ -51,9 +51,9 @@ MISSED = {
 
 def as_fitted(*reports: str) -> None:
     """Skips where a newer run has replaced what the model was fitted to: then fit it anew, and mend the pages."""
-    for report in reports:
-        if commit_of(REPORTS / report) != COMMITS[report]:
-            pytest.skip(f"{report} is newer than the model")
+    for name in reports:
+        if commit_of(REPORTS / name) != COMMITS[name]:
+            pytest.skip(f"{name} is newer than the model")
 
 
 def test_nodes_are_those_that_the_profiler_counted():
