@@ -95,9 +95,9 @@ def steps(context: Context, batch: int, name: str) -> list[Number]:
     step = predicted(context, images, weights, kv_dtype)
     if step is None:
         return [timed]
-    milliseconds = 1e3 * step.seconds
-    ratio = Number(f"{name}: measured / predicted", timed.value / milliseconds, "times")
-    return [timed, Number(f"{name}: predicted by benchmarks/cost.py", milliseconds, "ms"), ratio]
+    title, milliseconds = f"{name}: predicted by benchmarks/cost.py", 1e3 * step.seconds
+    said = Number(title, milliseconds, "ms", timed.floor, timed.floor_is)
+    return [timed, said, Number(f"{name}: measured / predicted", timed.value / milliseconds, "times")]
 
 
 for _batch in BATCHES:
