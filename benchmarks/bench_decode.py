@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from alitok_fast.inference.packed_generator import PackedGenerator
 from alitok_fast.ops.decode import decode_reference
 from alitok_fast.testing import relative_error
+from costs.cpu import cpu_step
+from costs.parts import Work
+from costs.reports import cpu_of
 from floor import step_weights
 from peers.eager import EagerLoop
 
@@ -23,7 +28,7 @@ ERROR = {
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("weights", DTYPES)
 @pytest.mark.parametrize("size", ["b", "l", "xl"])
-def bench_decode(size, weights, batch, generator, mode, compare, device):
+def bench_decode(size, weights, batch, generator, mode, compare, ceilings, device):
     if device.type != "cpu":
         pytest.skip("decode has no CUDA kernel; bench_sampling times the loop")
     if batch == 32 and (size != "b" or not mode.timed or mode.quick):
@@ -62,7 +67,13 @@ def bench_decode(size, weights, batch, generator, mode, compare, device):
         "eager float32, restated reference": eager_step,
         "torch float32, static cache": lambda: step(gen, static),
     }
-    compare(lambda: step(decoder, cache), alternatives, decoder.packed.step_bytes + seen, "read_bytes")
+    modelled = predicted(Work(gen.config, batch, weights, position=position), ceilings)
+    compare(lambda: step(decoder, cache), alternatives, decoder.packed.step_bytes + seen, "read_bytes", modelled)
+
+
+def predicted(work: Work, ceilings) -> Callable[[float], float] | None:
+    """Seconds of a pass by the memory's bytes a second (benchmarks/cost.py); None where nothing is timed."""
+    return ceilings and (lambda read_bytes: cpu_step(work, cpu_of(ceilings.to_dict(), read_bytes)).seconds)
 
 
 WINDOWED = {"bfloat16": (torch.bfloat16, None), "int8": (torch.int8, None), "int8-by-int8": (torch.int8, torch.int8)}
@@ -106,7 +117,10 @@ def bench_decode_rows(rows, columns, weights, generator, mode, compare, ceilings
     alternatives = {"one input at a time": one_by_one} if columns > 1 else {}
     if rows == 2:
         alternatives["torch float32, static cache"] = _in_torch(gen, ids, position)
-    compare(whole, alternatives, *((operations, rate) if by_operations else (read, "read_bytes")))
+    names = [str(one).removeprefix("torch.") if one else None for one in (dtype, activations)]
+    work = Work(gen.config, rows // 2, names[0], None, names[1], columns, position)
+    bound = (operations, rate) if by_operations else (read, "read_bytes")
+    compare(whole, alternatives, *bound, predicted(work, ceilings))
 
 
 def _in_torch(gen, ids, position):

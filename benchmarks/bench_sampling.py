@@ -12,6 +12,9 @@ import torch
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.models import load_generator
 from alitok_fast.testing import relative_error
+from costs.cpu import cpu_step
+from costs.parts import Work
+from costs.reports import cpu_of
 from floor import Machine, decode_floor, tokens_floor
 from peers import contender
 from peers.compiled import Compiled
@@ -134,6 +137,7 @@ def bench_sampling(size, batch, generator, tokenizer, measure, mode, device, cei
             warm=None if batch <= 8 or device.type == "cuda" else system.sampling_seconds,
             own=True,
             floor=floor(system, batch, own.weights, own.images, tokenizer, ceilings) if mode.timed else None,
+            predicted=predicted(gen, batch, own, ceilings) if mode.timed and device.type == "cpu" else None,
             draw=system.sampling_seconds(),
             tokens_per_pass=1.0,
         )
@@ -169,6 +173,15 @@ def warm(system, labels):
     """Peers take up to minutes: a few steps where a system can be stopped, besides what `check` has run already."""
     if isinstance(system, (Eager, Compiled)):
         system.generate(labels, steps=4)
+
+
+def predicted(gen, batch, own: Precision, ceilings) -> Callable[[float], float]:
+    """Seconds of all steps, without the draws and the decode, by the memory's bytes a second (benchmarks/cost.py)."""
+    weights, kv, activations = (
+        None if dtype is None else str(dtype).removeprefix("torch.") for dtype in (own.weights, own.kv, own.activations)
+    )
+    work = Work(gen.config, batch, weights, kv, activations)
+    return lambda speed: work.config.num_tokens * cpu_step(work, cpu_of(ceilings.to_dict(), speed)).seconds
 
 
 def floor(system, batch, weights, images, tokenizer, ceilings) -> Callable[[float], dict[str, float]]:

@@ -195,7 +195,9 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
         if budget is None:
             budget = mode.pick(check=0.0, quick=QUICK_BUDGET, full=BUDGET)
         turns = Turns(present, budget, most, lambda: synchronize(device))
-        of_memory = mode.timed and (facts.get("unit") == "read_bytes" or any(one.floor for one in present.values()))
+        of_memory = mode.timed and (
+            facts.get("unit") == "read_bytes" or any(one.floor or one.predicted for one in present.values())
+        )
         bandwidth = []
 
         def before_each_round() -> None:
@@ -213,6 +215,9 @@ def measure(benchmark, mode: Mode, device: torch.device, request) -> Callable[..
             for name, one in present.items():
                 if one.floor is not None:
                     summary[name]["floor"] = dict(one.floor(max(bandwidth)))
+                if one.predicted is not None:
+                    summary[name]["predicted"] = dict(least=one.predicted(max(bandwidth)),
+                                                      most=one.predicted(min(bandwidth)))  # fmt: skip
         if facts.get("unit") == "read_bytes":
             facts["ceiling"] = max(bandwidth)
         info = {
@@ -244,11 +249,19 @@ def compare(measure, ceilings: Ceilings | None, mode: Mode, cold_caches) -> Call
     """compare(function, alternatives, work, ceiling): time `function` beside itself with cold caches and alternatives.
 
     `alternatives` maps a name to a function of no arguments or to Missing; `work` is what one call does, in the unit of
-    `ceiling`, a field of Ceilings ("fp32_flops", "bf16_flops", "read_bytes").
+    `ceiling`, a field of Ceilings ("fp32_flops", "bf16_flops", "read_bytes"). `predicted` says how many seconds a model
+    gives it where memory is read at so many bytes a second.
     """
 
-    def run(function: Callable, alternatives: Mapping[str, Callable | Missing], work: float, ceiling: str) -> None:
-        contenders = {"alitok_fast": Contender(function), COLD: Contender(function, before=cold_caches)}
+    def run(
+        function: Callable,
+        alternatives: Mapping[str, Callable | Missing],
+        work: float,
+        ceiling: str,
+        predicted: Callable[[float], float] | None = None,
+    ) -> None:
+        own = Contender(function, predicted=predicted)
+        contenders = {"alitok_fast": own, COLD: Contender(function, before=cold_caches)}
         contenders |= {n: f if isinstance(f, Missing) else Contender(f) for n, f in alternatives.items()}
         most = getattr(ceilings, ceiling) if mode.timed else None
         measure(contenders, kind="operator", work=work, unit=ceiling, ceiling=most)

@@ -94,12 +94,20 @@ def terminal_lines(name: str, info: dict[str, Any]) -> list[str]:
         rate = info["work"] / own["seconds"]["median"]
         share = rate / info["ceiling"]
         line += f", {rate / 1e9:.0f} {unit}, {share:.0%} of the measured {info['ceiling'] / 1e9:.0f}"
-    lines = [line]
+    lines = [line + _predicted(own, "steps " if info.get("kind") == "image" else "")]
     if (info["others"] or 0) > BUSY:
         lines.append(f"    the machine was busy: other processes had {info['others']:.1f} cores")
     lines += [f"    {other['times']:6.2f}x  {label} ({_seconds(other['seconds'])})" for label, other in others]
     lines += [f"    missing  {label}: {reason}" for label, reason in info["missing"].items()]
     return lines
+
+
+def _predicted(own: dict[str, Any], what: str) -> str:
+    """What the model of benchmarks/cost.py gives it, with the slowest and the fastest memory between the rounds."""
+    if "predicted" not in own:
+        return ""
+    least, most = (f"{own['predicted'][end] * 1e3:.4g}" for end in ("least", "most"))
+    return f", {what}predicted {least} ms" if least == most else f", {what}predicted {least} to {most} ms"
 
 
 def result_line(results: dict[str, dict[str, Any]], failed: dict[str, str], seconds: float) -> str:

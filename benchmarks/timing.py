@@ -18,7 +18,7 @@ class Contender:
     `run` does it once, and may return the seconds of its parts by name. `warm` is what to do before anything is timed;
     None is `run` itself, which a contender that takes minutes cannot afford. `before` runs untimed before each round.
     `facts` go into the report as they are. `floor` says how many seconds the parts need at least where memory is read
-    at so many bytes a second.
+    at so many bytes a second; `predicted`, how many all of it or the part that a model knows takes there.
     """
 
     run: Callable[[], Any]
@@ -26,6 +26,7 @@ class Contender:
     facts: Mapping[str, Any] = field(default_factory=dict)
     before: Callable[[], Any] | None = None
     floor: Callable[[float], Parts] | None = None
+    predicted: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True)

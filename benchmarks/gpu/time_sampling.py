@@ -1,16 +1,27 @@
-"""Where the time of an image goes: steps of B by batch and precision, the kernels of one step, the decode to pixels."""
+"""Where the time of an image goes: steps of B by batch and precision, the kernels of one step, the decode to pixels.
+
+Beside each step stands what the model of benchmarks/cost.py predicts, with its terms in the log.
+"""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict, replace
 
 import torch
 
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.models import Generator
+from alitok_fast.ops.fused_linear import FUSED_ROWS
+from cost import report
+from costs.cpu import cpu_step
+from costs.gpu import LAUNCHES, Launches, gpu_step
+from costs.parts import Step, Work
+from costs.reports import cpu_of, gpu_of
 from floor import Machine, decode_floor, tokens_floor
 from gpu.items import Context, Items, Number, Skipped
+from gpu.torch_alone import graph_nodes
 from peers.ours import Ours
 from random_models import random_generator, random_tokenizer
 
@@ -42,6 +53,34 @@ def least(context: Context, ours: Ours, weights: torch.dtype) -> float | None:
     return whole / config.num_tokens
 
 
+@functools.cache
+def node(context: Context) -> float:
+    """Seconds of a node of a graph, on this GPU."""
+    return graph_nodes(context)[0].value * 1e-6
+
+
+def launches(device: torch.device) -> Launches:
+    """How a step is run here: as many rows fused as the library says, by clusters where the device has them."""
+    rows = dict(fused_rows=FUSED_ROWS[BF16], fused_rows_8=FUSED_ROWS[INT8])
+    clusters = torch.cuda.get_device_capability(device) >= (9, 0)
+    return replace(LAUNCHES["present"], **rows, **({} if clusters else {"cluster_rows": None}))
+
+
+def predicted(context: Context, batch: int, weights: torch.dtype, kv_dtype: torch.dtype | None) -> Step | None:
+    """A step by the model, whose table goes to the log: where a measurement differs, a kernel's row tells which term
+    is wrong. None where there are no ceilings."""
+    if context.ceilings is None:
+        return None
+    formats = [None if dtype is None else str(dtype).removeprefix("torch.") for dtype in (weights, kv_dtype)]
+    work, most = Work(generator(context).config, batch, *formats), asdict(context.ceilings)
+    if context.device.type == "cpu":
+        step = cpu_step(work, cpu_of(most))
+    else:
+        step = gpu_step(work, gpu_of({**most, "node": node(context)}), launches(context.device))
+    print(report(work, step, "predicted"))
+    return step
+
+
 def steps(context: Context, batch: int, name: str) -> list[Number]:
     weights, kv_dtype = PRECISIONS[name]
     if context.device.type == "cpu" and (kv_dtype is not None or batch > 8):
@@ -51,8 +90,14 @@ def steps(context: Context, batch: int, name: str) -> list[Number]:
     labels, count = torch.arange(images, device=context.device), gen.config.num_tokens
     seconds = context.seconds(lambda: ours.generate(labels), rounds=context.pick(quick=1, full=5 if batch <= 8 else 3))
     key = f"batch {batch}" if name == "bf16" else ""
-    name = f"B x {gen.config.num_layers} layers, batch {images}, {name}: a step"
-    return [context.timed(name, seconds, count, least=least(context, ours, weights), key=key)]
+    name = f"B x {gen.config.num_layers} layers, batch {images}, {name}"
+    timed = context.timed(f"{name}: a step", seconds, count, least=least(context, ours, weights), key=key)
+    step = predicted(context, images, weights, kv_dtype)
+    if step is None:
+        return [timed]
+    title, milliseconds = f"{name}: predicted by benchmarks/cost.py", 1e3 * step.seconds
+    said = Number(title, milliseconds, "ms", timed.floor, timed.floor_is)
+    return [timed, said, Number(f"{name}: measured / predicted", timed.value / milliseconds, "times")]
 
 
 for _batch in BATCHES:
@@ -76,8 +121,10 @@ def kernels_of_a_step(context: Context) -> list[Number]:
         print(f"batch {batch}\n{table.table(sort_by='self_device_time_total', row_limit=25, max_name_column_width=90)}")
         kernels = [entry for entry in table if entry.self_device_time_total > 0]  # calls of the driver stand there too
         busy = sum(entry.self_device_time_total for entry in kernels)
+        step = predicted(context, batch, BF16, None)
         numbers += [
             Number(f"batch {batch}: nodes", sum(entry.count for entry in kernels), "count"),
+            *([] if step is None else [Number(f"batch {batch}: nodes, predicted", step.kernels, "count")]),
             context.timed(f"batch {batch}: kernels, without the gaps", [busy / 1e6], least=least(context, ours, BF16)),
         ]
     return numbers

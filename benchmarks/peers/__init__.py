@@ -27,8 +27,8 @@ class System(Protocol):
         """images (B, 3, H, W) in [0, 1]."""
 
 
-def contender(system: System, labels: Tensor, warm=None, floor=None, **facts) -> Contender:
-    """Whole images of `labels`, timed in two parts. `warm`, `floor` and `facts` as in `Contender`."""
+def contender(system: System, labels: Tensor, warm=None, floor=None, predicted=None, **facts) -> Contender:
+    """Whole images of `labels`, timed in two parts. `warm`, `floor`, `predicted` and `facts` as in `Contender`."""
 
     def run() -> dict[str, float]:
         begin = time.perf_counter()
@@ -39,7 +39,7 @@ def contender(system: System, labels: Tensor, warm=None, floor=None, **facts) ->
         synchronize(labels.device)
         return {"tokens": middle - begin, "stage-2 decode": time.perf_counter() - middle}
 
-    return Contender(run, warm, facts, floor=floor)
+    return Contender(run, warm, facts, floor=floor, predicted=predicted)
 
 
 def conditions(gen: Generator, labels: Tensor, tokens: Tensor) -> list[Tensor]:

@@ -29,6 +29,8 @@ class Image:
     """The model had fewer layers than the published one."""
     tokens_per_pass: float | None = None
     """Of an image; None where it was not recorded, or there are no passes."""
+    predicted: dict[str, float] | None = None
+    """Seconds of all steps by the model of benchmarks/cost.py: least and most."""
 
     @property
     def one_round(self) -> bool:
@@ -57,6 +59,8 @@ class Operator:
     unit: str
     ceiling: float
     alternatives: dict[str, dict[str, Any]]
+    predicted: dict[str, float] | None = None
+    """Seconds by the model of benchmarks/cost.py: least and most."""
 
     @property
     def rate(self) -> float:
@@ -133,6 +137,7 @@ def _images(info: dict[str, Any]) -> list[Image]:
             first=first,
             cut=info["layers"] < LAYERS[info["size"]],
             tokens_per_pass=result.get("tokens_per_pass"),
+            predicted=result.get("predicted"),
         )
         for name, result in info["contenders"].items()
     ]
@@ -179,4 +184,5 @@ def dit_name(model: str, steps: int) -> str:
 
 def _operator(name: str, info: dict[str, Any]) -> Operator:
     (_, own), *others = info["contenders"].items()
-    return Operator(name, own["seconds"], info["work"], info["unit"], info["ceiling"], dict(others))
+    given = info["work"], info["unit"], info["ceiling"], dict(others), own.get("predicted")
+    return Operator(name, own["seconds"], *given)

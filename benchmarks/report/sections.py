@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -153,7 +154,22 @@ def _parts(report: Report) -> Section | None:
         "tokens an image keeps those whose guesses were right: the images are the same. How often they are right with "
         "trained weights of these sizes was not measured; rows that say so take the rate of the trained demo model."
     ]
-    return Section("Time by part", text, [Table(("model", "system", *names, "tokens a pass"), rows)], ["parts"])
+    table = with_predictions(
+        Table(("model", "system", *names, "tokens a pass"), rows), report.images, "steps, predicted"
+    )
+    return Section("Time by part", text, [table], ["parts"])
+
+
+def with_predictions(table: Table, items: Sequence[Image | Operator], title: str) -> Table:
+    """A column more for what the model of benchmarks/cost.py gives each row, with the fastest and the slowest memory
+    between the rounds. Reports without predictions stay as they are."""
+    if not any(item.predicted for item in items):
+        return table
+    cells = []
+    for item in items:
+        least, most = (seconds(item.predicted[end]) if item.predicted else "" for end in ("least", "most"))
+        cells.append(least if least == most else f"{least} to {most}")
+    return Table((*table.header, title), [(*row, cell) for row, cell in zip(table.rows, cells, strict=True)])
 
 
 def _diffusion(report: Report) -> Section | None:
@@ -219,7 +235,8 @@ def _operators(report: Report) -> Section | None:
         "in this run: memory read (between the rounds) for GB/s, the precision's multiplications for GFLOP/s."
     ]
     header = ("benchmark", "alitok_fast", "rate", "share of ceiling", "alternatives")
-    return Section("Operators", text, [Table(header, [_operator_row(one) for one in report.operators])])
+    table = Table(header, [_operator_row(one) for one in report.operators])
+    return Section("Operators", text, [with_predictions(table, report.operators, "predicted")])
 
 
 def _operator_row(one: Operator) -> tuple[str, ...]:
