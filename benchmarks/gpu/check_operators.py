@@ -15,6 +15,7 @@ from alitok_fast.config import GENERATORS
 from alitok_fast.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from alitok_fast.ops.cached_attention import cached_attention, cached_attention_reference
 from alitok_fast.ops.fused_linear import LinearWeights, fused_linear_reference, linear_add, norm_linear
+from alitok_fast.ops.norm_head import norm_head, norm_head_reference
 from alitok_fast.ops.prefix_attention import prefix_attention, prefix_attention_reference
 from alitok_fast.ops.quantized_linear import (
     dequantize_weight,
@@ -246,6 +247,25 @@ def check_fused_linear(context: Context) -> list[Number]:
             )
             name = f"{str(stored).removeprefix('torch.')}, {rows} rows"
             numbers.append(within(name, max(errors), 3 * 2**-8, "relative"))
+    return numbers
+
+
+@items("norm_head")
+def check_norm_head(context: Context) -> list[Number]:
+    """All widths of its kernels; and the same bits of a row whatever rows lie beside it."""
+    numbers = []
+    for width, outputs in context.pick(quick=[(132, 70)], full=[(768, 4096), (1024, 4096), (1280, 4096), (100, 77)]):
+        weight, bias = randn(context, outputs, width, seed=1) / width**0.5, randn(context, outputs, seed=2)
+        norm, stream = 1 + 0.1 * randn(context, width, seed=3), randn(context, 32, width, seed=4)
+        together = norm_head(stream, None, norm, 1e-5, weight, bias)
+        for rows in context.pick(quick=(2, 18), full=(1, 2, 8, 16, 32)):
+            x = stream[:rows]
+            got = norm_head(x, None, norm, 1e-5, weight, bias)
+            wide = x.double(), norm.double(), 1e-5, weight.double(), bias.double()
+            low = norm_head_reference(x, norm, 1e-5, weight, bias)
+            name = f"{rows} x {width} to {outputs}"
+            numbers.append(agreement(name, [got], [norm_head_reference(*wide)], [low]))
+            numbers.append(same(f"{name}: alone and among 32", got, together[:rows]))
     return numbers
 
 

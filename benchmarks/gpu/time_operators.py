@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
 from alitok_fast.ops.fused_linear import LinearWeights, linear_add, norm_linear
+from alitok_fast.ops.norm_head import norm_head
 from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
 from alitok_fast.ops.sample_tokens import sample_tokens
 from alitok_fast.ops.swiglu import swiglu
@@ -110,6 +112,30 @@ def time_fused_linear(context: Context) -> list[Number]:
             calls = [partial(block, layers) for layers in blocks]
             name = f"{str(stored).removeprefix('torch.')}, {rows} rows, a block and a copy"
             numbers.append(timed(context, name, calls, read=read, key=f"block {rows}" if rows == 2 else ""))
+    return numbers
+
+
+@items("norm_head")
+def time_norm_head(context: Context) -> list[Number]:
+    """Each with weights of its own, beside the two operators that it stands for."""
+    numbers, norm = [], torch.ones(CONFIG.width, device=context.device)
+    read = 4 * CONFIG.codebook_size * CONFIG.width
+    heads = [
+        (randn(context, CONFIG.codebook_size, CONFIG.width, dtype=torch.float32),
+         torch.zeros(CONFIG.codebook_size, device=context.device))
+        for _ in range(copies(context, read))
+    ]  # fmt: skip
+
+    def apart(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(add_rms_norm(x, None, norm, 1e-5)[1], weight, bias)
+
+    for rows in context.pick(quick=(2,), full=(2, 16, 32)):
+        x = randn(context, rows, CONFIG.width, dtype=torch.float32)
+        work = dict(read=read, flops=read / 2 * rows, rate="fp32_flops")
+        calls = [partial(norm_head, x, None, norm, 1e-5, *head) for head in heads]
+        numbers.append(timed(context, f"{rows} rows", calls, **work))
+        calls = [partial(apart, x, *head) for head in heads]
+        numbers.append(timed(context, f"{rows} rows, norm and torch's product", calls, **work))
     return numbers
 
 
