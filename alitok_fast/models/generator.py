@@ -200,6 +200,9 @@ class Generator(HubModel):
         weight, _, bias = weights_of(self.output)
         return norm_head(x, delta, self.norm.weight, NORM_EPS, weight, bias).view(*ids.shape, -1)
 
+    def expect(self, inputs: int) -> None:
+        """Many steps of so many inputs will follow, for which there is nothing to make ready."""
+
     def sample_passes(self, state: SampleState, cache: KVCache, passes: int, window: int = 1) -> None:
         """`passes` times: feed the first `window` ids of each row, draw, and feed next what follows (`sample_next`)."""
         sample_passes(self, state, cache, passes, window)

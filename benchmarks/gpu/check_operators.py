@@ -22,6 +22,7 @@ from alitok_fast.ops.quantized_linear import (
     quantize_weight,
     quantized_linear,
     quantized_linear_reference,
+    widen_weight,
 )
 from alitok_fast.ops.sample_tokens import guided_logits, gumbel_noise, kept_logits, sample_tokens
 from alitok_fast.ops.swiglu import swiglu, swiglu_reference
@@ -211,6 +212,9 @@ def check_quantized_linear(context: Context) -> list[Number]:
     for stored in (torch.int8, torch.float8_e4m3fn):
         weight, scale = (t.to(context.device) for t in quantize_weight(randn(context, outputs, inputs), stored))
         for dtype in FLOATS:
+            rounded = dequantize_weight(weight, scale, torch.float64).to(dtype)
+            name = f"{str(stored).removeprefix('torch.')} as {str(dtype).removeprefix('torch.')}"
+            numbers.append(same(name, widen_weight(weight, scale, dtype), rounded))
             bias = randn(context, outputs, dtype=dtype, seed=2)
             for rows in (1, 5, 16, 32):
                 x = randn(context, rows, inputs, dtype=dtype, seed=1)
