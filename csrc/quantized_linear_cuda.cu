@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kThreads) widen_kernel(const WidenParams p) {
   const bool whole = p.inputs % kVector == 0, weight_aligned = whole && is_aligned(p.weight);
   const bool out_aligned = whole && is_aligned(p.out);
 
-  for (int64_t i = threadIdx.x % 32 * kVector; i < p.inputs; i += 32 * kVector) {
+  constexpr int kStep = 32 * kVector;
+  for (int64_t i = threadIdx.x % 32 * kVector; i < p.inputs; i += kStep) {
     const int64_t count = p.inputs - i;
     float value[kVector];
     load(value, weight + i, count, weight_aligned);

@@ -269,7 +269,8 @@ def check_norm_head(context: Context) -> list[Number]:
             low = norm_head_reference(x, norm, 1e-5, weight, bias)
             name = f"{rows} x {width} to {outputs}"
             numbers.append(agreement(name, [got], [norm_head_reference(*wide)], [low]))
-            numbers.append(same(f"{name}: alone and among 32", got, together[:rows]))
+            if context.device.type == "cuda":  # torch's product, elsewhere, promises no such bits
+                numbers.append(same(f"{name}: alone and among 32", got, together[:rows]))
     return numbers
 
 
