@@ -38,7 +38,9 @@ STABLE_TORCH_LIBRARY(alitok, m) {
   m.def(
       "linear_backward(Tensor grad, Tensor x, Tensor weight, bool[3] wanted) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def("norm_head(Tensor x, Tensor norm_weight, float norm_eps, Tensor weight, Tensor? bias) -> Tensor");
   m.def("quantized_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
+  m.def("quantized_linear_widen(Tensor weight, Tensor scale, ScalarType dtype) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)");
   m.def(

@@ -94,6 +94,43 @@ __global__ void __launch_bounds__(kThreads) quantized_linear_kernel(const Quanti
   static_cast<T*>(p.out)[row * p.outputs + output] = from_float<T>(mine + bias);
 }
 
+// A warp for each output: a byte read and sizeof(T) written for a weight.
+template <class T, class W>
+__global__ void __launch_bounds__(kThreads) widen_kernel(const WidenParams p) {
+  const int64_t output = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (output >= p.outputs) return;
+  const int64_t groups = (p.inputs + kQuantizedLinearGroup - 1) / kQuantizedLinearGroup;
+  const W* weight = static_cast<const W*>(p.weight) + output * p.inputs;
+  const __nv_bfloat16* scale = static_cast<const __nv_bfloat16*>(p.scale) + output * groups;
+  T* out = static_cast<T*>(p.out) + output * p.inputs;
+  const bool whole = p.inputs % kVector == 0, weight_aligned = whole && is_aligned(p.weight);
+  const bool out_aligned = whole && is_aligned(p.out);
+
+  constexpr int kStep = 32 * kVector;
+  for (int64_t i = threadIdx.x % 32 * kVector; i < p.inputs; i += kStep) {
+    const int64_t count = p.inputs - i;
+    float value[kVector];
+    load(value, weight + i, count, weight_aligned);
+    const float group_scale = to_float(scale[i / kQuantizedLinearGroup]);
+    alignas(16) T wide[kVector];
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) wide[e] = from_float<T>(value[e] * group_scale);
+    if (out_aligned) {
+#pragma unroll
+      for (int chunk = 0; chunk < kVector * static_cast<int>(sizeof(T)) / 16; ++chunk) {
+        uint4 bits;
+        memcpy(&bits, reinterpret_cast<const char*>(wide) + 16 * chunk, 16);
+        reinterpret_cast<uint4*>(out + i)[chunk] = bits;
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        if (e < count) out[i + e] = wide[e];
+      }
+    }
+  }
+}
+
 template <class T, class W, int kRows>
 void launch(const QuantizedLinearParams& p, void* stream) {
   constexpr int64_t kBlock = kWarps * kOutputs<kRows>;
@@ -117,7 +154,26 @@ void launch_for_weight(const QuantizedLinearParams& p, void* stream) {
   launch_for_rows<T, e4m3>(p, stream);
 }
 
+template <class T>
+void widen_to(const WidenParams& p, void* stream) {
+  const dim3 grid(static_cast<unsigned>((p.outputs + kWarps - 1) / kWarps));
+  if (p.weight_dtype == QuantizedLinearDtype::int8) {
+    ALITOK_LAUNCH((widen_kernel<T, int8_t>), grid, kThreads, 0, stream, p);
+  } else {
+    ALITOK_LAUNCH((widen_kernel<T, e4m3>), grid, kThreads, 0, stream, p);
+  }
+}
+
 }  // namespace
+
+void widen_cuda(const WidenParams& p, void* stream) {
+  switch (p.dtype) {
+    case QuantizedLinearDtype::float32: return widen_to<float>(p, stream);
+    case QuantizedLinearDtype::bfloat16: return widen_to<__nv_bfloat16>(p, stream);
+    case QuantizedLinearDtype::float16: return widen_to<__half>(p, stream);
+    default: throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got 8 bits");
+  }
+}
 
 void quantized_linear_cuda(const QuantizedLinearParams& p, void* stream) {
   switch (p.dtype) {

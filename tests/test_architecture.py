@@ -42,7 +42,7 @@ GLUE_HEADERS = (
 TORCH_OR_PYTHON = re.compile(r"^(torch/|ATen/|c10/|pybind11/|Python\.h)")
 
 
-CUDA_ONLY = {"fused_linear"}  # on a CPU a step is one native call (decode)
+CUDA_ONLY = {"fused_linear", "norm_head"}  # on a CPU a step is one native call (decode)
 
 
 def python_files() -> list[Path]:

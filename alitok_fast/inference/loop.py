@@ -59,6 +59,7 @@ class SamplingLoop:
         self.model, self.batch_size, self.guided = model, batch_size, guided
         rows, steps, device = batch_size * (2 if guided else 1), model.config.num_tokens, model.device
         try:
+            self.model.expect(rows)
             self.cache = self.model.new_cache(rows, kv_dtype, MOST_COLUMNS)
         except RuntimeError as error:
             size = rows * KVCache.bytes_per_slot(model.config, kv_dtype or self.model.cache_dtype)
@@ -116,6 +117,7 @@ class SamplingLoop:
             if self.model.device.type == "cuda":
                 for window in choice.windows:
                     if window not in self._graphs:
+                        self.model.expect(len(self.state.ids) * window)
                         self.start(*given)
                         self._graphs[window] = capture(self.model.device, partial(self.do_pass, window))
                 self._read_by_graphs = self.model.tensors()
@@ -213,6 +215,7 @@ class SamplingLoop:
     def advance(self, passes: int, window: int = 1) -> None:
         """Up to `passes` passes: replays of the graph, where one was captured."""
         if window not in self._graphs:
+            self.model.expect(len(self.state.ids) * window)
             return self.model.sample_passes(self.state, self.cache, passes, window)
         for _ in range(passes):
             self._graphs[window].replay()

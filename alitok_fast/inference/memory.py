@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from alitok_fast.inference.quantized_generator import QuantizedGenerator
 from alitok_fast.inference.step_model import StepModel
 from alitok_fast.models.kv_cache import KVCache
 
@@ -19,19 +20,27 @@ USABLE = 0.9  # of the free memory: allocators round up, and others want some to
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes for one image of a batch (its cache, activations and logits), bytes that are free, and what they allow."""
+    """Bytes for one image of a batch (its cache, activations and logits), bytes that are free, and what they allow.
+
+    A batch of more than `few_images` also costs `bytes_for_many`, once: 8-bit weights that are written out for it and
+    kept (`QuantizedGenerator`). That is 0 for other weights, and for those that are written out already.
+    """
 
     bytes_per_image: int
     bytes_available: int
+    few_images: int = 0
+    bytes_for_many: int = 0
 
     def batch_bytes(self, images: int) -> int:
         """What a batch of so many images costs."""
-        return images * self.bytes_per_image
+        return images * self.bytes_per_image + (self.bytes_for_many if images > self.few_images else 0)
 
     @property
     def largest_batch(self) -> int:
         """Images that fit together; 0 when not even one does."""
-        return int(USABLE * self.bytes_available) // self.bytes_per_image
+        usable = int(USABLE * self.bytes_available)
+        few, many = (left // self.bytes_per_image for left in (usable, usable - self.bytes_for_many))
+        return max(many, min(few, self.few_images), 0)
 
 
 def plan(
@@ -39,6 +48,7 @@ def plan(
     device: torch.device | str | None = None,
     guided: bool = True,
     kv_dtype: torch.dtype | None = None,
+    window: int = 1,
 ) -> MemoryPlan:
     """What sampling images with `gen` costs, beyond the model itself, and how many fit at a time.
 
@@ -47,6 +57,7 @@ def plan(
         device: "cpu" or "cuda", whose free memory counts; None takes that of `gen`.
         guided: with guidance, which doubles the rows.
         kv_dtype: of the cache; None is what `gen` takes by itself.
+        window: of sampling, which with 8-bit weights says from how many images on these are written out.
 
     Raises:
         TypeError: `gen` is not a generator.
@@ -59,7 +70,10 @@ def plan(
     # Activations, in float32: the residual, the normed rows, the widest product and its input, three times the logits.
     activations = 4 * (2 * config.width + 2 * max(3 * config.width, 2 * config.hidden) + 3 * config.codebook_size)
     per_row = KVCache.bytes_per_slot(config, kv_dtype or gen.cache_dtype) + activations
-    return MemoryPlan(rows * per_row, available_bytes(device))
+    few, once = 0, 0
+    if isinstance(gen, QuantizedGenerator):
+        few, once = gen.most_inputs // (rows * window), gen.wide_bytes
+    return MemoryPlan(rows * per_row, available_bytes(device), few, once)
 
 
 def available_bytes(device: torch.device) -> int:

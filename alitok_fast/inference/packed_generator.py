@@ -83,6 +83,9 @@ class PackedGenerator:
             raise ValueError(f"kv_dtype: expected float32 or bfloat16 on the CPU, got {name}")
         return KVCache(self.config, slots, self.device, dtype, columns)
 
+    def expect(self, inputs: int) -> None:
+        """As `Generator.expect`: nothing."""
+
     def step(self, ids: Tensor, cache: KVCache, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """As `Generator.step`; the logits are float32. Raises ValueError past the cache's end."""
         return decode(self.packed, ids, cache.keys, cache.values, positions, slots)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alitok_fast._library import native_enabled
 from alitok_fast.inference.cuda_graph import storage
 from alitok_fast.inference.origin import Origin
 from alitok_fast.models.generator import Generator, condition_ids, read_prompt, sample_passes
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.decode import SampleState
-from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
+from alitok_fast.ops.fused_linear import INPUTS_MULTIPLE, NORMED_INPUTS, fused_rows
+from alitok_fast.ops.quantized_linear import MOST_ROWS, quantize_weight, quantized_linear, widen_weight
+
+_widening = threading.Lock()  # whose turn it is to write the weights of a generator out
 
 
 class QuantizedLinear(nn.Module):
@@ -33,12 +39,25 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return quantized_linear(x, self.weight, self.scale, self.bias)
 
+    def widened(self, dtype: torch.dtype) -> nn.Linear:
+        """A layer with these weights in `dtype`, as `quantized_linear` rounds them for many rows."""
+        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(widen_weight(self.weight, self.scale, dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias, requires_grad=False)
+        return linear
+
 
 class QuantizedGenerator:
     """A generator that steps with block weights in 8 bits; its embeddings, norms and head are those of `gen`.
 
     It holds a copy of the blocks' weights, so later changes of them in `gen` do not reach it, and `gen` may be dropped
     to free its own.
+
+    Steps of up to `most_inputs` inputs read the 8-bit weights. For more, a product takes far longer than reading its
+    weights, and each would be written out in the dtype of activations first. Who will do many such steps says so
+    (`expect`, as the sampling loop does): then all are written out once, and kept beside the 8-bit ones, which takes
+    `wide_bytes` more. The results are the same to the bit.
 
     Args:
         gen: the generator, in evaluation mode for sampling; its dtype is that of activations, biases and cache.
@@ -59,7 +78,11 @@ class QuantizedGenerator:
         self.weight_dtype = weight_dtype
         self._origin = Origin(gen)
         self.module: Any = _shallow_copy(gen)
-        self.module.blocks = _quantized(gen.blocks, weight_dtype)
+        self.module.blocks = _with_linears(gen.blocks, nn.Linear, lambda layer: QuantizedLinear(layer, weight_dtype))
+        self._wide: Any = None  # the same with all weights written out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_wide": None}  # a copy makes its own when it needs it
 
     @property
     def training(self) -> bool:
@@ -72,7 +95,41 @@ class QuantizedGenerator:
 
     def step(self, ids: Tensor, cache: KVCache, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """As `Generator.step`."""
-        return self.module.step(ids, cache, positions, slots)
+        wide = self._wide
+        many = wide is not None and ids.numel() > self.most_inputs and native_enabled()
+        exact = not torch.is_autocast_enabled(self.device.type)  # products with 8-bit weights know no autocast
+        return (wide if many and exact else self.module).step(ids, cache, positions, slots)
+
+    @property
+    def most_inputs(self) -> int:
+        """Inputs (rows times window) of a step up to which the 8-bit weights are used as they are."""
+        widths = self.config.width, self.config.hidden
+        fused = (
+            self.device.type == "cuda"
+            and self.dtype == torch.bfloat16
+            and self.config.width <= NORMED_INPUTS
+            and not any(width % INPUTS_MULTIPLE for width in widths)
+        )
+        return fused_rows(self.weight_dtype, self.device) if fused else MOST_ROWS
+
+    @property
+    def wide_bytes(self) -> int:
+        """Bytes that the weights will take when they are written out; 0 where they are already."""
+        layers = [layer for layer in self.module.blocks.modules() if isinstance(layer, QuantizedLinear)]
+        return 0 if self._wide is not None else self.dtype.itemsize * sum(layer.weight.numel() for layer in layers)
+
+    def expect(self, inputs: int) -> None:
+        """As `StepModel.expect`: beyond `most_inputs`, write the weights out, unless they are."""
+        if inputs <= self.most_inputs or not native_enabled():
+            return
+        with _widening, torch.inference_mode(False), torch.no_grad():
+            if self._wide is not None:
+                return
+            wide = _shallow_copy(self.module)
+            wide.blocks = _with_linears(self.module.blocks, QuantizedLinear, lambda layer: layer.widened(self.dtype))
+            if self.device.type == "cuda":  # other streams, whose loops share this generator, know nothing of this one
+                torch.cuda.current_stream(self.device).synchronize()
+            self._wide = wide
 
     def condition_ids(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """As `Generator.condition_ids`."""
@@ -88,7 +145,7 @@ class QuantizedGenerator:
 
     def tensors(self) -> list[Tensor]:
         """All tensors that a step reads besides the cache."""
-        return storage(self.module)
+        return storage(self.module) + ([] if self._wide is None else storage(self._wide.blocks))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights by name, those in 8 bits with their scales."""
@@ -96,7 +153,7 @@ class QuantizedGenerator:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the blocks' weights, scales and biases included."""
+        """Bytes of the blocks' weights in 8 bits, scales and biases included."""
         return sum(tensor.nbytes for tensor in self.module.blocks.state_dict().values())
 
 
@@ -107,11 +164,11 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _quantized(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module with its linear layers quantised; everything else is shared."""
-    if isinstance(module, nn.Linear):
-        return QuantizedLinear(module, dtype)
+def _with_linears(module: nn.Module, kind: type[nn.Module], made: Callable[[Any], nn.Module]) -> nn.Module:
+    """The module with what `made` makes of its layers of a kind in their place; everything else is shared."""
+    if isinstance(module, kind):
+        return made(module)
     twin = _shallow_copy(module)
     for name, child in module.named_children():
-        twin._modules[name] = _quantized(child, dtype)
+        twin._modules[name] = _with_linears(child, kind, made)
     return twin

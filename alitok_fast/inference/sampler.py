@@ -177,7 +177,7 @@ class Sampler:
             self._loops.popitem(last=False)
 
     def _fits(self, guided: bool) -> int:
-        return plan(self.model, guided=guided, kv_dtype=self.kv_dtype).largest_batch
+        return plan(self.model, guided=guided, kv_dtype=self.kv_dtype, window=self.window or 1).largest_batch
 
 
 def sample(

@@ -44,6 +44,10 @@ class StepModel(Protocol):
         """An empty cache for `slots` sequences."""
         ...
 
+    def expect(self, inputs: int) -> None:
+        """Many steps of so many inputs, rows times window, will follow: make what they read beside the weights."""
+        ...
+
     def step(self, ids: Tensor, cache: KVCache, positions: Tensor, slots: Tensor | None = None) -> Tensor:
         """Append W ids to each row's sequence, ids (R, W), from its position on; the logits (R, W, K) after each."""
         ...

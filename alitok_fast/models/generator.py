@@ -11,10 +11,10 @@ from alitok_fast.config import GeneratorConfig
 from alitok_fast.models.checks import check_range, check_tensor
 from alitok_fast.models.hub import HubModel
 from alitok_fast.models.kv_cache import KVCache
-from alitok_fast.models.layers import NORM_EPS, Embedding, GeneratorBlock, Linear, RMSNorm, making
+from alitok_fast.models.layers import NORM_EPS, Embedding, GeneratorBlock, Linear, RMSNorm, making, weights_of
 from alitok_fast.models.rope import rope_table
-from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.decode import SampleState, sample_next
+from alitok_fast.ops.norm_head import norm_head
 
 PROMPT_INPUTS = 256  # of a pass that reads a prompt, as many as in csrc/decode.h
 
@@ -197,9 +197,11 @@ class Generator(HubModel):
         x, delta = self.embeddings.weight[ids.flatten()], None
         for layer, block in enumerate(self.blocks):
             x, delta = block.step(x, delta, self.rope, cache, layer, positions, slots)
-        # The last norm and the head are float32, and so is what they read.
-        _, normed = add_rms_norm(x, None if delta is None else delta.float(), self.norm.weight, NORM_EPS)
-        return self.output(normed).view(*ids.shape, -1)
+        weight, _, bias = weights_of(self.output)
+        return norm_head(x, delta, self.norm.weight, NORM_EPS, weight, bias).view(*ids.shape, -1)
+
+    def expect(self, inputs: int) -> None:
+        """Many steps of so many inputs will follow, for which there is nothing to make ready."""
 
     def sample_passes(self, state: SampleState, cache: KVCache, passes: int, window: int = 1) -> None:
         """`passes` times: feed the first `window` ids of each row, draw, and feed next what follows (`sample_next`)."""

@@ -17,8 +17,9 @@
 | `int8_linear` | one with 8-bit weights and activations (`pack_int8`, `unpack_int8`), for inference | CPU |
 | `decode`, `decode_tokens` | whole steps of the generator (`pack_weights`, `unpack_weights`) | CPU |
 
-`fused_linear` is no function here: its module has the layers of a sampling step on a GPU. The CUDA kernels have run on
-an H100 (docs/status.md). `alitok_fast.use_reference()` runs the PyTorch references instead of the kernels.
+`fused_linear` and `norm_head` are no functions here: their modules have the layers of a sampling step on a GPU. The
+CUDA kernels have run on an H100 (docs/status.md), that of `norm_head` not yet. `alitok_fast.use_reference()` runs the
+PyTorch references instead of the kernels.
 docs/operators.md shows each operator with an example.
 
 Each operator has a module of its own name, which holds its reference, fake kernel and gradient. The function hides the

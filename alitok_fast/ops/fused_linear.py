@@ -23,8 +23,9 @@ from alitok_fast.ops.derivatives import refuse_gradients
 from alitok_fast.ops.quantized_linear import quantized_linear
 from alitok_fast.ops.swiglu import swiglu
 
-FUSED_ROWS = {torch.bfloat16: 32, torch.float16: 32, torch.int8: 128, torch.float8_e4m3fn: 128}
-"""Up to so many rows a fused kernel is used, by the dtype of the weights; beyond, torch's matrix product."""
+FUSED_ROWS = 32
+"""Up to so many rows the kernel for few rows is used; beyond, without clusters, torch's matrix product. It would take 128
+rows too, but with 8-bit weights it was half as fast there, on an H100, as torch with bfloat16."""
 
 CLUSTER_ROWS = {
     torch.bfloat16: range(9, 129),
@@ -68,7 +69,7 @@ def norm_linear(
 
     Source: the generator's pre-norm blocks (AliTok, arXiv 2506.05289, section 3).
 
-    Devices: CPU and CUDA; one kernel on CUDA for few rows of bfloat16 or float16 (`FUSED_ROWS`), else several.
+    Devices: CPU and CUDA; one kernel on CUDA for few rows of bfloat16 or float16 (`fused_rows`), else several.
     Gradients: none; where the kernel is used, differentiating is refused.
 
     Args:
@@ -125,9 +126,9 @@ def fused_rows(weight_dtype: torch.dtype, device: torch.device) -> int:
 
     What a layer's shape or dtypes may forbid is not counted.
     """
-    if device.type != "cuda" or weight_dtype not in FUSED_ROWS:
+    if device.type != "cuda" or weight_dtype not in CLUSTER_ROWS:
         return 0
-    return CLUSTER_ROWS[weight_dtype][-1] if _has_clusters(device) else FUSED_ROWS[weight_dtype]
+    return CLUSTER_ROWS[weight_dtype][-1] if _has_clusters(device) else FUSED_ROWS
 
 
 @functools.cache
@@ -137,9 +138,7 @@ def _has_clusters(device: torch.device) -> bool:
 
 def _by_clusters(rows: int, layer: LinearWeights) -> bool:
     outputs, inputs = layer.weight.shape
-    fits = (
-        rows in CLUSTER_ROWS.get(layer.weight.dtype, ()) and inputs <= SHARED_INPUTS and outputs % OUTPUTS_MULTIPLE == 0
-    )
+    fits = rows in CLUSTER_ROWS[layer.weight.dtype] and inputs <= SHARED_INPUTS and outputs % OUTPUTS_MULTIPLE == 0
     return fits and _has_clusters(layer.weight.device)
 
 
@@ -149,7 +148,8 @@ def _fits(rows: int, fits: bool, activations: Tensor, layer: LinearWeights) -> b
         fits
         and weight.is_cuda
         and native_enabled()
-        and (0 < rows <= FUSED_ROWS.get(weight.dtype, 0) or (weight.dtype in FUSED_ROWS and _by_clusters(rows, layer)))
+        and weight.dtype in CLUSTER_ROWS
+        and (0 < rows <= FUSED_ROWS or _by_clusters(rows, layer))
         and (dtype == weight.dtype if layer.scale is None else dtype == torch.bfloat16)
         and weight.shape[1] % INPUTS_MULTIPLE == 0
         and weight.is_contiguous()

@@ -22,9 +22,9 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The value to which each dtype scales the largest weight of a group."""
 
 MOST_ROWS = 32
-"""Up to this many rows, the weights are used as they are. For more rows they are written out in the dtype of `x`, and
-torch's matrix product takes them. On an H100 the kernel takes 4.5 us for the qkv layer of B at 2 rows, as does torch's
-product in bfloat16, and 14 to 21 us at 16 to 32 rows: sampling uses `fused_linear` instead."""
+"""Up to this many rows, the weights are used as they are. For more they are written out in the dtype of `x`
+(`widen_weight`), and torch's matrix product takes them. On an H100 the kernel takes 4.5 us for the qkv layer of B at 2
+rows, as does torch's product in bfloat16, and 14 to 21 us at 16 to 32 rows: sampling uses `fused_linear` instead."""
 
 GROUP_INPUTS = 64
 """How many neighbouring weights of an output share a scale, as in the CPU's int8 (docs/precision.md)."""
@@ -81,6 +81,15 @@ def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.
     return weight.to(dtype) * wide
 
 
+def widen_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dequantize_weight`, rounded once to `dtype`, float32, bfloat16 or float16. On CUDA it is one kernel."""
+    if weight.is_cuda and native_enabled():
+        return torch.ops.alitok.quantized_linear_widen(weight, scale, dtype)
+    # bfloat16 holds all 8-bit values and scales, so that their product is rounded once; float16 not all scales.
+    exact = dtype if dtype == torch.bfloat16 else torch.float32
+    return dequantize_weight(weight, scale, exact).to(dtype)
+
+
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + bias, where W is `weight` times the scale of its output and group of 64 inputs.
 
@@ -133,9 +142,7 @@ def _any_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> 
     if x.shape[0] <= MOST_ROWS:
         return torch.ops.alitok.quantized_linear(x, weight, scale, bias)
     torch.ops.alitok.quantized_linear(x[:0], weight, scale, bias)  # checks the arguments
-    # bfloat16 holds all 8-bit values and scales, so that their product is rounded once; float16 not all scales.
-    exact = x.dtype if x.dtype == torch.bfloat16 else torch.float32
-    return F.linear(x, dequantize_weight(weight, scale, exact).to(x.dtype), bias)
+    return F.linear(x, widen_weight(weight, scale, x.dtype), bias)
 
 
 def _fake(x, weight, scale, bias):
@@ -147,6 +154,12 @@ def _refuse(ctx, *_):
     raise RuntimeError(
         f"quantized_linear: expected inputs without gradients, got some to differentiate; {NO_GRADIENTS}"
     )
+
+
+@register_fake("quantized_linear_widen")
+def _(weight, scale, dtype):
+    check_one_device(weight=weight, scale=scale)
+    return weight.new_empty(weight.shape, dtype=dtype)
 
 
 if load_error is None:

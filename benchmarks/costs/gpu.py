@@ -75,6 +75,8 @@ class Launches:
     """The same of 8-bit weights; beyond they are written out in bfloat16."""
     cluster_rows: int | None
     """From so many inputs on, fused products are those by clusters; None: never, as on devices without them."""
+    cluster_rows_8: int | None
+    """The same of 8-bit weights."""
     head_rows: int
     """Up to so many inputs, the last norm and the head are one kernel."""
     counters: int
@@ -82,8 +84,10 @@ class Launches:
 
 
 LAUNCHES = {
-    "5e0ba55": Launches(fused_rows=32, fused_rows_8=128, cluster_rows=None, head_rows=0, counters=2),
-    "present": Launches(fused_rows=128, fused_rows_8=128, cluster_rows=9, head_rows=32, counters=0),
+    "5e0ba55": Launches(
+        fused_rows=32, fused_rows_8=128, cluster_rows=None, cluster_rows_8=None, head_rows=0, counters=2
+    ),
+    "present": Launches(fused_rows=128, fused_rows_8=128, cluster_rows=9, cluster_rows_8=1, head_rows=32, counters=0),
 }
 """By the commit that was measured on an H100, and as a step is run since then, which no GPU has run."""
 
@@ -161,7 +165,7 @@ def product_terms(work: Work, gpu: Gpu, clusters: bool, outputs: int, depth: int
 
 
 def by_clusters(work: Work, launches: Launches) -> bool:
-    first = launches.cluster_rows
+    first = launches.cluster_rows_8 if work.weights in EIGHT_BITS else launches.cluster_rows
     return first is not None and work.inputs >= first
 
 

@@ -15,12 +15,14 @@ from alitok_fast.config import GENERATORS
 from alitok_fast.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from alitok_fast.ops.cached_attention import cached_attention, cached_attention_reference
 from alitok_fast.ops.fused_linear import LinearWeights, fused_linear_reference, linear_add, norm_linear
+from alitok_fast.ops.norm_head import norm_head, norm_head_reference
 from alitok_fast.ops.prefix_attention import prefix_attention, prefix_attention_reference
 from alitok_fast.ops.quantized_linear import (
     dequantize_weight,
     quantize_weight,
     quantized_linear,
     quantized_linear_reference,
+    widen_weight,
 )
 from alitok_fast.ops.sample_tokens import guided_logits, gumbel_noise, kept_logits, sample_tokens
 from alitok_fast.ops.swiglu import swiglu, swiglu_reference
@@ -210,6 +212,9 @@ def check_quantized_linear(context: Context) -> list[Number]:
     for stored in (torch.int8, torch.float8_e4m3fn):
         weight, scale = (t.to(context.device) for t in quantize_weight(randn(context, outputs, inputs), stored))
         for dtype in FLOATS:
+            rounded = dequantize_weight(weight, scale, torch.float64).to(dtype)
+            name = f"{str(stored).removeprefix('torch.')} as {str(dtype).removeprefix('torch.')}"
+            numbers.append(same(name, widen_weight(weight, scale, dtype), rounded))
             bias = randn(context, outputs, dtype=dtype, seed=2)
             for rows in (1, 5, 16, 32):
                 x = randn(context, rows, inputs, dtype=dtype, seed=1)
@@ -234,7 +239,7 @@ def check_fused_linear(context: Context) -> list[Number]:
             layers = [LinearWeights(*(t.to(context.device) for t in quantize_weight(w, stored))) for w in wide]
             exact = [LinearWeights(dequantize_weight(*layer[:2], torch.float64)) for layer in layers]
         norm = (1 + 0.1 * randn(context, inputs, seed=3)).bfloat16()
-        for rows in context.pick(quick=(3, 18), full=(1, 2, 8, 16, 32, 128)):
+        for rows in context.pick(quick=(3, 18), full=(1, 2, 8, 9, 16, 32, 64, 128)):
             x, residual = randn(context, rows, inputs, seed=4), randn(context, rows, outputs, seed=5)
             _, gated = norm_linear(x, None, norm, 1e-5, *layers)
             expected = fused_linear_reference(x.double(), norm.double(), 1e-5, *exact)
@@ -246,6 +251,26 @@ def check_fused_linear(context: Context) -> list[Number]:
             )
             name = f"{str(stored).removeprefix('torch.')}, {rows} rows"
             numbers.append(within(name, max(errors), 3 * 2**-8, "relative"))
+    return numbers
+
+
+@items("norm_head")
+def check_norm_head(context: Context) -> list[Number]:
+    """All widths of its kernels; and the same bits of a row whatever rows lie beside it."""
+    numbers = []
+    for width, outputs in context.pick(quick=[(132, 70)], full=[(768, 4096), (1024, 4096), (1280, 4096), (100, 77)]):
+        weight, bias = randn(context, outputs, width, seed=1) / width**0.5, randn(context, outputs, seed=2)
+        norm, stream = 1 + 0.1 * randn(context, width, seed=3), randn(context, 32, width, seed=4)
+        together = norm_head(stream, None, norm, 1e-5, weight, bias)
+        for rows in context.pick(quick=(2, 18), full=(1, 2, 8, 16, 32)):
+            x = stream[:rows]
+            got = norm_head(x, None, norm, 1e-5, weight, bias)
+            wide = x.double(), norm.double(), 1e-5, weight.double(), bias.double()
+            low = norm_head_reference(x, norm, 1e-5, weight, bias)
+            name = f"{rows} x {width} to {outputs}"
+            numbers.append(agreement(name, [got], [norm_head_reference(*wide)], [low]))
+            if context.device.type == "cuda":  # torch's product, elsewhere, promises no such bits
+                numbers.append(same(f"{name}: alone and among 32", got, together[:rows]))
     return numbers
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
-from alitok_fast.ops.fused_linear import LinearWeights, linear_add, norm_linear
+from alitok_fast.ops.fused_linear import CLUSTER_ROWS, LinearWeights, linear_add, norm_linear
+from alitok_fast.ops.norm_head import norm_head
 from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
 from alitok_fast.ops.sample_tokens import sample_tokens
 from alitok_fast.ops.swiglu import swiglu
@@ -78,6 +81,10 @@ def time_quantized_linear(context: Context) -> list[Number]:
     return numbers
 
 
+KERNELS = {"as a step takes it": None, "few rows": range(0), "clusters": range(1, 129)}
+"""Of a fused product, by the rows for which it is the one by clusters. Without those, torch multiplies from 33 rows on."""
+
+
 @items("fused_linear")
 def time_fused_linear(context: Context) -> list[Number]:
     """The four of a block, one after the other as a step runs them: each needs what the one before has written."""
@@ -89,6 +96,14 @@ def time_fused_linear(context: Context) -> list[Number]:
         "w3": (CONFIG.hidden, CONFIG.width),
         "w2": (CONFIG.width, CONFIG.hidden),
     }
+
+    def block(layers: dict[str, LinearWeights], x: Tensor, delta: Tensor | None = None) -> None:
+        x, packed = norm_linear(x, delta, norm, 1e-5, layers["qkv"])
+        x, delta = linear_add(x, packed[:, : CONFIG.width].contiguous(), layers["proj"])
+        x, gated = norm_linear(x, delta, norm, 1e-5, layers["w3"], layers["w1"])
+        linear_add(x, gated, layers["w2"])
+
+    clusters = context.device.type == "cuda" and torch.cuda.get_device_capability(context.device) >= (9, 0)
     for stored in (torch.bfloat16, torch.int8):
         blocks = []
         for _ in range(context.pick(quick=2, full=CONFIG.num_layers)):
@@ -98,18 +113,51 @@ def time_fused_linear(context: Context) -> list[Number]:
             }
             blocks.append({name: LinearWeights(*tensors) for name, tensors in packed.items()})
         read = sum(t.nbytes for layer in blocks[0].values() for t in layer if t is not None)
-        for rows in context.pick(quick=(2,), full=(2, 16, 32) if stored == torch.bfloat16 else (2, 16, 32, 128)):
+        for rows in context.pick(quick=(2,), full=(2, 8, 16, 32, 64, 128)):
             x = randn(context, rows, CONFIG.width, dtype=torch.float32)
+            calls = [partial(block, layers, x) for layers in blocks]
+            for kernel, taken in KERNELS.items():
+                if taken is not None and (not clusters or (stored == torch.int8 and rows > 32 and not len(taken))):
+                    continue
+                name = f"{str(stored).removeprefix('torch.')}, {rows} rows, a block and a copy, {kernel}"
+                key = f"block {rows}" if rows == 2 and taken is None else ""
+                with taking_clusters(stored, taken):
+                    numbers.append(timed(context, name, calls, read=read, key=key))
+    return numbers
 
-            def block(layers: dict[str, LinearWeights], x: Tensor = x) -> None:
-                _, packed = norm_linear(x, None, norm, 1e-5, layers["qkv"])
-                linear_add(x, packed[:, : CONFIG.width].contiguous(), layers["proj"])
-                _, gated = norm_linear(x, None, norm, 1e-5, layers["w3"], layers["w1"])
-                linear_add(x, gated, layers["w2"])
 
-            calls = [partial(block, layers) for layers in blocks]
-            name = f"{str(stored).removeprefix('torch.')}, {rows} rows, a block and a copy"
-            numbers.append(timed(context, name, calls, read=read, key=f"block {rows}" if rows == 2 else ""))
+@contextlib.contextmanager
+def taking_clusters(stored: torch.dtype, rows: range | None) -> Iterator[None]:
+    """Within, fused products of `rows` are those by clusters; None leaves them as they are."""
+    usual = CLUSTER_ROWS[stored]
+    CLUSTER_ROWS[stored] = usual if rows is None else rows
+    try:
+        yield
+    finally:
+        CLUSTER_ROWS[stored] = usual
+
+
+@items("norm_head")
+def time_norm_head(context: Context) -> list[Number]:
+    """Each with weights of its own, beside the two operators that it stands for."""
+    numbers, norm = [], torch.ones(CONFIG.width, device=context.device)
+    read = 4 * CONFIG.codebook_size * CONFIG.width
+    heads = [
+        (randn(context, CONFIG.codebook_size, CONFIG.width, dtype=torch.float32),
+         torch.zeros(CONFIG.codebook_size, device=context.device))
+        for _ in range(copies(context, read))
+    ]  # fmt: skip
+
+    def apart(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(add_rms_norm(x, None, norm, 1e-5)[1], weight, bias)
+
+    for rows in context.pick(quick=(2,), full=(2, 16, 32)):
+        x = randn(context, rows, CONFIG.width, dtype=torch.float32)
+        work = dict(read=read, flops=read / 2 * rows, rate="fp32_flops")
+        calls = [partial(norm_head, x, None, norm, 1e-5, *head) for head in heads]
+        numbers.append(timed(context, f"{rows} rows", calls, **work))
+        calls = [partial(apart, x, *head) for head in heads]
+        numbers.append(timed(context, f"{rows} rows, norm and torch's product", calls, **work))
     return numbers
 
 

@@ -19,7 +19,7 @@ from gpu.items import Context, Items, Number, Skipped, within
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 SANITIZED = ("cached_attention", "prefix_attention bfloat16", "prefix_attention float32", "quantized_linear",
-             "fused_linear", "sample_tokens", "vq_lookup", "add_rms_norm")  # fmt: skip
+             "fused_linear", "norm_head", "sample_tokens", "vq_lookup", "add_rms_norm")  # fmt: skip
 PROFILED = {  # kernels by the item of gpu.profiled that launches them
     "cached_attention_kernel": "cached_attention",
     "forward_kernel": "prefix_attention",

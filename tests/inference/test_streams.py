@@ -15,6 +15,7 @@ from alitok_fast.inference import cuda_graph, packed_twin
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.loop import SamplingLoop
 from alitok_fast.inference.params import SamplingParams
+from alitok_fast.inference.quantized_generator import QuantizedGenerator
 from alitok_fast.inference.sampler import Sampler, sample
 from alitok_fast.models import Generator
 
@@ -148,6 +149,27 @@ def test_a_sampling_loop_on_two_streams(fake, users, tiny_generator):
     for index, given in enumerate(arguments):
         with users[index % 2]:
             loop.run(*given)
+    assert fake.races == []
+
+
+def test_8_bit_weights_that_are_written_out_for_two_streams(fake, users, tiny_generator):
+    """By whoever needs them first. Others read them on streams of their own, where nothing says that they must wait."""
+    with fake.thread("maker"):
+        model = QuantizedGenerator(tiny_generator(), torch.int8)
+        samplers = Sampler(model), Sampler(model)
+        rows = model.most_inputs + 1
+        cache, ids = model.new_cache(rows), torch.zeros(rows, 1, dtype=torch.int64, device="cuda")
+        positions = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    fake.finish()
+    with fake.thread("user", users.streams[0]):
+        model.expect(rows)
+        assert model.wide_bytes == 0
+    with fake.thread("user", users.streams[1]):  # of another thread, the fake would not see that the first has waited
+        model.step(ids, cache, positions)
+    assert fake.races == []
+    for index, sampler in enumerate(samplers):
+        with fake.thread("user", users.streams[2 + index]):
+            sampler([1] * rows)
     assert fake.races == []
 
 

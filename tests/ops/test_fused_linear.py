@@ -115,7 +115,8 @@ def test_both_kernels_on_a_gpu(clusters, kind, rows):
     [
         ((8, 0), torch.bfloat16, 32, 768, 768, True, False),
         ((8, 0), torch.bfloat16, 33, 768, 768, False, False),
-        ((8, 6), torch.int8, 128, 768, 768, True, False),
+        ((8, 6), torch.int8, 32, 768, 768, True, False),
+        ((8, 6), torch.int8, 33, 768, 768, False, False),
         ((9, 0), torch.bfloat16, 8, 768, 768, True, False),
         ((9, 0), torch.float16, 9, 768, 768, True, True),
         ((9, 0), torch.bfloat16, 128, 3584, 768, True, True),

@@ -144,6 +144,15 @@ def test_opcheck(device):
     torch.library.opcheck(operator, inputs, test_utils=("test_autograd_registration", "test_faketensor"))
 
 
+def test_opcheck_of_the_widening(cuda):
+    operator = torch.ops.alitok.quantized_linear_widen.default
+    _, weight, scale, _ = make(1, 150, 4, device=cuda)
+    for dtype in DTYPES:
+        torch.library.opcheck(operator, (weight, scale, dtype))
+    with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16 or float16, got float64"):
+        operator(weight, scale, torch.float64)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
