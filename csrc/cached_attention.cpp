@@ -47,6 +47,16 @@ const float* check_weight(const std::optional<Tensor>& weight, const char* argum
   return static_cast<const float*>(weight->const_data_ptr());
 }
 
+int64_t multiprocessors_of(int32_t device_index) {
+#ifdef ALITOK_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  return cached_attention_multiprocessors();
+#else
+  (void)device_index;
+  return 1;  // the launch is refused
+#endif
+}
+
 Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Tensor& positions,
                         const std::optional<Tensor>& slots, const std::optional<Tensor>& q_norm_weight,
                         const std::optional<Tensor>& k_norm_weight, double norm_eps, const std::optional<Tensor>& rope,
@@ -134,7 +144,8 @@ Tensor cached_attention(const Tensor& qkv, Tensor keys, Tensor values, const Ten
   p.scale = static_cast<float>(scale);
   p.out = out.mutable_data_ptr();
   if (qkv.is_cuda()) {
-    p.splits = arrivals ? cached_attention_splits(rows * columns * heads, p.capacity) : 1;
+    const int64_t multiprocessors = multiprocessors_of(qkv.get_device_index());
+    p.splits = arrivals ? cached_attention_splits(rows * columns * heads, p.capacity, multiprocessors) : 1;
     p.arrivals = arrivals ? static_cast<unsigned*>(arrivals->mutable_data_ptr()) : nullptr;
     const Tensor workspace = torch::stable::new_empty(qkv, {cached_attention_workspace(p)}, ScalarType::Float);
     p.workspace = static_cast<float*>(workspace.mutable_data_ptr());

@@ -61,15 +61,15 @@ inline bool cached_attention_aligned(const void* data, int64_t slot_stride, int6
 // The longest cache that the kernels are meant and tested for.
 constexpr int64_t kCachedAttentionMostPositions = 16384;
 
-// Where a cache is long, enough blocks that the rows and heads of a small batch occupy a GPU of 100 to 150
-// multiprocessors, which more of them do by themselves; no block has fewer keys than kCachedAttentionLeastShare while
+// Where a cache is long, enough blocks that the rows and heads of a small batch put two on each multiprocessor, which more
+// of them do by themselves; no block has fewer keys than kCachedAttentionLeastShare while
 // another has some, and the one that merges has at most kMost results to read. To merge takes about as long as to read
 // some hundreds of keys, so caches of up to twice the least share are not shared.
 constexpr int64_t kCachedAttentionLeastShare = 256;
-inline int64_t cached_attention_splits(int64_t queries, int64_t capacity) {
-  constexpr int64_t kBlocks = 256, kMost = 32;
+inline int64_t cached_attention_splits(int64_t queries, int64_t capacity, int64_t multiprocessors) {
+  constexpr int64_t kMost = 32;
   if (capacity <= 2 * kCachedAttentionLeastShare) return 1;
-  const int64_t wanted = (kBlocks + queries - 1) / queries;
+  const int64_t wanted = (2 * multiprocessors + queries - 1) / queries;
   const int64_t useful = (capacity + kCachedAttentionLeastShare - 1) / kCachedAttentionLeastShare;
   return std::max<int64_t>(1, std::min({wanted, useful, kMost}));
 }
@@ -77,6 +77,7 @@ inline int64_t cached_attention_workspace(const CachedAttentionParams& p) {
   return p.splits == 1 ? 0 : p.rows * p.columns * p.heads * p.splits * (p.head_dim + 2);
 }
 
+int64_t cached_attention_multiprocessors();  // of the current device
 void cached_attention_cuda(const CachedAttentionParams&, void* stream);
 
 }  // namespace alitok

@@ -446,6 +446,13 @@ void launch_for_cache(const CachedAttentionParams& p, void* stream) {
 
 }  // namespace
 
+int64_t cached_attention_multiprocessors() {
+  int device = 0, count = 0;
+  ALITOK_CUDA_CHECK(cudaGetDevice(&device));
+  ALITOK_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 void cached_attention_cuda(const CachedAttentionParams& p, void* stream) {
   switch (p.dtype) {
     case CachedAttentionDtype::float32: return launch_for_cache<float>(p, stream);

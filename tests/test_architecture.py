@@ -212,7 +212,7 @@ def kernel_files() -> list[Path]:
 def test_kernels_know_neither_torch_nor_python(path: Path):
     found = reached(path)
     assert [name for name in sorted(found) if TORCH_OR_PYTHON.match(name) or name in GLUE_HEADERS] == []
-    if not path.name.startswith("cuda_") and not path.name.endswith(("_cuda.cu", "_cuda.h")):
+    if not path.name.startswith("cuda_") and not path.name.endswith(("_cuda.cu", "_sm90.cu", "_cuda.h")):
         assert [name for name in sorted(found) if name.startswith("cuda")] == []
 
 
@@ -241,6 +241,17 @@ def test_the_python_module_is_apart_from_torch():
 def test_cuda_kernels_can_be_emulated(path: Path):
     assert "cuda_kernel.h" in reached(path)
     assert "<<<" not in path.read_text(), "launch through ALITOK_LAUNCH"
+
+
+@pytest.mark.parametrize("path", sorted(set(CSRC.glob("*.cu")) - set(CSRC.glob("*_cuda.cu"))), ids=relative)
+def test_a_kernel_for_later_devices_is_beside_one_for_all(path: Path):
+    operator = path.name.removesuffix("_sm90.cu")
+    assert operator in operators() and path.name != operator
+    assert (CSRC / f"{operator}_cuda.cu").is_file()
+    assert f"csrc/{path.name}" in (ROOT / "CMakeLists.txt").read_text()
+    for name in (f"{operator}_cuda.cu", path.name):
+        programs = [program.name for program in (ROOT / "tests" / "simt").glob("*.cpp") if name in includes(program)]
+        assert programs, f"{name}: no emulated test"
 
 
 @pytest.mark.parametrize("path", sorted(CSRC.glob("*_cpu.cpp")), ids=relative)

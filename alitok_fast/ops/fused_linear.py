@@ -24,8 +24,8 @@ from alitok_fast.ops.quantized_linear import quantized_linear
 from alitok_fast.ops.swiglu import swiglu
 
 FUSED_ROWS = 32
-"""Up to so many rows the kernel for few rows is used; beyond, without clusters, torch's matrix product. It would take 128
-rows too, but with 8-bit weights it was half as fast there, on an H100, as torch with bfloat16."""
+"""Up to so many rows the kernel for few rows is used; beyond, without clusters, torch's matrix product. It would take
+128 rows too, but with 8-bit weights it was half as fast there, on an H100, as torch with bfloat16."""
 
 CLUSTER_ROWS = {
     torch.bfloat16: range(9, 129),

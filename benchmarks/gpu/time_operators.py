@@ -82,7 +82,7 @@ def time_quantized_linear(context: Context) -> list[Number]:
 
 
 KERNELS = {"as a step takes it": None, "few rows": range(0), "clusters": range(1, 129)}
-"""Of a fused product, by the rows for which it is the one by clusters. Without those, torch multiplies from 33 rows on."""
+"""Of a fused product, by the rows for which it is the one by clusters. Without those torch takes more than 32 rows."""
 
 
 @items("fused_linear")

@@ -14,6 +14,7 @@ from alitok_fast.inference.memory import MemoryPlan
 from alitok_fast.inference.quantized_generator import QuantizedGenerator
 from alitok_fast.inference.sampler import Sampler
 from alitok_fast.models import Generator
+from alitok_fast.ops import fused_linear
 from alitok_fast.ops.quantized_linear import LARGEST, MOST_ROWS, dequantize_weight, quantize_weight, widen_weight
 from alitok_fast.testing import step_logits
 
@@ -164,12 +165,14 @@ def test_windows_count(device, tiny_generator):
     assert model.wide_bytes == 0
 
 
-def test_how_many_inputs_the_kernels_take():
+@pytest.mark.parametrize(("capability", "most"), [((8, 0), 32), ((9, 0), 128)])
+def test_how_many_inputs_the_kernels_take(monkeypatch, capability, most):
     """On a GPU as many as the fused ones; wherever these do not fit, as many as quantized_linear takes."""
     model = QuantizedGenerator(Generator(GENERATORS["b"], "meta").bfloat16(), torch.int8)
     assert model.most_inputs == MOST_ROWS
+    monkeypatch.setattr(fused_linear, "_has_clusters", lambda _: capability >= (9, 0))
     model.device = torch.device("cuda")
-    assert model.most_inputs == 128
+    assert model.most_inputs == most
     model.dtype = torch.float16
     assert model.most_inputs == MOST_ROWS
 

@@ -41,7 +41,8 @@ void run_case(simt::Case& test) {
   const int64_t element = p.dtype == CachedAttentionDtype::float32 ? 4 : 2;
   p.out = test.output<unsigned char>("out", p.rows * p.columns * p.heads * p.head_dim * element);
   p.arrivals = test.inout<unsigned>("arrivals");
-  p.splits = p.arrivals == nullptr ? 1 : alitok::cached_attention_splits(p.rows * p.columns * p.heads, p.capacity);
+  const int64_t queries = p.rows * p.columns * p.heads, multiprocessors = alitok::cached_attention_multiprocessors();
+  p.splits = p.arrivals == nullptr ? 1 : alitok::cached_attention_splits(queries, p.capacity, multiprocessors);
   p.workspace = test.workspace<float>(alitok::cached_attention_workspace(p));
   alitok::cached_attention_cuda(p, nullptr);
 }

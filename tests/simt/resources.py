@@ -75,7 +75,7 @@ def measure() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     """What each kernel uses, by source, name and architecture."""
     folder = build().parent
     table = {}
-    for source in sorted(CSRC.glob("*_cuda.cu")):
+    for source in sorted(CSRC.glob("*.cu")):
         (report,) = folder.rglob(f"{source.name}.o.txt")
         kernels: dict[str, dict[str, dict[str, int]]] = {}
         for entry in ENTRY.finditer(report.read_text()):

@@ -52,7 +52,11 @@ To bits_as(From from) {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 using cudaStream_t = void*;
 
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
@@ -68,7 +72,9 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   // The memory of the smallest device that kernels are written for, and the instructions of a later one.
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : static_cast<int>(simt::kMaxSharedBytes);
+  *value = static_cast<int>(simt::kMaxSharedBytes);
+  if (attribute == cudaDevAttrComputeCapabilityMajor) *value = 9;
+  if (attribute == cudaDevAttrMultiProcessorCount) *value = 128;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
