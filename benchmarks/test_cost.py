@@ -78,6 +78,15 @@ def test_eight_inputs_are_predicted_slower_than_sixteen():
     assert gpu_step(Work(B, 4), Gpu(), clusters).seconds < seconds(Gpu(), 4)
 
 
+def test_8_bit_weights_are_not_slower_than_16():
+    """By the numbers that are assumed of the kernel by clusters; with many inputs, products are those of bfloat16."""
+    for batch in (1, 8, 64):
+        bfloat16, int8 = (gpu_step(Work(B, batch, w), Gpu(), LAUNCHES["present"]) for w in ("bfloat16", "int8"))
+        assert int8.seconds < bfloat16.seconds
+    bfloat16, int8 = (gpu_step(Work(B, 256, w), Gpu(), LAUNCHES["present"]) for w in ("bfloat16", "int8"))
+    assert int8.seconds == bfloat16.seconds
+
+
 @DEVICES
 def test_a_faster_device_takes_less_time(device):
     work = Work(B, 64)

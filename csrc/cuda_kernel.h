@@ -90,9 +90,10 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks of a cluster meet; what they wrote to shared memory before is there for the others.
+// All threads of all blocks of a cluster meet; what they wrote to shared memory before is there for the others. Without
+// .aligned, a warp may come here in parts, as behind a loop that its lanes leave one after the other.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // What another block of the cluster has where this one has `mine` in its dynamic shared memory. It must have come to a

@@ -32,6 +32,7 @@ class Gpu:
     fused_flops: float = 36.6e12
     cluster: float = 0.77e-6
     cluster_share: float = 0.54
+    cluster_widening: float = 11e12
     attention: float = 2.93e-6
     attention_share: float = 0.89
     widening: float = 1.8e12
@@ -45,7 +46,8 @@ class Gpu:
                 raise ValueError(f"{field.name}: expected a finite number above 0, got {value!r}")
 
 
-RATES = ("read_bytes", "bf16_flops", "fp32_flops", "fused_flops", "cluster_share", "attention_share", "widening")
+RATES = ("read_bytes", "bf16_flops", "fp32_flops", "fused_flops", "cluster_share", "cluster_widening",
+         "attention_share", "widening")  # fmt: skip
 SOURCES = {
     "read_bytes": ("memory, bytes a second", f"{MEASURED}, torch alone"),
     "bf16_flops": ("bfloat16 products, operations a second", f"{MEASURED}, torch alone"),
@@ -57,6 +59,10 @@ SOURCES = {
     "fused_flops": ("operations a second of a fused product, behind the wait", "fitted with it"),
     "cluster": ("latency of a fused product by clusters", f"{ASSUMED}: its author's estimate"),
     "cluster_share": ("share of bf16_flops that it reaches", f"{ASSUMED}: its author's estimate"),
+    "cluster_widening": (
+        "8-bit weights that it widens a second, for each 64 inputs",
+        f"{ASSUMED}: 2.6 instructions each",
+    ),
     "attention": ("latency of cached_attention", f"{FITTED}: batch 1, 8, 64, 256"),
     "attention_share": ("share of the bandwidth that it reaches", "fitted with it"),
     "widening": ("8-bit numbers widened a second, in caches and weights", "fitted with e4m3 caches and int8 products"),
@@ -73,6 +79,8 @@ class Launches:
     """Up to so many inputs, products of bfloat16 weights are fused; beyond they are torch's."""
     fused_rows_8: int
     """The same of 8-bit weights; beyond they are written out in bfloat16."""
+    kept: bool
+    """Whether they are written out once, and not in each step."""
     cluster_rows: int | None
     """From so many inputs on, fused products are those by clusters; None: never, as on devices without them."""
     cluster_rows_8: int | None
@@ -85,11 +93,17 @@ class Launches:
 
 LAUNCHES = {
     "5e0ba55": Launches(
-        fused_rows=32, fused_rows_8=128, cluster_rows=None, cluster_rows_8=None, head_rows=0, counters=2
+        fused_rows=32, fused_rows_8=128, kept=False, cluster_rows=None, cluster_rows_8=None, head_rows=0, counters=2
     ),
-    "present": Launches(fused_rows=128, fused_rows_8=128, cluster_rows=9, cluster_rows_8=1, head_rows=32, counters=0),
+    "present": Launches(
+        fused_rows=128, fused_rows_8=128, kept=True, cluster_rows=9, cluster_rows_8=1, head_rows=32, counters=0
+    ),
 }
 """By the commit that was measured on an H100, and as a step is run since then, which no GPU has run."""
+
+
+CLUSTER_TILE = 64
+"""Inputs of a block of the kernel by clusters."""
 
 
 class _Chain:
@@ -160,7 +174,8 @@ def product_terms(work: Work, gpu: Gpu, clusters: bool, outputs: int, depth: int
     rate = gpu.cluster_share * gpu.bf16_flops if clusters else gpu.fused_flops
     terms = {"bytes": read / gpu.read_bytes, "operations": 2.0 * work.inputs * weights / rate}
     if work.weights in EIGHT_BITS:
-        terms["widening"] = weights / gpu.widening
+        tiles = -(-work.inputs // CLUSTER_TILE)  # of inputs; each widens the weights for itself
+        terms["widening"] = tiles * weights / gpu.cluster_widening if clusters else weights / gpu.widening
     return gpu.cluster if clusters else gpu.fused, terms
 
 
@@ -185,7 +200,9 @@ def _by_torch(chain: _Chain, work: Work, launches: Launches, name: str, outputs:
     count = 2 if name == "gate" else 1
     for _ in range(count):
         weights = outputs // count * depth
-        if work.weights in EIGHT_BITS:  # scales repeated, weights widened, their product: 2, 3 and 6 bytes a weight
+        if (
+            work.weights in EIGHT_BITS and not launches.kept
+        ):  # scales repeated, weights widened, their product: 2, 3 and 6 bytes a weight
             for each in (2, 3, 6):
                 chain.simple(phase, False, gpu.elementwise, each * weights)
         read = float(size * (weights + inputs * (depth + outputs // count)))

@@ -441,7 +441,7 @@ void ldmatrix(uint32_t (&r)[Matrices], const void* row) {
   } mine{};
   const int lane = simt::lane();
   if (reinterpret_cast<uintptr_t>(row) % 16) simt::fail("ldmatrix: row address not a multiple of 16");
-  if (lane < 8 * Matrices) std::memcpy(&mine, row, sizeof(mine));
+  if (lane < 8 * Matrices) simt::copy_words<Row>(&mine, row);
   // Each matrix is one pass over the banks when its rows lie in different 16-byte columns of the 128-byte bank line.
   const uint32_t column = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row) >> 4 & 7);
   const auto* columns = simt::exchange(simt::kLdmatrix, 0xffffffffu, column);
