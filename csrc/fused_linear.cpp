@@ -46,15 +46,15 @@ const void* check_scale(const std::optional<Tensor>& scale, const char* name, co
   return scale->const_data_ptr();
 }
 
-// What both operators have.
-FusedLinearParams params(const Tensor& x, ScalarType dtype, const Tensor& weight, const std::optional<Tensor>& scale,
-                         const std::optional<Tensor>& bias, bool clusters) {
-  check_dim(x, "x", 2);
-  check_contiguous(x, "x");
-  check(x.size(0) <= kFusedLinearMostRows, "x", "at most " + std::to_string(kFusedLinearMostRows) + " rows",
-        "shape " + shape_name(x));
-  check(x.size(1) % kFusedLinearGroup == 0, "x", "a multiple of 64 inputs", "shape " + shape_name(x));
-  check_aligned(x, "x");
+// What all of these operators have.
+FusedLinearParams params(const Tensor& x, const char* name, int64_t rows, ScalarType dtype, const Tensor& weight,
+                         const std::optional<Tensor>& scale, const std::optional<Tensor>& bias, bool clusters) {
+  check_dim(x, name, 2);
+  check_contiguous(x, name);
+  check(rows <= kFusedLinearMostRows, name, "at most " + std::to_string(kFusedLinearMostRows) + " rows",
+        std::to_string(rows));
+  check(x.size(1) % kFusedLinearGroup == 0, name, "a multiple of 64 inputs", "shape " + shape_name(x));
+  check_aligned(x, name);
   check_dim(weight, "weight", 2);
   if (dtype == ScalarType::BFloat16) {
     check_dtype(weight, "weight", {ScalarType::BFloat16, ScalarType::Char, ScalarType::Float8_e4m3fn});
@@ -66,7 +66,7 @@ FusedLinearParams params(const Tensor& x, ScalarType dtype, const Tensor& weight
   FusedLinearParams p{};
   p.dtype = fused_linear_dtype(dtype);
   p.weight_dtype = fused_linear_dtype(weight.scalar_type());
-  p.rows = x.size(0);
+  p.rows = rows;
   p.inputs = x.size(1);
   p.outputs = weight.size(0);
   p.x = x.const_data_ptr();
@@ -79,7 +79,7 @@ FusedLinearParams params(const Tensor& x, ScalarType dtype, const Tensor& weight
     p.bias = bias->const_data_ptr();
   }
   if (clusters) {
-    check(p.inputs <= kFusedLinearMostShared, "x",
+    check(p.inputs <= kFusedLinearMostShared, name,
           "at most " + std::to_string(kFusedLinearMostShared) + " inputs for clusters", "shape " + shape_name(x));
     check(p.outputs % 8 == 0, "weight", "a multiple of 8 outputs for clusters", "shape " + shape_name(weight));
   }
@@ -94,6 +94,18 @@ void run(const FusedLinearParams& p, int32_t device_index, bool clusters) {
   }
 }
 
+// The norm ahead of a layer.
+void add_norm(FusedLinearParams& p, const Tensor& x, const char* name, const Tensor& norm_weight, double norm_eps) {
+  check_dtype(x, name, {ScalarType::Float});
+  check(p.inputs <= kFusedLinearMostNormed, name,
+        "at most " + std::to_string(kFusedLinearMostNormed) + " inputs with a norm", "shape " + shape_name(x));
+  check_shape(norm_weight, "norm_weight", {p.inputs});
+  check_contiguous(norm_weight, "norm_weight");
+  check_aligned(norm_weight, "norm_weight");
+  p.norm_weight = norm_weight.const_data_ptr();
+  p.norm_eps = static_cast<float>(norm_eps);
+}
+
 Tensor fused_linear(const Tensor& x, const std::optional<Tensor>& norm_weight, double norm_eps, const Tensor& weight,
                     const std::optional<Tensor>& scale, const std::optional<Tensor>& gate,
                     const std::optional<Tensor>& gate_scale, const std::optional<Tensor>& bias, bool clusters) {
@@ -106,17 +118,8 @@ Tensor fused_linear(const Tensor& x, const std::optional<Tensor>& norm_weight, d
                  {"bias", bias}});
   const Tensor& like = norm_weight ? *norm_weight : x;
   check_dtype(like, norm_weight ? "norm_weight" : "x", {ScalarType::BFloat16, ScalarType::Half});
-  FusedLinearParams p = params(x, like.scalar_type(), weight, scale, bias, clusters);
-  if (norm_weight) {
-    check_dtype(x, "x", {ScalarType::Float});
-    check(p.inputs <= kFusedLinearMostNormed, "x",
-          "at most " + std::to_string(kFusedLinearMostNormed) + " inputs with a norm", "shape " + shape_name(x));
-    check_shape(*norm_weight, "norm_weight", {p.inputs});
-    check_contiguous(*norm_weight, "norm_weight");
-    check_aligned(*norm_weight, "norm_weight");
-    p.norm_weight = norm_weight->const_data_ptr();
-    p.norm_eps = static_cast<float>(norm_eps);
-  }
+  FusedLinearParams p = params(x, "x", x.dim() == 2 ? x.size(0) : 0, like.scalar_type(), weight, scale, bias, clusters);
+  if (norm_weight) add_norm(p, x, "x", *norm_weight, norm_eps);
   if (gate) {
     check(norm_weight.has_value(), "gate", "none where there is no norm", "one");
     check_matrix(*gate, "gate", weight.scalar_type(), p.outputs, p.inputs);
@@ -130,11 +133,36 @@ Tensor fused_linear(const Tensor& x, const std::optional<Tensor>& norm_weight, d
   return out;
 }
 
+std::tuple<Tensor, Tensor> fused_linear_embed(const Tensor& ids, const Tensor& table, const Tensor& norm_weight,
+                                              double norm_eps, const Tensor& weight, const std::optional<Tensor>& scale,
+                                              const std::optional<Tensor>& bias, bool clusters) {
+  check_tensors({{"ids", ids},
+                 {"table", table},
+                 {"norm_weight", norm_weight},
+                 {"weight", weight},
+                 {"scale", scale},
+                 {"bias", bias}});
+  check_dtype(ids, "ids", {ScalarType::Long});
+  check_dim(ids, "ids", 1);
+  check_contiguous(ids, "ids");
+  check_dtype(norm_weight, "norm_weight", {ScalarType::BFloat16, ScalarType::Half});
+  FusedLinearParams p = params(table, "table", ids.size(0), norm_weight.scalar_type(), weight, scale, bias, clusters);
+  add_norm(p, table, "table", norm_weight, norm_eps);
+  const Tensor stream = torch::stable::new_empty(table, {p.rows, p.inputs});
+  const Tensor out = torch::stable::new_empty(norm_weight, {p.rows, p.outputs});
+  p.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  p.vocabulary = table.size(0);
+  p.stream = static_cast<float*>(stream.mutable_data_ptr());
+  p.out = out.mutable_data_ptr();
+  if (out.numel() > 0) run(p, ids.get_device_index(), clusters);
+  return {stream, out};
+}
+
 void fused_linear_add(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
                       const std::optional<Tensor>& bias, const Tensor& residual, bool clusters) {
   check_tensors({{"x", x}, {"weight", weight}, {"scale", scale}, {"bias", bias}, {"residual", residual}});
   check_dtype(x, "x", {ScalarType::BFloat16, ScalarType::Half});
-  FusedLinearParams p = params(x, x.scalar_type(), weight, scale, bias, clusters);
+  FusedLinearParams p = params(x, "x", x.dim() == 2 ? x.size(0) : 0, x.scalar_type(), weight, scale, bias, clusters);
   check_dtype(residual, "residual", {ScalarType::Float});
   check_shape(residual, "residual", {p.rows, p.outputs});
   check_contiguous(residual, "residual");
@@ -147,6 +175,7 @@ void fused_linear_add(const Tensor& x, const Tensor& weight, const std::optional
 
 STABLE_TORCH_LIBRARY_IMPL(alitok, CUDA, m) {
   m.impl("fused_linear", TORCH_BOX(&fused_linear));
+  m.impl("fused_linear_embed", TORCH_BOX(&fused_linear_embed));
   m.impl("fused_linear_add", TORCH_BOX(&fused_linear_add));
 }
 

@@ -1,6 +1,7 @@
 // fused_linear: a linear layer of a sampling step with what surrounds it, for few rows, on CUDA alone:
 //   out = [rms_norm] x W^T + bias
 //   out = silu([rms_norm] x G^T) * ([rms_norm] x W^T + bias)
+//   x = table[ids], out = rms_norm(x) W^T + bias
 //   residual += x W^T + bias
 // Weights, scales, biases and the norm's weights are read before the kernel ahead has ended: they may be no result of a
 // kernel that lets the next one begin early. The definition is fused_linear_reference in alitok_fast/ops/fused_linear.py.
@@ -22,7 +23,10 @@ struct FusedLinearParams {
   FusedLinearDtype weight_dtype;  // `dtype`, or int8 or e4m3 with scales
   int64_t rows, inputs, outputs;  // inputs a multiple of 64
 
-  const void* x;            // (rows, inputs); float32 where there is a norm, and then at most kFusedLinearMostNormed
+  const void* x;       // (rows, inputs); float32 where there is a norm, and then at most kFusedLinearMostNormed
+  const int64_t* ids;  // null, or (rows): x is a table of `vocabulary` rows, of which these are taken where there is a
+  int64_t vocabulary;  // norm; what is no row of it gives NaN
+  float* stream;       // beside ids: (rows, inputs), where they are written
   const void* norm_weight;  // null, or (inputs), 16-byte aligned
   float norm_eps;
   const void *weight, *gate;  // (outputs, inputs), 16-byte aligned; gate may be null, and is where there is no norm

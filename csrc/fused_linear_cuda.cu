@@ -33,10 +33,11 @@ constexpr int kOwnedTiles = !kNorm                                   ? 1
                                                                      : 2;
 
 // kTeam warps: RMSNorm of a row of x of up to kMost inputs, if it exists, rounded where add_rms_norm rounds; weights and
-// result in shared memory. Where kTeam > 1 the whole block comes here, once.
+// result in shared memory. x null: NaN. The row goes to `stream` too, unless that is null. Where kTeam > 1 the whole block
+// comes here, once.
 template <int kTeam, int kMost, class T>
 __device__ __forceinline__ void normalise(const float* x, bool exists, const T* weight, float eps, int inputs,
-                                          T* normed) {
+                                          T* normed, float* stream) {
   constexpr int kVector = kTeam == 1 ? 4 : 2, kStep = 32 * kTeam * kVector;
   constexpr int kSteps = kMost / kStep;
   using Values = std::conditional_t<kVector == 4, float4, float2>;
@@ -46,7 +47,7 @@ __device__ __forceinline__ void normalise(const float* x, bool exists, const T* 
   uint32_t weights[kSteps][kVector / 2];
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
-    const Values values = exists && first + i * kStep < inputs
+    const Values values = x != nullptr && first + i * kStep < inputs
                               ? __ldcg(reinterpret_cast<const Values*>(x + first + i * kStep))
                               : Values{};
     memcpy(value[i], &values, sizeof(values));
@@ -57,7 +58,13 @@ __device__ __forceinline__ void normalise(const float* x, bool exists, const T* 
         first + i * kStep < inputs ? *reinterpret_cast<const Pairs*>(weight + first + i * kStep) : Pairs{};
     memcpy(weights[i], &pairs, sizeof(pairs));
   }
-  float squares = 0;
+  if (stream != nullptr && exists) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (first + i * kStep < inputs) memcpy(stream + first + i * kStep, value[i], sizeof(value[i]));
+    }
+  }
+  float squares = exists && x == nullptr ? NAN : 0.0f;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
@@ -174,10 +181,11 @@ __global__ void __launch_bounds__(kThreads, kRows > kTileRows || kDeep == kDeepe
   if constexpr (kNorm) {
     constexpr int kTeam = kRows < kWarps ? kWarps / kRows : 1;
     constexpr int kMost = std::min<int64_t>(kDeep * kStride, kFusedLinearMostNormed);
-    const float* x = static_cast<const float*>(p.x) + first_row * inputs;
     for (int row = warp / kTeam; row < kRows; row += kWarps / kTeam) {
       if (kTeam == 1 && row >= rows) break;
-      normalise<kTeam, kMost>(x + row * inputs, row < rows, norm_weight, p.norm_eps, inputs, normed + row * stride);
+      const float* x = row < rows ? row_of(p, first_row + row) : nullptr;
+      float* stream = p.ids == nullptr || blockIdx.x > 0 ? nullptr : p.stream + (first_row + row) * inputs;
+      normalise<kTeam, kMost>(x, row < rows, norm_weight, p.norm_eps, inputs, normed + row * stride, stream);
     }
     __syncthreads();
   }

@@ -27,6 +27,14 @@ __device__ __forceinline__ uint32_t word(const uint4& bits, int i) {
   return i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w;
 }
 
+// Where the row of a residual stream lies, before a norm; null for an id that is none of the table's.
+__device__ __forceinline__ const float* row_of(const FusedLinearParams& p, int64_t row) {
+  const float* x = static_cast<const float*>(p.x);
+  if (p.ids == nullptr) return x + row * p.inputs;
+  const int64_t id = __ldcg(p.ids + row);
+  return id >= 0 && id < p.vocabulary ? x + id * p.inputs : nullptr;
+}
+
 // The weights of a load as pairs of T, exactly.
 template <class T, class W>
 __device__ __forceinline__ void pair_up(const uint4& bits, uint32_t (&pairs)[kLaneInputs<W> / 2]) {

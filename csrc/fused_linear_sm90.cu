@@ -46,21 +46,29 @@ __device__ __forceinline__ void add(float4& sum, const float4& x) {
 }
 
 // Rows of x in shared memory, normalised over all blocks of the cluster and rounded where add_rms_norm rounds: kRowThreads
-// threads to a row, which hold their part of it in registers meanwhile.
+// threads to a row, which hold their part of it in registers meanwhile. They go to p.stream too, where `copies`.
 template <class T, int kRows, int kMost>
-__device__ __forceinline__ void normalise_share(const FusedLinearParams& p, const float* x, int rows, int own,
-                                                const T* norm_weight, float* squares, unsigned blocks, T* tile,
-                                                int stride) {
+__device__ __forceinline__ void normalise_share(const FusedLinearParams& p, int64_t first_row, int64_t first_input,
+                                                int rows, int own, bool copies, const T* norm_weight, float* squares,
+                                                unsigned blocks, T* tile, int stride) {
   constexpr int kRowThreads = kThreads / kRows, kVectors = kMost / (4 * kRowThreads);
   const int row = threadIdx.x / kRowThreads, place = threadIdx.x % kRowThreads;
+  const float* x = row < rows ? row_of(p, first_row + row) : nullptr;
   float4 value[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int at = 4 * (place + i * kRowThreads);
-    const bool there = row < rows && at < own;
-    value[i] = there ? __ldcg(reinterpret_cast<const float4*>(x + row * p.inputs + at)) : float4{};
+    value[i] = x != nullptr && at < own ? __ldcg(reinterpret_cast<const float4*>(x + first_input + at)) : float4{};
   }
-  float sum = 0;
+  if (copies && row < rows) {
+    float* stream = p.stream + (first_row + row) * p.inputs + first_input;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = 4 * (place + i * kRowThreads);
+      if (at < own) *reinterpret_cast<float4*>(stream + at) = value[i];
+    }
+  }
+  float sum = row < rows && x == nullptr ? NAN : 0.0f;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const float4 v = value[i];
@@ -147,9 +155,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   wait_for_kernel_ahead();
 
   if constexpr (kNorm) {
-    const float* x = static_cast<const float*>(p.x) + first_row * p.inputs + first_input;
     constexpr int kMost = kDeep * kParts * kGroup;
-    normalise_share<T, kRows, kMost>(p, x, rows, own, norm_weight, squares, blocks, tile, share.stride);
+    const bool copies = p.ids != nullptr && blockIdx.x < blocks;
+    normalise_share<T, kRows, kMost>(p, first_row, first_input, rows, own, copies, norm_weight, squares, blocks, tile,
+                                     share.stride);
   } else {
     const T* x = static_cast<const T*>(p.x) + first_row * p.inputs + first_input;
     const int vectors = share.inputs / 8;  // of a row

@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(alitok, m) {
       "fused_linear(Tensor x, Tensor? norm_weight, float norm_eps, Tensor weight, Tensor? scale, Tensor? gate, "
       "Tensor? gate_scale, Tensor? bias, bool clusters) -> Tensor");
   m.def(
+      "fused_linear_embed(Tensor ids, Tensor table, Tensor norm_weight, float norm_eps, Tensor weight, Tensor? scale, "
+      "Tensor? bias, bool clusters) -> (Tensor, Tensor)");
+  m.def(
       "fused_linear_add(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor(a!) residual, bool clusters) "
       "-> ()");
   m.def(

@@ -193,10 +193,12 @@ class Generator(HubModel):
         of rows that rest, and past the cache's end, the logits are NaN.
         """
         check_tensor("ids", ids, torch.int64, ("R", "W"), self.device)
-        # By index and not as a module: of few rows, torch's kernel for that takes several times as long.
-        x, delta = self.embeddings.weight[ids.flatten()], None
-        for layer, block in enumerate(self.blocks):
-            x, delta = block.step(x, delta, self.rope, cache, layer, positions, slots)
+        first, *others = self.blocks
+        x, packed = first.embed(ids.flatten(), self.embeddings.weight)
+        x, delta = first.step(x, packed, self.rope, cache, 0, positions, slots)
+        for layer, block in enumerate(others, 1):
+            x, packed = block.project(x, delta)
+            x, delta = block.step(x, packed, self.rope, cache, layer, positions, slots)
         weight, _, bias = weights_of(self.output)
         return norm_head(x, delta, self.norm.weight, NORM_EPS, weight, bias).view(*ids.shape, -1)
 

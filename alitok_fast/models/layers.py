@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from alitok_fast.models.kv_cache import KVCache
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
-from alitok_fast.ops.fused_linear import LinearWeights, linear_add, norm_linear
+from alitok_fast.ops.fused_linear import LinearWeights, embed_norm_linear, linear_add, norm_linear
 from alitok_fast.ops.linear import mixed_linear
 from alitok_fast.ops.prefix_attention import prefix_attention
 from alitok_fast.ops.swiglu import swiglu
@@ -226,19 +226,26 @@ class GeneratorBlock(nn.Module):
         dropout = self.dropout if self.training and delta is not None else 0.0
         return add_rms_norm(x, delta, norm.weight, NORM_EPS, dropout, dropout_seed(x, dropout))
 
+    def embed(self, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of an embedding, ids (R * W,), and `project` of them."""
+        return embed_norm_linear(ids, table, self.norm1.weight, NORM_EPS, weights_of(self.attn.qkv))
+
+    def project(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual (R * W, width) with `delta` added, and queries, keys and values of its positions."""
+        return norm_linear(x, delta, self.norm1.weight, NORM_EPS, weights_of(self.attn.qkv))
+
     def step(
         self,
         x: Tensor,
-        delta: Tensor | None,
+        packed: Tensor,
         rope: Tensor,
         cache: KVCache,
         layer: int,
         positions: Tensor,
         slots: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `forward`, for W new positions of each row (R * W, width). May write to `x`."""
+        """What `forward` does behind `project`, for W new positions of each row. May write to `x`."""
         attn, mlp = self.attn, self.mlp
-        x, packed = norm_linear(x, delta, self.norm1.weight, NORM_EPS, weights_of(attn.qkv))
         attended = attn.step(packed, rope, cache, layer, positions, slots)
         x, delta = linear_add(x, attended, weights_of(attn.proj))
         gate = weights_of(mlp.w1)

@@ -94,6 +94,31 @@ def norm_linear(
     return x, out if gate is None else swiglu(whole_linear(normed, gate), out)
 
 
+def embed_norm_linear(
+    ids: Tensor, table: Tensor, norm_weight: Tensor, eps: float, layer: LinearWeights
+) -> tuple[Tensor, Tensor]:
+    """Rows of an embedding, and `norm_linear` of them: how a step begins, in one kernel where `norm_linear` is one.
+
+    Devices, gradients: as `norm_linear`.
+
+    Args:
+        ids: (R,) int64, rows of the table. The fused kernel makes NaN of others.
+        table: (vocabulary, width), contiguous.
+        norm_weight, eps, layer: as for `norm_linear`.
+
+    Returns:
+        The rows (R, width), and the layer's result (R, outputs) in the dtype of `norm_weight`.
+    """
+    fits = table.dtype == torch.float32 and table.shape[1] <= NORMED_INPUTS and table.is_contiguous()
+    if _fits(ids.shape[0], fits, norm_weight, layer):
+        weights = layer._asdict()
+        refuse_gradients("embed_norm_linear", NO_GRADIENTS, table=table, norm_weight=norm_weight, **weights)
+        clusters = _by_clusters(ids.shape[0], layer)
+        return torch.ops.alitok.fused_linear_embed(ids, table, norm_weight, eps, *layer, clusters)
+    # By index and not as a module: of few rows, torch's kernel for that takes several times as long.
+    return norm_linear(table[ids], None, norm_weight, eps, layer)
+
+
 def linear_add(residual: Tensor, x: Tensor, layer: LinearWeights) -> tuple[Tensor, Tensor | None]:
     """A linear layer whose result belongs to a residual stream: the stream, and what must still be added to it.
 
@@ -180,6 +205,13 @@ def _(x, norm_weight, norm_eps, weight, scale, gate, gate_scale, bias, clusters)
     return weight.new_empty(x.shape[0], weight.shape[0], dtype=x.dtype if norm_weight is None else norm_weight.dtype)
 
 
+@register_fake("fused_linear_embed")
+def _(ids, table, norm_weight, norm_eps, weight, scale, bias, clusters):
+    check_one_device(ids=ids, table=table, norm_weight=norm_weight, weight=weight, scale=scale, bias=bias)
+    rows = ids.shape[0]
+    return table.new_empty(rows, table.shape[1]), norm_weight.new_empty(rows, weight.shape[0])
+
+
 @register_fake("fused_linear_add")
 def _(x, weight, scale, bias, residual, clusters):
     check_one_device(x=x, weight=weight, scale=scale, bias=bias, residual=residual)
@@ -189,4 +221,5 @@ def _refuse(ctx, *_):
     raise RuntimeError(f"fused_linear: expected inputs without gradients; {NO_GRADIENTS}")
 
 
-register_autograd("fused_linear", _refuse, lambda ctx, inputs, output: None)
+for _name in ("fused_linear", "fused_linear_embed"):
+    register_autograd(_name, _refuse, lambda ctx, inputs, output: None)

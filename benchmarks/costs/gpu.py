@@ -87,16 +87,32 @@ class Launches:
     """The same of 8-bit weights."""
     head_rows: int
     """Up to so many inputs, the last norm and the head are one kernel."""
+    embedded: bool
+    """Whether the first fused product reads the embedding itself, without a kernel for that."""
     counters: int
     """Kernels behind the draw that count positions."""
 
 
 LAUNCHES = {
     "5e0ba55": Launches(
-        fused_rows=32, fused_rows_8=128, kept=False, cluster_rows=None, cluster_rows_8=None, head_rows=0, counters=2
+        fused_rows=32,
+        fused_rows_8=128,
+        kept=False,
+        cluster_rows=None,
+        cluster_rows_8=None,
+        head_rows=0,
+        embedded=False,
+        counters=2,
     ),
     "present": Launches(
-        fused_rows=128, fused_rows_8=128, kept=True, cluster_rows=9, cluster_rows_8=1, head_rows=32, counters=0
+        fused_rows=128,
+        fused_rows_8=128,
+        kept=True,
+        cluster_rows=9,
+        cluster_rows_8=1,
+        head_rows=32,
+        embedded=True,
+        counters=0,
     ),
 }
 """By the commit that was measured on an H100, and as a step is run since then, which no GPU has run."""
@@ -145,7 +161,8 @@ def gpu_step(work: Work, gpu: Gpu, launches: Launches) -> Step:
     stream = 4.0 * inputs * width  # the residual stream, float32
     fused = inputs <= (launches.fused_rows_8 if work.weights in EIGHT_BITS else launches.fused_rows)
     fused = fused and work.weights != "float32"
-    chain.simple("embedding", False, 0.0, 2 * stream)
+    if not (fused and launches.embedded):
+        chain.simple("embedding", False, 0.0, 2 * stream)
     for _ in range(work.config.num_layers):
         for name, (outputs, depth) in work.matrices().items():
             (_fused if fused else _by_torch)(chain, work, launches, name, outputs, depth)

@@ -14,7 +14,8 @@ from torch import Tensor
 from alitok_fast.config import GENERATORS
 from alitok_fast.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from alitok_fast.ops.cached_attention import cached_attention, cached_attention_reference
-from alitok_fast.ops.fused_linear import LinearWeights, fused_linear_reference, linear_add, norm_linear
+from alitok_fast.ops.fused_linear import LinearWeights, embed_norm_linear, linear_add, norm_linear
+from alitok_fast.ops.fused_linear import fused_linear_reference as reference
 from alitok_fast.ops.norm_head import norm_head, norm_head_reference
 from alitok_fast.ops.prefix_attention import prefix_attention, prefix_attention_reference
 from alitok_fast.ops.quantized_linear import (
@@ -241,14 +242,18 @@ def check_fused_linear(context: Context) -> list[Number]:
         norm = (1 + 0.1 * randn(context, inputs, seed=3)).bfloat16()
         for rows in context.pick(quick=(3, 18), full=(1, 2, 8, 9, 16, 32, 64, 128)):
             x, residual = randn(context, rows, inputs, seed=4), randn(context, rows, outputs, seed=5)
-            _, gated = norm_linear(x, None, norm, 1e-5, *layers)
-            expected = fused_linear_reference(x.double(), norm.double(), 1e-5, *exact)
             total, delta = linear_add(residual.clone(), x.bfloat16(), layers[0])
-            added = fused_linear_reference(x.bfloat16().double(), None, 1e-5, exact[0], residual=residual.double())
-            errors = (
-                ((got.double() - wanted).abs().max() / wanted.abs().max()).item()
-                for got, wanted in ((gated, expected), (total if delta is None else total + delta.float(), added))
+            ids = torch.arange(rows, device=x.device).flip(0)
+            pairs = (
+                (norm_linear(x, None, norm, 1e-5, *layers)[1], (x, norm.double(), *exact)),
+                (embed_norm_linear(ids, x, norm, 1e-5, layers[0])[1], (x.flip(0), norm.double(), exact[0])),
+                (total if delta is None else total + delta.float(), (x.bfloat16(), None, exact[0], None, residual)),
             )
+            errors = []
+            for got, (given, weight, *rest) in pairs:
+                wide = [t.double() if isinstance(t, Tensor) else t for t in rest]
+                wanted = reference(given.double(), weight, 1e-5, *wide)
+                errors.append(((got.double() - wanted).abs().max() / wanted.abs().max()).item())
             name = f"{str(stored).removeprefix('torch.')}, {rows} rows"
             numbers.append(within(name, max(errors), 3 * 2**-8, "relative"))
     return numbers

@@ -5,7 +5,13 @@ import torch
 
 from alitok_fast._library import use_reference
 from alitok_fast.ops import fused_linear as module
-from alitok_fast.ops.fused_linear import LinearWeights, fused_linear_reference, linear_add, norm_linear
+from alitok_fast.ops.fused_linear import (
+    LinearWeights,
+    embed_norm_linear,
+    fused_linear_reference,
+    linear_add,
+    norm_linear,
+)
 from alitok_fast.ops.quantized_linear import dequantize_weight, quantize_weight
 
 EPS = 1e-5
@@ -63,6 +69,17 @@ def test_linear_add(device, dtype, weight_dtype, rows, outputs):
     expected = fused_linear_reference(x.double(), None, EPS, exact, residual=residual.double())
     total, delta = linear_add(residual, x, layer)
     close(total if delta is None else total + delta.float(), expected, dtype, 4)
+
+
+@KINDS
+@ROWS
+def test_embed_norm_linear(device, dtype, weight_dtype, rows):
+    table, weight = randn(50, 192).to(device), (1 + 0.2 * randn(192, seed=3)).to(device, dtype)
+    ids = torch.randint(50, (rows,), generator=torch.Generator().manual_seed(rows)).to(device)
+    layer, exact = layer_of(104, 192, dtype, weight_dtype, device)
+    x, out = embed_norm_linear(ids, table, weight, EPS, layer)
+    assert torch.equal(x, table[ids]) and out.dtype == dtype
+    close(out, fused_linear_reference(x.double(), weight.double(), EPS, exact), dtype, 4)
 
 
 @KINDS

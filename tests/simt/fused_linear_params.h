@@ -13,6 +13,11 @@ inline alitok::FusedLinearParams fused_linear_params(simt::Case& test) {
   p.inputs = test.integer("inputs");
   p.outputs = test.integer("outputs");
   p.x = test.input<void>("x");
+  p.ids = test.input<int64_t>("ids");
+  if (p.ids != nullptr) {
+    p.vocabulary = test.integer("vocabulary");
+    p.stream = test.output<float>("stream", p.rows * p.inputs);
+  }
   p.norm_weight = test.input<void>("norm_weight");
   p.norm_eps = 1e-5f;
   p.weight = test.input<void>("weight");

@@ -91,6 +91,38 @@ def test_clusters_without_norm(simt, kind, rows, inputs, outputs):
     check(simt, rows, inputs, outputs, *KINDS[kind], norm=False, clusters=True)
 
 
+def check_embedding(simt, rows, inputs, outputs, kind, clusters, sanitizer="address", patches=()):
+    """An id in the middle is none of the table's."""
+    dtype, weight_dtype = KINDS[kind]
+    generator = torch.Generator().manual_seed(rows)
+    table = torch.randn(7, inputs, generator=generator)
+    ids = torch.randint(7, (rows,), generator=generator)
+    ids[rows // 2] = -1 if clusters else 7
+    norm_weight = (1 + 0.2 * torch.randn(inputs, generator=generator)).to(dtype)
+    weight, scale, exact = matrix(generator, outputs, inputs, dtype, weight_dtype)
+    case = dict(x=table, ids=ids, vocabulary=7, norm_weight=norm_weight, weight=weight, scale=scale, rows=rows,
+                inputs=inputs, outputs=outputs, add=False, dtype=DTYPES.index(dtype),
+                weight_dtype=DTYPES.index(weight_dtype))  # fmt: skip
+    program = simt.program("fused_linear_sm90" if clusters else "fused_linear", sanitizer, patches)
+    specs = {"out": ((rows, outputs), dtype), "stream": ((rows, inputs), torch.float32)}
+    got = program.run(case, specs, schedules=2)
+    known = ids == ids.clamp(0, 6)
+    assert got["out"][~known].isnan().all(), "error at an id that is none"
+    x = table[ids[known]]
+    assert torch.equal(got["stream"][known], x), "error in the stream"
+    expected = fused_linear_reference(x.double(), norm_weight.double(), 1e-5, LinearWeights(exact))
+    error = (got["out"][known].double() - expected).abs().max() / expected.abs().max()
+    assert error <= 3 * UNIT[dtype], f"error {error:.3g}"
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "rows", "inputs", "outputs"), [("bf16", 2, 192, 40), ("int8", 5, 704, 72), ("bf16", 35, 320, 24)]
+)
+def test_embedding(simt, kind, rows, inputs, outputs, clusters):
+    check_embedding(simt, rows, inputs, outputs, kind, clusters)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_has_no_data_race(simt, gated):
@@ -125,6 +157,8 @@ FEWER_KERNELS = [
         ("added[own] += __ldcg(p.residual + place[own]);", "added[own] -= __ldcg(p.residual + place[own]);"),
         ("cp_async_wait<0>();", ""),
         ("for (int w = 0; w < kTeam; ++w)", "for (int w = 0; w < 1; ++w)"),
+        ("float squares = exists && x == nullptr ? NAN : 0.0f;", "float squares = 0;"),
+        ("p.stream + (first_row + row) * inputs;", "p.stream + first_row * inputs;"),
     ],
 )
 def test_seeded_bugs_are_caught(simt, old, new):
@@ -134,6 +168,7 @@ def test_seeded_bugs_are_caught(simt, old, new):
             check(simt, 5, 1216, 20, patches=patches, sanitizer="thread")
         check(simt, 2, 1216, 20, patches=patches)
         check(simt, 5, 1216, 20, norm=False, add=True, patches=patches)
+        check_embedding(simt, 5, 192, 40, "bf16", False, patches=patches)
         check(simt, 5, 4672, 20, weight_dtype=INT8, norm=False, add=True, patches=patches)
 
 
@@ -152,11 +187,13 @@ FEWER_CLUSTER_KERNELS = [
     ("old", "new"),
     [
         ("at < own && output < p.outputs);", "output < p.outputs);"),
-        ("const bool there = row < rows && at < own;", "const bool there = row < rows + 1 && at < own;"),
+        ("row < rows ? row_of(p, first_row + row)", "row < rows + 1 ? row_of(p, first_row + row)"),
         ("for (unsigned b = 0; b < blocks; ++b) sum +=", "for (unsigned b = 1; b < blocks; ++b) sum +="),
         ("first_input + at) / kGroup]", "first_input) / kGroup]"),
         ("if (place == 0) squares[row] = sum;\n  cluster_sync();", "if (place == 0) squares[row] = sum;"),
         ("add(total[0], added);", ""),
+        ("float sum = row < rows && x == nullptr ? NAN : 0.0f;", "float sum = 0;"),
+        ("* p.inputs + first_input;\n#pragma", "* p.inputs;\n#pragma"),
         ("cluster_sync();  // others have read", "// others have read"),
         ("  if (part == 1) for_each_pair", "  if (part == 2) for_each_pair"),
         ("item < last_item && row < rows", "item < last_item + 1 && row < rows + 1"),
@@ -168,4 +205,5 @@ def test_seeded_bugs_are_caught_with_clusters(simt, old, new):
     with pytest.raises(AssertionError, match="^(error|exit code) "):  # not the compiler's
         check(simt, 11, 1216, 88, bias=True, clusters=True, patches=patches)
         check(simt, 10, 128, 136, bias=True, gated=False, clusters=True, patches=patches)
+        check_embedding(simt, 5, 320, 72, "bf16", True, patches=patches)
         check(simt, 13, 4032, 24, weight_dtype=INT8, norm=False, add=True, clusters=True, patches=patches)
