@@ -157,9 +157,9 @@ def test_a_gpu_check_predicts_its_steps(monkeypatch, capsys):
     for capability in ((8, 6), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         found[capability] = time_sampling.predicted(context, 8, torch.bfloat16, torch.float8_e4m3fn)
-        fused_linear._has_clusters.cache_clear()
+        fused_linear.has_clusters.cache_clear()
         assert time_sampling.launches(context.device).fused_rows == (128 if capability >= (9, 0) else 32)
-    fused_linear._has_clusters.cache_clear()
+    fused_linear.has_clusters.cache_clear()
     assert found[8, 6].seconds > found[9, 0].seconds, "no clusters"
     assert found[9, 0].terms()["nodes"] == pytest.approx(found[9, 0].kernels * 1.5e-6)
     assert "predicted: batch 8, window 1, bfloat16, cache float8_e4m3fn" in capsys.readouterr().out

@@ -10,6 +10,7 @@ later), up to eight blocks share the inputs. The first has been measured on an H
 from __future__ import annotations
 
 import functools
+import os
 from typing import NamedTuple
 
 import torch
@@ -153,18 +154,19 @@ def fused_rows(weight_dtype: torch.dtype, device: torch.device) -> int:
     """
     if device.type != "cuda" or weight_dtype not in CLUSTER_ROWS:
         return 0
-    return CLUSTER_ROWS[weight_dtype][-1] if _has_clusters(device) else FUSED_ROWS
+    return CLUSTER_ROWS[weight_dtype][-1] if has_clusters(device) else FUSED_ROWS
 
 
 @functools.cache
-def _has_clusters(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def has_clusters(device: torch.device) -> bool:
+    """Whether the device has them, and the environment does not forbid their kernel."""
+    return os.environ.get("ALITOK_CLUSTERS") != "0" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _by_clusters(rows: int, layer: LinearWeights) -> bool:
     outputs, inputs = layer.weight.shape
     fits = rows in CLUSTER_ROWS[layer.weight.dtype] and inputs <= SHARED_INPUTS and outputs % OUTPUTS_MULTIPLE == 0
-    return fits and _has_clusters(layer.weight.device)
+    return fits and has_clusters(layer.weight.device)
 
 
 def _fits(rows: int, fits: bool, activations: Tensor, layer: LinearWeights) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.ops.add_rms_norm import add_rms_norm
 from alitok_fast.ops.cached_attention import cached_attention
-from alitok_fast.ops.fused_linear import CLUSTER_ROWS, LinearWeights, linear_add, norm_linear
+from alitok_fast.ops.fused_linear import CLUSTER_ROWS, LinearWeights, has_clusters, linear_add, norm_linear
 from alitok_fast.ops.norm_head import norm_head
 from alitok_fast.ops.quantized_linear import quantize_weight, quantized_linear
 from alitok_fast.ops.sample_tokens import sample_tokens
@@ -103,7 +103,7 @@ def time_fused_linear(context: Context) -> list[Number]:
         x, gated = norm_linear(x, delta, norm, 1e-5, layers["w3"], layers["w1"])
         linear_add(x, gated, layers["w2"])
 
-    clusters = context.device.type == "cuda" and torch.cuda.get_device_capability(context.device) >= (9, 0)
+    clusters = context.device.type == "cuda" and has_clusters(context.device)
     for stored in (torch.bfloat16, torch.int8):
         blocks = []
         for _ in range(context.pick(quick=2, full=CONFIG.num_layers)):

@@ -13,7 +13,7 @@ import torch
 from alitok_fast.config import GENERATORS, TOKENIZERS
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.models import Generator
-from alitok_fast.ops.fused_linear import CLUSTER_ROWS, fused_rows
+from alitok_fast.ops.fused_linear import CLUSTER_ROWS, fused_rows, has_clusters
 from cost import report
 from costs.cpu import cpu_step
 from costs.gpu import LAUNCHES, Launches, gpu_step
@@ -63,7 +63,7 @@ def launches(device: torch.device) -> Launches:
     """How a step is run here: as many rows fused as the library says, by clusters where the device has them."""
     rows = dict(fused_rows=fused_rows(BF16, device), fused_rows_8=fused_rows(INT8, device))
     clusters = {"cluster_rows": CLUSTER_ROWS[BF16][0], "cluster_rows_8": CLUSTER_ROWS[INT8][0]}
-    if torch.cuda.get_device_capability(device) < (9, 0):
+    if not has_clusters(device):
         clusters = dict.fromkeys(clusters)
     return replace(LAUNCHES["present"], **rows, **clusters)
 

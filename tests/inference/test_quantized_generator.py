@@ -170,7 +170,7 @@ def test_how_many_inputs_the_kernels_take(monkeypatch, capability, most):
     """On a GPU as many as the fused ones; wherever these do not fit, as many as quantized_linear takes."""
     model = QuantizedGenerator(Generator(GENERATORS["b"], "meta").bfloat16(), torch.int8)
     assert model.most_inputs == MOST_ROWS
-    monkeypatch.setattr(fused_linear, "_has_clusters", lambda _: capability >= (9, 0))
+    monkeypatch.setattr(fused_linear, "has_clusters", lambda _: capability >= (9, 0))
     model.device = torch.device("cuda")
     assert model.most_inputs == most
     model.dtype = torch.float16

@@ -149,7 +149,7 @@ def test_which_kernel(monkeypatch, capability, weight_dtype, rows, inputs, outpu
     class OnAGpu(torch.Tensor):
         is_cuda = True
 
-    monkeypatch.setattr(module, "_has_clusters", lambda _: capability >= (9, 0))
+    monkeypatch.setattr(module, "has_clusters", lambda _: capability >= (9, 0))
     scale = torch.ones(1) if weight_dtype.itemsize == 1 else None
     weight = torch.empty(outputs, inputs, dtype=weight_dtype).as_subclass(OnAGpu)
     layer = LinearWeights(weight, scale)
@@ -159,6 +159,19 @@ def test_which_kernel(monkeypatch, capability, weight_dtype, rows, inputs, outpu
     most = module.fused_rows(weight_dtype, torch.device("cuda"))
     assert rows <= most or not fits
     assert module.fused_rows(weight_dtype, torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize(("value", "rows"), [(None, 128), ("1", 128), ("0", 32)])
+def test_the_environment_forbids_clusters(monkeypatch, value, rows):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.delenv("ALITOK_CLUSTERS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ALITOK_CLUSTERS", value)
+    module.has_clusters.cache_clear()
+    try:
+        assert module.fused_rows(torch.bfloat16, torch.device("cuda")) == rows
+    finally:
+        module.has_clusters.cache_clear()
 
 
 def test_cuda_uses_one_kernel_for_few_rows_of_16_bits(monkeypatch):
