@@ -156,8 +156,8 @@ def test_a_gpu_check_predicts_its_steps(monkeypatch, capsys):
     found = {}
     for capability in ((8, 6), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        found[capability] = time_sampling.predicted(context, 8, torch.bfloat16, torch.float8_e4m3fn)
         fused_linear.has_clusters.cache_clear()
+        found[capability] = time_sampling.predicted(context, 8, torch.bfloat16, torch.float8_e4m3fn)
         assert time_sampling.launches(context.device).fused_rows == (128 if capability >= (9, 0) else 32)
     fused_linear.has_clusters.cache_clear()
     assert found[8, 6].seconds > found[9, 0].seconds, "no clusters"
