@@ -110,7 +110,7 @@ def on_a_gpu() -> torch.device:
 @pytest.mark.parametrize("clusters", [False, True])
 @pytest.mark.parametrize("kind", [None, torch.int8], ids=["bf16", "int8"])
 @pytest.mark.parametrize("rows", [1, 16, 33, 128])
-def test_both_kernels_on_a_gpu(clusters, kind, rows):
+def test_both_cuda_kernels(clusters, kind, rows):
     device = on_a_gpu()
     if clusters and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the GPU has no clusters")
