@@ -152,12 +152,5 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_reached_from_the_readme():
-    """At once, or over pages that are."""
-    pages = {page.resolve() for page in (ROOT / "docs").glob("*.md")}
-    reached, new = set(), {ROOT / "README.md"}
-    while new:
-        page = new.pop()
-        reached.add(page)
-        links = {(page.parent / link).resolve() for link in re.findall(r"\]\(([\w./-]+\.md)", page.read_text())}
-        new |= (links & pages) - reached
-    assert reached - {ROOT / "README.md"} == pages
+    linked = set(re.findall(r"\]\((docs/[\w.-]+\.md)", (ROOT / "README.md").read_text()))
+    assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
