@@ -35,6 +35,8 @@ void check_matrix(const Tensor& weight, const char* name, ScalarType dtype, int6
   check_aligned(weight, name);
 }
 
+const char* name_of_rows(const std::optional<Tensor>& ids) { return ids ? "table" : "x"; }
+
 const void* check_scale(const std::optional<Tensor>& scale, const char* name, const Tensor& weight) {
   const bool eight_bits = weight.scalar_type() == ScalarType::Char || weight.scalar_type() == ScalarType::Float8_e4m3fn;
   check(scale.has_value() == eight_bits, name, "given exactly beside 8-bit weights",
@@ -46,13 +48,15 @@ const void* check_scale(const std::optional<Tensor>& scale, const char* name, co
   return scale->const_data_ptr();
 }
 
-// What all of these operators have.
-FusedLinearParams params(const Tensor& x, const char* name, int64_t rows, ScalarType dtype, const Tensor& weight,
+// What all of these operators have. `x` is the rows, or the table of which `ids` names them.
+FusedLinearParams params(const Tensor& x, const std::optional<Tensor>& ids, ScalarType dtype, const Tensor& weight,
                          const std::optional<Tensor>& scale, const std::optional<Tensor>& bias, bool clusters) {
+  const char* name = name_of_rows(ids);
   check_dim(x, name, 2);
   check_contiguous(x, name);
-  check(rows <= kFusedLinearMostRows, name, "at most " + std::to_string(kFusedLinearMostRows) + " rows",
-        std::to_string(rows));
+  const Tensor& counted = ids ? *ids : x;
+  check(counted.size(0) <= kFusedLinearMostRows, ids ? "ids" : "x",
+        "at most " + std::to_string(kFusedLinearMostRows) + " rows", "shape " + shape_name(counted));
   check(x.size(1) % kFusedLinearGroup == 0, name, "a multiple of 64 inputs", "shape " + shape_name(x));
   check_aligned(x, name);
   check_dim(weight, "weight", 2);
@@ -66,10 +70,14 @@ FusedLinearParams params(const Tensor& x, const char* name, int64_t rows, Scalar
   FusedLinearParams p{};
   p.dtype = fused_linear_dtype(dtype);
   p.weight_dtype = fused_linear_dtype(weight.scalar_type());
-  p.rows = rows;
+  p.rows = counted.size(0);
   p.inputs = x.size(1);
   p.outputs = weight.size(0);
   p.x = x.const_data_ptr();
+  if (ids) {
+    p.ids = static_cast<const int64_t*>(ids->const_data_ptr());
+    p.vocabulary = x.size(0);
+  }
   p.weight = weight.const_data_ptr();
   p.scale = check_scale(scale, "scale", weight);
   if (bias) {
@@ -95,7 +103,9 @@ void run(const FusedLinearParams& p, int32_t device_index, bool clusters) {
 }
 
 // The norm ahead of a layer.
-void add_norm(FusedLinearParams& p, const Tensor& x, const char* name, const Tensor& norm_weight, double norm_eps) {
+void add_norm(FusedLinearParams& p, const Tensor& x, const std::optional<Tensor>& ids, const Tensor& norm_weight,
+              double norm_eps) {
+  const char* name = name_of_rows(ids);
   check_dtype(x, name, {ScalarType::Float});
   check(p.inputs <= kFusedLinearMostNormed, name,
         "at most " + std::to_string(kFusedLinearMostNormed) + " inputs with a norm", "shape " + shape_name(x));
@@ -118,8 +128,8 @@ Tensor fused_linear(const Tensor& x, const std::optional<Tensor>& norm_weight, d
                  {"bias", bias}});
   const Tensor& like = norm_weight ? *norm_weight : x;
   check_dtype(like, norm_weight ? "norm_weight" : "x", {ScalarType::BFloat16, ScalarType::Half});
-  FusedLinearParams p = params(x, "x", x.dim() == 2 ? x.size(0) : 0, like.scalar_type(), weight, scale, bias, clusters);
-  if (norm_weight) add_norm(p, x, "x", *norm_weight, norm_eps);
+  FusedLinearParams p = params(x, std::nullopt, like.scalar_type(), weight, scale, bias, clusters);
+  if (norm_weight) add_norm(p, x, std::nullopt, *norm_weight, norm_eps);
   if (gate) {
     check(norm_weight.has_value(), "gate", "none where there is no norm", "one");
     check_matrix(*gate, "gate", weight.scalar_type(), p.outputs, p.inputs);
@@ -146,12 +156,10 @@ std::tuple<Tensor, Tensor> fused_linear_embed(const Tensor& ids, const Tensor& t
   check_dim(ids, "ids", 1);
   check_contiguous(ids, "ids");
   check_dtype(norm_weight, "norm_weight", {ScalarType::BFloat16, ScalarType::Half});
-  FusedLinearParams p = params(table, "table", ids.size(0), norm_weight.scalar_type(), weight, scale, bias, clusters);
-  add_norm(p, table, "table", norm_weight, norm_eps);
+  FusedLinearParams p = params(table, ids, norm_weight.scalar_type(), weight, scale, bias, clusters);
+  add_norm(p, table, ids, norm_weight, norm_eps);
   const Tensor stream = torch::stable::new_empty(table, {p.rows, p.inputs});
   const Tensor out = torch::stable::new_empty(norm_weight, {p.rows, p.outputs});
-  p.ids = static_cast<const int64_t*>(ids.const_data_ptr());
-  p.vocabulary = table.size(0);
   p.stream = static_cast<float*>(stream.mutable_data_ptr());
   p.out = out.mutable_data_ptr();
   if (out.numel() > 0) run(p, ids.get_device_index(), clusters);
@@ -162,7 +170,7 @@ void fused_linear_add(const Tensor& x, const Tensor& weight, const std::optional
                       const std::optional<Tensor>& bias, const Tensor& residual, bool clusters) {
   check_tensors({{"x", x}, {"weight", weight}, {"scale", scale}, {"bias", bias}, {"residual", residual}});
   check_dtype(x, "x", {ScalarType::BFloat16, ScalarType::Half});
-  FusedLinearParams p = params(x, "x", x.dim() == 2 ? x.size(0) : 0, x.scalar_type(), weight, scale, bias, clusters);
+  FusedLinearParams p = params(x, std::nullopt, x.scalar_type(), weight, scale, bias, clusters);
   check_dtype(residual, "residual", {ScalarType::Float});
   check_shape(residual, "residual", {p.rows, p.outputs});
   check_contiguous(residual, "residual");

@@ -211,3 +211,22 @@ def test_cuda_refuses_what_does_not_fit(changes, message):
     given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
     with pytest.raises(ValueError, match=message):
         torch.ops.alitok.fused_linear(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(ids=torch.zeros(200, dtype=torch.int64)), "ids: expected at most 128 rows"),
+        (dict(ids=torch.zeros(2, dtype=torch.int32)), "ids: expected int64"),
+        (dict(table=torch.zeros(5, 60)), "table: expected a multiple of 64 inputs"),
+        (dict(table=torch.zeros(5, 64).half()), "table: expected float32"),
+    ],
+)
+def test_cuda_refuses_an_embedding_that_does_not_fit(changes, message):
+    device = on_a_gpu()
+    given = dict(ids=torch.zeros(2, dtype=torch.int64), table=torch.zeros(5, 64), norm_weight=torch.ones(64).bfloat16(),
+                 norm_eps=EPS, weight=torch.zeros(8, 64).bfloat16(), scale=None, bias=None, clusters=False)  # fmt: skip
+    given |= changes
+    given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    with pytest.raises(ValueError, match=message):
+        torch.ops.alitok.fused_linear_embed(**given)
