@@ -13,14 +13,13 @@ from torch import Tensor
 
 from alitok_fast.inference.cuda_graph import Turn, capture
 from alitok_fast.inference.params import SamplingParams
+from alitok_fast.inference.state import MOST_COLUMNS, begin, new_state
 from alitok_fast.inference.step_model import StepModel
 from alitok_fast.inference.window import WindowChoice
 from alitok_fast.models.kv_cache import KVCache
-from alitok_fast.ops.decode import SampleState
 
 CALL_SECONDS = 0.05  # Ctrl-C waits for the end of a native call
 PASSES_PER_CALL = (16, 256)
-MOST_COLUMNS = 16  # of a window
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class SamplingLoop:
         turn: Turn | None = None,
     ) -> None:
         self.model, self.batch_size, self.guided = model, batch_size, guided
-        rows, steps, device = batch_size * (2 if guided else 1), model.config.num_tokens, model.device
+        rows, device = batch_size * (2 if guided else 1), model.device
         try:
             self.model.expect(rows)
             self.cache = self.model.new_cache(rows, kv_dtype, MOST_COLUMNS)
@@ -68,23 +67,7 @@ class SamplingLoop:
                 f"{size / 2**30:.1f} GiB; alitok_fast.plan(gen) says how many fit"
             ) from error
 
-        @torch.inference_mode(False)  # else they could be written in such a mode only
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.state = SampleState(
-            ids=zeros(rows, MOST_COLUMNS),
-            positions=zeros(rows),
-            tokens=zeros(batch_size, steps),
-            prompt_lengths=zeros(batch_size),
-            schedule=zeros(batch_size, steps, dtype=torch.float32) if guided else None,
-            temperature=zeros(batch_size, dtype=torch.float32),
-            top_k=zeros(batch_size),
-            top_p=zeros(batch_size, dtype=torch.float64).fill_(1),
-            seeds=zeros(batch_size),
-            image_ids=zeros(batch_size),
-            passes=zeros(batch_size),
-        )
+        self.state = new_state(model, batch_size, guided)
         self.last_run: LastRun | None = None
         self._passes_per_call = PASSES_PER_CALL[0]
         self._prompt = 0, 0  # its tokens, and how many of them have been read
@@ -140,28 +123,9 @@ class SamplingLoop:
         guesses: Tensor | None = None,
     ) -> None:
         """Write the beginnings of these images where the next pass reads them."""
-        state, condition = self.state, self.model.condition_ids(labels, self.batch_size)
-        if state.schedule is not None and schedule is not None:
-            condition = torch.cat([condition, self.model.condition_ids(None, self.batch_size)])
-            state.schedule.copy_(schedule.expand_as(state.schedule))
-        state.ids.copy_(condition[:, None].expand_as(state.ids))
-        state.positions.zero_()
-        state.passes.zero_()
-        state.seeds.fill_(params.seed)
-        state.image_ids.copy_(image_ids)
-        state.temperature.fill_(params.temperature)
-        state.top_k.fill_(params.top_k or 0)
-        state.top_p.fill_(1.0 if params.top_p is None else params.top_p)
-        state.prompt_lengths.fill_(0 if prompt_tokens is None else prompt_tokens.shape[1])
-        state.tokens.fill_(-1)
-        if guesses is not None:
-            state.tokens.copy_(guesses)
-        if prompt_tokens is not None:
-            state.tokens[:, : prompt_tokens.shape[1]] = prompt_tokens
-        first = state.tokens[:, : MOST_COLUMNS - 1].repeat(len(condition) // self.batch_size, 1)
-        state.ids[:, 1 : 1 + first.shape[1]] = first.clamp(min=0)
         prompt = 0 if prompt_tokens is None else prompt_tokens.shape[1]
-        self._prompt = prompt, self.model.read_prompt(state, self.cache, prompt) if prompt else 0
+        given = labels, schedule, params, image_ids, prompt_tokens, guesses
+        self._prompt = prompt, begin(self.model, self.state, self.cache, *given)
 
     def _passes(self, choice: WindowChoice, one_by_one: bool) -> Iterator[int]:
         """Do passes until all images are done; yields now and then how many tokens of each image are known."""
@@ -179,12 +143,12 @@ class SamplingLoop:
                 passes = min(passes, self._passes_per_call, length - known)  # a native call stops when all are done
             else:
                 passes = min(passes, -(-(length - known) // window))  # a replay does not; so many are not too many
-            begin = time.perf_counter()
+            started = time.perf_counter()
             self.advance(passes, window)
             if not reads_back:
                 known += passes
             else:
-                progress, seconds = self._progress(), time.perf_counter() - begin
+                progress, seconds = self._progress(), time.perf_counter() - started
                 passes = max(state.passes.tolist()) - read - sum(some for _, some in used)
                 if known >= prompt:
                     settled = [now - at for now, at in zip(progress, before, strict=True) if at < length]

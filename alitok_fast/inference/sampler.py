@@ -14,10 +14,11 @@ from torch import Tensor
 from alitok_fast.config import GeneratorConfig
 from alitok_fast.inference.cuda_graph import Turn
 from alitok_fast.inference.guesses import FirstGuesses
-from alitok_fast.inference.loop import MOST_COLUMNS, LastRun, SamplingLoop
+from alitok_fast.inference.loop import LastRun, SamplingLoop
 from alitok_fast.inference.memory import plan
 from alitok_fast.inference.origin import Origin
 from alitok_fast.inference.params import SamplingParams, sampling_params
+from alitok_fast.inference.state import MOST_COLUMNS
 from alitok_fast.inference.step_model import StepModel, prepare
 from alitok_fast.inference.window import WindowChoice
 from alitok_fast.models.generator import Generator

@@ -7,7 +7,8 @@ import torch
 from test_sampler import sample_uncached
 
 from alitok_fast._library import use_reference
-from alitok_fast.inference.loop import MOST_COLUMNS, SamplingLoop
+from alitok_fast.inference.loop import SamplingLoop
+from alitok_fast.inference.state import MOST_COLUMNS
 from alitok_fast.inference.packed_generator import PackedGenerator
 from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.quantized_generator import QuantizedGenerator
