@@ -109,7 +109,7 @@ class Sampler:
             raise ValueError("gen: expected evaluation mode, got training mode; call gen.eval()")
         chosen = sampling_params(params, overrides).resolved(config)
         if prompt_tokens is not None:
-            prompt_tokens = _check_prompt(prompt_tokens, count, config, device)
+            prompt_tokens = check_prompt(prompt_tokens, count, config, device)
         schedule = None
         if chosen.guidance_scale and chosen.guidance_power:
             schedule = guidance_schedule(config.num_tokens, chosen.guidance_scale, chosen.guidance_power)
@@ -231,7 +231,8 @@ def as_ids(name: str, value: Tensor | Sequence[int]) -> Tensor:
     return ids.to(torch.int64)
 
 
-def _check_prompt(prompt: Tensor, batch_size: int, config: GeneratorConfig, device: torch.device) -> Tensor:
+def check_prompt(prompt: Tensor, batch_size: int, config: GeneratorConfig, device: torch.device) -> Tensor:
+    """`prompt_tokens` (B, n) on the device; TypeError or ValueError."""
     if isinstance(prompt, np.ndarray | Sequence):
         prompt = torch.as_tensor(prompt)
     if not isinstance(prompt, Tensor):

@@ -160,11 +160,12 @@ class SlotLoop:
         self._free.extend(slot.sequences)
 
     @torch.no_grad()
-    def turn(self) -> None:
-        """Do some passes for all images: about as many as fit in `seconds`, none after the first image is done."""
+    def turn(self) -> int:
+        """Do some passes for all images: about as many as fit in `seconds`, none after the first image is done; returns
+        how many."""
         slots = [slot for slot in self.active if slot.known < self.model.config.num_tokens]
         if not slots:
-            return
+            return 0
         choice = self._choices.setdefault(len(slots), WindowChoice(self._windows))
         window, passes = choice.next()
         # A pass settles a token at least, and no more than its window.
@@ -180,6 +181,7 @@ class SlotLoop:
         if all(known >= slot.prompt for slot, known in before):
             choice.after(window, passes, seconds, sum(slot.known - known for slot, known in before) / len(slots))
             self._passes_per_turn = min(max(1, int(self._seconds * passes / seconds)), MOST_PASSES)
+        return passes
 
     def tokens(self, slot: Slot) -> Tensor:
         """(known,) int64 on the host: what is known of an image; -1 stands for a step without a distribution."""

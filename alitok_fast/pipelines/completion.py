@@ -53,15 +53,8 @@ def grow(pipe: Pipeline, stage1: Tokenizer, labels: Sequence[Label], params: Sam
     `stage1` is the causal tokenizer that the pipeline's codes come from; what it has not painted yet is white.
     Raises ValueError if its codebook is a different one, or its sequences are, or its decoder is bidirectional.
     """
+    check_stage1(pipe, stage1)
     config = stage1.config
-    check_causal("stage1", config)
-    for name in ("grid", "num_prefix_tokens"):
-        want, have = getattr(pipe.tokenizer.config, name), getattr(config, name)
-        if have != want:
-            raise ValueError(f"stage1: expected {name} {want} as in the pipeline's tokenizer, got {have}")
-    ours, theirs = (model.quantize.embedding.weight.float() for model in (pipe.tokenizer, stage1))
-    if ours.shape != theirs.shape or not torch.allclose(ours, theirs.to(ours.device), atol=1e-2, rtol=1e-2):
-        raise ValueError("stage1: expected the tokenizer whose codebook the pipeline has, got one with other codes")
     parts: list[list[np.ndarray]] = []  # a batch too large for the memory comes in several
 
     def show(rows: int, images: torch.Tensor) -> None:
@@ -74,6 +67,19 @@ def grow(pipe: Pipeline, stage1: Tokenizer, labels: Sequence[Label], params: Sam
     tokens = pipe.sampler(pipe.classes.ids(labels), params, on_step=on_rows(stage1, show))
     frames = [np.concatenate(row) for row in zip(*parts, strict=True)]
     return [*frames, to_uint8(pipe.image_decoder(tokens))]
+
+
+def check_stage1(pipe: Pipeline, stage1: Tokenizer) -> None:
+    """ValueError about `stage1` unless it is a causal tokenizer that can paint the pipeline's tokens."""
+    config = stage1.config
+    check_causal("stage1", config)
+    for name in ("grid", "num_prefix_tokens"):
+        want, have = getattr(pipe.tokenizer.config, name), getattr(config, name)
+        if have != want:
+            raise ValueError(f"stage1: expected {name} {want} as in the pipeline's tokenizer, got {have}")
+    ours, theirs = (model.quantize.embedding.weight.float() for model in (pipe.tokenizer, stage1))
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs.to(ours.device), atol=1e-2, rtol=1e-2):
+        raise ValueError("stage1: expected the tokenizer whose codebook the pipeline has, got one with other codes")
 
 
 def film(frames: Sequence[np.ndarray], captions: Sequence[str]) -> list[Image.Image]:

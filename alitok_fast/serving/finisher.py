@@ -1,0 +1,179 @@
+"""What happens to tokens beside the sampling: finished images are decoded, rows are painted, other work is done."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alitok_fast.inference.image_decoder import ImageDecoder
+from alitok_fast.inference.parts import images_at_a_time
+from alitok_fast.models import Tokenizer
+from alitok_fast.serving.request import Request
+from alitok_fast.serving.stats import Recorder
+from alitok_fast.storage.images import to_uint8
+
+PAINTING_SHARE = 0.25  # of the time, at most: who watches must not hold up who waits
+_log = logging.getLogger(__name__)
+
+
+class Finisher:
+    """A queue of such work. `work` does one piece of it; who calls that decides beside what it runs.
+
+    Images come first, in batches of all that are there; then calls; then rows, of which only the newest of a request
+    are painted.
+    """
+
+    def __init__(self, decoder: ImageDecoder, stage1: Tokenizer | None, recorder: Recorder) -> None:
+        self._decoder, self._stage1, self._recorder = decoder, stage1, recorder
+        self._most = images_at_a_time(decoder.device)
+        self._wake = threading.Condition()
+        self._images: deque[tuple[Request, Tensor]] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._rows: dict[Request, Tensor] = {}
+        self._paint_at = 0.0
+        self._busy = 0
+        self._closing = False
+
+    def put_image(self, request: Request, tokens: Tensor) -> None:
+        """Decode the finished tokens (N,) of a request, and answer it."""
+        with self._wake:
+            self._images.append((request, tokens))
+            self._wake.notify_all()
+
+    def put_rows(self, request: Request, tokens: Tensor) -> None:
+        """Paint the rows that the tokens (n,) so far determine, and show them to the request's caller."""
+        with self._wake:
+            self._rows[request] = tokens
+            self._wake.notify_all()
+
+    def drop_rows(self, request: Request) -> None:
+        """Forget rows that are not painted yet."""
+        with self._wake:
+            self._rows.pop(request, None)
+
+    def put_call(self, future: Future[Any], call: Callable[[], Any]) -> None:
+        """Call a function; its result is the future's."""
+        with self._wake:
+            self._calls.append((future, call))
+            self._wake.notify_all()
+
+    @property
+    def waiting(self) -> int:
+        """Pieces of work that must be done before all requests are answered."""
+        return len(self._images) + len(self._calls) + self._busy
+
+    @property
+    def calls(self) -> int:
+        return len(self._calls)
+
+    def work(self) -> bool:
+        """Do one piece of work, if there is any that is due; whether there was."""
+        with self._wake:
+            batch = [self._images.popleft() for _ in range(min(len(self._images), self._most))]
+            call = self._calls.popleft() if self._calls and not batch else None
+            rows = None
+            if not batch and call is None and self._rows and time.monotonic() >= self._paint_at:
+                request = next(iter(self._rows))
+                rows = request, self._rows.pop(request)
+            self._busy = len(batch) or int(call is not None)
+        try:
+            if batch:
+                self._finish(batch)
+            elif call is not None:
+                self._call(*call)
+            elif rows is not None:
+                self._paint(*rows)
+        finally:
+            self._busy = 0
+        return bool(batch or call or rows)
+
+    def run(self) -> None:
+        """Work until `stop`, and on until nothing is waiting; for a thread of its own."""
+        while True:
+            if self.work():
+                continue
+            with self._wake:
+                if self._closing and not self.waiting:
+                    return
+                if not (self._images or self._calls):
+                    pause = max(0.0, self._paint_at - time.monotonic()) if self._rows else None
+                    self._wake.wait(pause if not self._closing else 0.01)
+
+    def stop(self, error: Exception | None = None) -> None:
+        """End when nothing is waiting; with `error` what waits ends with it."""
+        with self._wake:
+            self._closing = True
+            images, calls = list(self._images) if error else [], list(self._calls) if error else []
+            if error:
+                self._images.clear()
+                self._calls.clear()
+            self._rows.clear()
+            self._wake.notify_all()
+        for request, _ in images:
+            self._recorder.ended("failed" if error and request.fail(error) else "cancelled")
+        for future, _ in calls:
+            if error and future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    def _finish(self, batch: list[tuple[Request, Tensor]]) -> None:
+        batch = [(request, tokens) for request, tokens in batch if not self._dropped(request)]
+        if not batch:
+            return
+        try:
+            pixels = self._pixels([tokens for _, tokens in batch])
+        except Exception as error:  # memory is short, or one image of them is at fault
+            if len(batch) == 1:
+                (request, _), *_ = batch
+                self._recorder.ended("failed" if request.fail(error) else "cancelled")
+                return
+            for one in batch:
+                self._finish([one])
+            return
+        for (request, tokens), image in zip(batch, pixels, strict=True):
+            finished = request.finish(image, tokens)
+            self._recorder.ended("cancelled" if finished is None else "finished")
+            if finished is not None:
+                self._recorder.took("image", finished.seconds)
+
+    def _pixels(self, tokens: list[Tensor]) -> np.ndarray:
+        return to_uint8(self._decoder(torch.stack(tokens).to(self._decoder.device)))
+
+    def _dropped(self, request: Request) -> bool:
+        if not request.future.cancelled():
+            return False
+        request.future.set_running_or_notify_cancel()
+        self._recorder.ended("cancelled")
+        return True
+
+    def _call(self, future: Future[Any], call: Callable[[], Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _paint(self, request: Request, tokens: Tensor) -> None:
+        if self._stage1 is None or request.on_rows is None or request.future.done():
+            return
+        begin = time.monotonic()
+        try:
+            picture = to_uint8(self._stage1.decode_rows(tokens[None].to(self._stage1.device)))[0]
+            if request.first_row is None:
+                request.first_row = time.monotonic() - request.submitted
+                self._recorder.took("first_row", request.first_row)
+            request.on_rows(len(picture) // self._stage1.config.patch_size, picture)
+        except Exception:  # the image itself may be well
+            _log.exception("rows of a request could not be painted or shown; it goes on without")
+            request.on_rows = None
+        end = time.monotonic()
+        self._paint_at = end + (end - begin) * (1 / PAINTING_SHARE - 1)
