@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from alitok_fast import __version__
-from alitok_fast.cli import data, evaluate, photographs, sampling, study, tokens, train
+from alitok_fast.cli import data, evaluate, photographs, sampling, serve, study, tokens, train
 from alitok_fast.cli.options import MaybeText
 from alitok_fast.storage.text import shown
 
@@ -27,6 +27,7 @@ _commands: dict[str, Any] = {
     "sample": sampling.sample,
     "complete": sampling.complete,
     "watch": sampling.watch,
+    "serve": serve.serve,
     "reconstruct": photographs.reconstruct,
     "tokenize": train.tokenize_command,
     "convert": photographs.convert,

@@ -154,16 +154,16 @@ def watch(
       alitok-fast watch 207 --model b.bin --tokenizer tokenizer.pth --stage1 stage1.pth --out growing.png
     """
     check_picture(out, force)
-    from alitok_fast.models.loading import resolve
+    from alitok_fast.models.loading import find_stage1
     from alitok_fast.pipelines import completion
     from alitok_fast.storage.images import write_film, write_image
 
-    causal = None if stage1 else resolve(load.model, "stage1")
-    if causal is not None and causal.name != "stage1":
+    causal = find_stage1(load.model, stage1)
+    if causal is None:
         raise ValueError(f"stage1: expected a causal tokenizer, got none, and {load.model} has no folder stage1")
     pipe = load.pipeline()
     ids = pipe.classes.ids(labels)
-    frames = completion.grow(pipe, load.load_tokenizer(stage1 or str(causal)), ids, params)
+    frames = completion.grow(pipe, load.load_tokenizer(causal), ids, params)
     if out.suffix.lower() in (".gif", ".webp"):
         write_film(out, completion.film(frames, [pipe.classes[label] for label in ids]))
     else:

@@ -24,6 +24,7 @@ __all__ = [
     "check_model_dtype",
     "convert",
     "dtype_from_name",
+    "find_stage1",
     "load_generator",
     "load_tokenizer",
     "open_checkpoint",
@@ -171,3 +172,14 @@ def convert(
 def build(source: Checkpoint) -> Tokenizer | Generator:
     """The module of a checkpoint, holding its weights. Raises ValueError, naming its file, where they do not fit."""
     return _CLASSES[source.kind].from_checkpoint(source)
+
+
+def find_stage1(model: str, stage1: str | None = None) -> str | None:
+    """The causal tokenizer that paints rows for `model`: `stage1`, or the model's own folder of that name, or None."""
+    if stage1 is not None:
+        return stage1
+    try:
+        found = resolve(model, "stage1")
+    except FileNotFoundError:
+        return None
+    return str(found) if found.name == "stage1" else None

@@ -9,7 +9,22 @@
 | `alitok_fast.serving.ray.app` | the same service under Ray Serve (extra `ray`) |
 """
 
-from alitok_fast.serving.engine import Engine
-from alitok_fast.serving.request import EngineClosedError, GeneratedImage, QueueFullError
+from __future__ import annotations
 
-__all__ = ["Engine", "EngineClosedError", "GeneratedImage", "QueueFullError"]
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "Engine": "alitok_fast.serving.engine",
+    "EngineClosedError": "alitok_fast.serving.request",
+    "GeneratedImage": "alitok_fast.serving.request",
+    "QueueFullError": "alitok_fast.serving.request",
+}
+
+__all__ = list(_PUBLIC)  # noqa: PLE0605 - the names that __getattr__ knows
+
+
+def __getattr__(name: str) -> Any:  # the command line reads the settings without importing torch
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'alitok_fast.serving' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,63 @@
+"""`alitok-fast serve`: the HTTP service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from alitok_fast.cli.options import LoadOptions, with_options
+from alitok_fast.serving.settings import API_KEYS, ServeSettings
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@with_options(load=LoadOptions, settings=ServeSettings)
+def serve(load: Any, settings: Any) -> None:
+    """Serve a model over HTTP: images of classes, completions, tokens, reconstructions, and a page to try them on.
+
+    \b
+    Examples:
+      alitok-fast serve
+      alitok-fast serve --model b.bin --tokenizer tokenizer.pth --stage1 stage1.pth --weight-dtype int8
+      curl localhost:8000/v1/images/generations -H "Content-Type: application/json" \\
+        -d '{"prompt": "bag", "response_format": "png"}' > bag.png
+
+    Requests that arrive at the same time are sampled together. SIGTERM and Ctrl-C finish what runs. /openapi.json
+    describes the interface, /metrics is for Prometheus.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ImportError(f"{error.name}: expected to be installed: pip install 'alitok_fast[serve]'") from None
+    from alitok_fast.models.loading import find_stage1
+    from alitok_fast.serving.app import create_app
+
+    keys = settings.keys()
+    if settings.host not in LOOPBACK and not keys:
+        typer.echo(f"anybody who reaches {settings.host} may use this server: no keys in {API_KEYS}", err=True)
+    found = find_stage1(load.model, settings.stage1)
+    stage1 = None if found is None else load.load_tokenizer(found)
+    loaded = load.pipeline(), stage1
+    server: uvicorn.Server
+
+    def stop() -> None:
+        server.should_exit = True
+
+    app = create_app(lambda: loaded, settings, stop)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        limit_concurrency=settings.max_connections,
+        timeout_graceful_shutdown=int(settings.grace_seconds) + 1,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    if app.state.error is not None:
+        raise app.state.error
+    if not server.started:
+        raise OSError(f"port: expected one that is free, got {settings.port} on {settings.host}")

@@ -1,0 +1,66 @@
+"""The settings of the HTTP service. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+API_KEYS = "ALITOK_API_KEYS"
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Limits of the HTTP service, and where it listens.
+
+    Raises:
+        ValueError: naming the setting, what was expected and what came.
+    """
+
+    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 is reached from other machines.")
+    port: int = _setting(8000, "Port to listen on; 0 takes a free one and prints it.")
+    name: str | None = _setting(None, "Name of the model in answers. If not given, that of --model.")
+    stage1: str | None = _setting(None, "Causal (stage-1) tokenizer that paints rows. If not given, that of --model.")
+    max_images: int | None = _setting(
+        None, "Images sampled at the same time. If not given, 8 on a CPU, 64 on a GPU, or what fits in memory."
+    )
+    max_queue: int = _setting(256, "Images that may wait; more are refused with status 503.")
+    timeout: float = _setting(120.0, "Seconds that a request may take; then it gets status 504.")
+    max_n: int = _setting(10, "Images of one request.")
+    max_body_mb: float = _setting(16.0, "Megabytes of a request's body; more are refused with status 413.")
+    max_megapixels: float = _setting(40.0, "Millions of pixels of a picture that is sent; more are refused.")
+    max_connections: int = _setting(1024, "Connections at the same time; further ones get status 503.")
+    stall_seconds: float = _setting(30.0, "A client that sends or reads nothing for so long is dropped.")
+    grace_seconds: float = _setting(30.0, "After SIGTERM, what runs may take so long to finish.")
+    api_keys: str | None = _setting(None, f"File with a key per line, for /v1; besides those in {API_KEYS}.")
+    page: bool = _setting(True, "Serve the page at /.")
+
+    def __post_init__(self) -> None:
+        for name in ("max_queue", "max_n", "max_connections"):
+            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        _check("max_images", self.max_images is None or self.max_images >= 1, "at least 1", self.max_images)
+        _check("port", 0 <= self.port < 65536, "a number in [0, 65536)", self.port)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(f.default, float):
+                _check(f.name, 0 < value and math.isfinite(value), "a number above 0", value)
+
+    def keys(self) -> tuple[bytes, ...]:
+        """The API keys; empty where everybody may ask. Raises ValueError for a file without any."""
+        given = [key.strip() for key in os.environ.get(API_KEYS, "").split(",")]
+        if self.api_keys is not None:
+            lines = [line.strip() for line in Path(self.api_keys).read_text(encoding="utf-8").splitlines()]
+            _check("api_keys", any(lines), "a file with a key per line", self.api_keys)
+            given += lines
+        return tuple(key.encode() for key in given if key)
+
+
+def _check(name: str, condition: bool, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
