@@ -97,17 +97,17 @@ class Decoder(nn.Module):
         config = self.config
         x = self._trunk(codes)
         prefix, image = x.split([config.num_prefix_tokens, config.num_image_tokens], dim=1)
-        images = self._pixels(self.ffn(image), self.conv_out, config.grid)
+        images = self.pixels(self.ffn(image), self.conv_out, config.grid)
         if not config.has_auxiliary_head:
             return images, None
-        return images, self._pixels(self.ffn_aux(prefix), self.conv_out_aux, 1)
+        return images, self.pixels(self.ffn_aux(prefix), self.conv_out_aux, 1)
 
     def rows(self, codes: Tensor) -> Tensor:
         """The whole image rows that the first n tokens hold (a causal decoder): (B, 3, rows * patch, W)."""
         config = self.config
         rows = max(codes.shape[1] - config.num_prefix_tokens, 0) // config.grid
         image = self._trunk(codes)[:, config.num_prefix_tokens :][:, : rows * config.grid]
-        return self._pixels(self.ffn(image), self.conv_out, rows)
+        return self.pixels(self.ffn(image), self.conv_out, rows)
 
     def _trunk(self, codes: Tensor) -> Tensor:
         """(B, n, code_dim) -> (B, n, width), the start tokens dropped."""
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
             x = layer(x, prefix_len)
         return self.ln_post(x)[:, self.config.num_start_tokens :]
 
-    def _pixels(self, values: Tensor, conv: PointwiseConv, rows: int) -> Tensor:
+    def pixels(self, values: Tensor, conv: PointwiseConv, rows: int) -> Tensor:
         """(B, rows * columns, patch * patch * 3), channels (p1, p2, c) -> (B, 3, rows * patch, columns * patch)."""
         p, batch = self.config.patch_size, values.shape[0]
         columns = values.shape[1] // rows if rows else self.config.grid

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.parts import images_at_a_time
+from alitok_fast.inference.row_painter import RowPainter
 from alitok_fast.models import Tokenizer
 from alitok_fast.serving.request import Request
 from alitok_fast.serving.stats import Recorder
 from alitok_fast.storage.images import to_uint8
 
-PAINTING_SHARE = 0.25  # of the time, at most: who watches must not hold up who waits
+PAINTING_SHARE = 1 / 3  # of the time, at most: who watches must not hold up who waits
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +34,9 @@ class Finisher:
     """
 
     def __init__(self, decoder: ImageDecoder, stage1: Tokenizer | None, recorder: Recorder) -> None:
-        self._decoder, self._stage1, self._recorder = decoder, stage1, recorder
+        self._decoder, self._recorder = decoder, recorder
+        self._painter = None if stage1 is None else RowPainter(stage1)
+        self._patch = decoder.config.patch_size
         self._most = images_at_a_time(decoder.device)
         self._wake = threading.Condition()
         self._images: deque[tuple[Request, Tensor]] = deque()
@@ -59,6 +62,8 @@ class Finisher:
         """Forget rows that are not painted yet."""
         with self._wake:
             self._rows.pop(request, None)
+        if self._painter is not None:
+            self._painter.forget(request)
 
     def put_call(self, future: Future[Any], call: Callable[[], Any]) -> None:
         """Call a function; its result is the future's."""
@@ -163,15 +168,15 @@ class Finisher:
             future.set_exception(error)
 
     def _paint(self, request: Request, tokens: Tensor) -> None:
-        if self._stage1 is None or request.on_rows is None or request.future.done():
+        if self._painter is None or request.on_rows is None or request.future.done():
             return
         begin = time.monotonic()
         try:
-            picture = to_uint8(self._stage1.decode_rows(tokens[None].to(self._stage1.device)))[0]
+            picture = to_uint8(self._painter.rows(request, tokens)[None])[0]
             if request.first_row is None:
                 request.first_row = time.monotonic() - request.submitted
                 self._recorder.took("first_row", request.first_row)
-            request.on_rows(len(picture) // self._stage1.config.patch_size, picture)
+            request.on_rows(len(picture) // self._patch, picture)
         except Exception:  # the image itself may be well
             _log.exception("rows of a request could not be painted or shown; it goes on without")
             request.on_rows = None

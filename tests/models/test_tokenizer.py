@@ -138,7 +138,7 @@ def test_pixels_follow_the_channel_order(tiny_tokenizer):
     values = torch.randn(1, grid * grid, 3 * p * p)
     decoder.conv_out.bias.data.zero_()
     torch.nn.init.dirac_(decoder.conv_out.weight)
-    pixels = torch.logit(decoder._pixels(values, decoder.conv_out, grid))
+    pixels = torch.logit(decoder.pixels(values, decoder.conv_out, grid))
     row, column, p1, p2, c = 2, 1, 3, 0, 2
     expected = values[0, row * grid + column, (p1 * p + p2) * 3 + c]
     torch.testing.assert_close(pixels[0, c, row * p + p1, column * p + p2], expected, atol=1e-5, rtol=1e-5)
