@@ -24,7 +24,7 @@ ROOMS = (
     ("inference",),
     ("evaluation",),
     ("pipelines", "training"),
-    ("studies",),
+    ("serving", "studies"),
     ("info",),
     ("cli",),
     ("testing",),

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from alitok_fast.serving.request import EngineClosedError, QueueFullError
-from alitok_fast.serving.schemas import Error, Fault
+from alitok_fast.serving.schemas import Error, Problem
 from alitok_fast.storage.text import shown
 
 CLIENT_GONE = 499  # nobody reads it; the metrics count it
@@ -43,10 +43,10 @@ class ClientGoneError(Exception):
 def fault(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an answer with this status."""
     kind: Literal["invalid_request_error"] = KINDS.get(status, "invalid_request_error")
-    return Error(error=Fault(message=shown(message, limit=1000), type=kind, param=param, code=code)).model_dump()
+    return Error(error=Problem(message=shown(message, limit=1000), type=kind, param=param, code=code)).model_dump()
 
 
-def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
+def status_and_body(error: BaseException) -> tuple[int, dict[str, Any]]:
     """Status and body for an error of ours; what nobody foresaw is logged, and not shown."""
     message = " ".join(str(error).split())
     if isinstance(error, FieldError):
@@ -70,10 +70,10 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every error of a route with `describe`, and those of the framework in the same shape."""
+    """Answer every error of a route with `status_and_body`, and those of the framework in the same shape."""
 
     async def ours(_: Request, error: Exception) -> JSONResponse:
-        status, body = describe(error)
+        status, body = status_and_body(error)
         headers = {"Retry-After": RETRY_SECONDS} if status == 503 else None
         return JSONResponse(body, status, headers)
 

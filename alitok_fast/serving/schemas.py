@@ -157,7 +157,7 @@ class Models(BaseModel):
     data: list[Model]
 
 
-class Fault(BaseModel):
+class Problem(BaseModel):
     """What was wrong."""
 
     message: str
@@ -169,4 +169,4 @@ class Fault(BaseModel):
 class Error(BaseModel):
     """An answer that is none."""
 
-    error: Fault
+    error: Problem

@@ -20,7 +20,7 @@ from alitok_fast.models import Tokenizer
 from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.serving import schemas
 from alitok_fast.serving.engine import Engine
-from alitok_fast.serving.errors import FieldError, describe
+from alitok_fast.serving.errors import FieldError, status_and_body
 from alitok_fast.serving.events import Watch, event
 from alitok_fast.serving.photographs import PictureReader, base64_png
 from alitok_fast.serving.request import GeneratedImage
@@ -89,7 +89,7 @@ class Service:
             try:
                 image = (await self.pictures(asked, answer, [future.result()])).data[0]
             except Exception as error:
-                return event("error", index=index, **describe(error)[1])
+                return event("error", index=index, **status_and_body(error)[1])
             rest = answer.model_dump(exclude={"data"}, exclude_none=True)
             return event("image_generation.completed", index=index, **image.model_dump(exclude_none=True), **rest)
 

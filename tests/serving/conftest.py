@@ -1,0 +1,18 @@
+"""The demo as it is served."""
+
+from __future__ import annotations
+
+import pytest
+
+from alitok_fast import Pipeline, load_tokenizer
+from alitok_fast.models.loading import find_stage1
+
+
+@pytest.fixture(scope="session")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("demo")
+
+
+@pytest.fixture(scope="session")
+def stage1():
+    return load_tokenizer(find_stage1("demo"))
