@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import typer
@@ -41,6 +42,7 @@ def serve(load: Any, settings: Any) -> None:
     found = find_stage1(load.model, settings.stage1)
     stage1 = None if found is None else load.load_tokenizer(found)
     loaded = load.pipeline(), stage1
+    listener = _listen(settings.host, settings.port)
     server: uvicorn.Server
 
     def stop() -> None:
@@ -49,15 +51,24 @@ def serve(load: Any, settings: Any) -> None:
     app = create_app(lambda: loaded, settings, stop)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=int(settings.grace_seconds) + 1,
         server_header=False,
+        access_log=settings.access_log,
     )
     server = uvicorn.Server(config)
-    server.run()
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    typer.echo(f"serving {load.model} on http://{host}:{listener.getsockname()[1]}")
+    server.run([listener])
     if app.state.error is not None:
         raise app.state.error
-    if not server.started:
-        raise OSError(f"port: expected one that is free, got {settings.port} on {settings.host}")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; OSError names the argument."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except socket.gaierror as error:
+        raise OSError(f"host: expected an address of this machine, got {host!r} ({error.strerror})") from None
+    except OSError as error:
+        raise OSError(f"port: expected one that is free, got {port} on {host} ({error.strerror})") from None

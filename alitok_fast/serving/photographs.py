@@ -43,7 +43,7 @@ class PictureReader:
         if pixels > self._max_pixels:
             raise FieldError("image", f"expected at most {self._max_pixels} pixels, got {pixels}")
         try:
-            return centre_crop(decode_image(file, "image", image_size=size, gate=self._gate), size)
+            return centre_crop(decode_image(file, "image", gate=self._gate), size)
         except UnreadableImageError as error:
             raise _of_field(error) from None
 

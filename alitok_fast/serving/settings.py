@@ -39,6 +39,7 @@ class ServeSettings:
     stall_seconds: float = _setting(30.0, "A client that sends or reads nothing for so long is dropped.")
     grace_seconds: float = _setting(30.0, "After SIGTERM, what runs may take so long to finish.")
     api_keys: str | None = _setting(None, f"File with a key per line, for /v1; besides those in {API_KEYS}.")
+    access_log: bool = _setting(False, "Log a line for each request.")
     page: bool = _setting(True, "Serve the page at /.")
 
     def __post_init__(self) -> None:

@@ -8,11 +8,11 @@ from test_sampler import sample_uncached
 
 from alitok_fast._library import use_reference
 from alitok_fast.inference.loop import SamplingLoop
-from alitok_fast.inference.state import MOST_COLUMNS
 from alitok_fast.inference.packed_generator import PackedGenerator
 from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.quantized_generator import QuantizedGenerator
 from alitok_fast.inference.sampler import Sampler, guidance_schedule
+from alitok_fast.inference.state import MOST_COLUMNS
 from alitok_fast.models import Generator, generator
 
 LENGTH = 21  # of the tiny generator's sequences

@@ -228,7 +228,7 @@ def test_memory_decides_how_many(pipe, monkeypatch, caplog):
 
 
 def test_memory_that_runs_out_while_decoding(pipe):
-    """A batch that cannot be decoded is decoded image by image; an image that cannot be is its request's error alone."""
+    """A batch that cannot be decoded is decoded one by one; an image that cannot be is its request's error alone."""
     with Engine(pipe, window=1) as engine:
         finisher = engine._scheduler._finisher
         decode, refused = finisher._pixels, []

@@ -1,0 +1,555 @@
+"""The HTTP service on a real socket: the images of `Pipeline`, errors that name a field, limits that hold."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from serving_here import served, until
+
+from alitok_fast import SamplingParams
+from alitok_fast.data.transforms import centre_crop, to_tensor
+from alitok_fast.serving.settings import ServeSettings
+from alitok_fast.storage.images import to_uint8
+
+httpx = pytest.importorskip("httpx")
+LIMIT = 60
+GENERATIONS, COMPLETIONS = "/v1/images/generations", "/v1/images/completions"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with httpx.Client(base_url=server.url, timeout=LIMIT) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def photo() -> bytes:
+    data = pytest.importorskip("skimage.data")
+    file = io.BytesIO()
+    Image.fromarray(data.astronaut()).save(file, "JPEG")
+    return file.getvalue()
+
+
+def in_base64(file: bytes) -> str:
+    return base64.b64encode(file).decode()
+
+
+def pixels_of(picture: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def events_of(lines) -> list[tuple[str, dict]]:
+    found, kind = [], None
+    for line in lines:
+        if line.startswith("event: "):
+            kind = line.removeprefix("event: ")
+        elif line.startswith("data: ") and line != "data: [DONE]":
+            found.append((kind, json.loads(line.removeprefix("data: "))))
+        elif line == "data: [DONE]":
+            found.append(("done", {}))
+    return found
+
+
+@contextmanager
+def slow_passes(server, seconds: float):
+    """While inside, each turn of the server's engine takes so long."""
+    loop = server.service.engine._scheduler._loop
+    turn = loop.turn
+
+    def slowly():
+        time.sleep(seconds)
+        return turn()
+
+    loop.turn = slowly
+    try:
+        yield
+    finally:
+        loop.turn = turn
+
+
+# ---- images ----
+
+
+def test_generations_are_images_of_the_pipeline(client, pipe):
+    asked = dict(prompt="bag", n=3, seed=7, image_id=4, guidance_scale=2.0, temperature=0.9, top_k=50, top_p=0.95)
+    answer = client.post(GENERATIONS, json={**asked, "return_tokens": True}).raise_for_status().json()
+    settings = {name: asked[name] for name in ("seed", "guidance_scale", "temperature", "top_k", "top_p")}
+    expected = pipe(["bag"] * 3, image_ids=[4, 5, 6], **settings)
+    assert (answer["prompt"], answer["class_name"], answer["model"]) == (8, "bag", "demo")
+    assert answer["settings"] == {**settings, "guidance_power": pipe.generator.config.guidance_power}
+    assert [image["image_id"] for image in answer["data"]] == [4, 5, 6]
+    for image, tokens, pixels in zip(answer["data"], expected.tokens, expected.pixels, strict=True):
+        assert image["tokens"] == tokens.tolist() and image["seed"] == 7
+        assert np.array_equal(pixels_of(image["b64_json"]), pixels)
+
+
+def test_a_file_holds_what_it_was_made_with(client, pipe):
+    """`png` is the file itself; its text is enough to make the image again."""
+    answer = client.post(GENERATIONS, json=dict(prompt=3, seed=5, response_format="png")).raise_for_status()
+    assert answer.headers["content-type"] == "image/png"
+    with Image.open(io.BytesIO(answer.content)) as image:
+        pixels, made = np.asarray(image), json.loads(image.info["alitok_fast"])
+    settings = {name: made[name] for name in SamplingParams().to_dict()}
+    again = pipe([made["label"]], image_ids=[made["image_id"]], **settings)
+    assert np.array_equal(again.pixels[0], pixels) and made["model"] == "demo"
+
+
+def test_requests_at_the_same_time_share_passes(server, client, pipe):
+    """What 24 clients ask for at once are the images of one at a time, in fewer passes than images have."""
+    before = server.service.engine.stats()
+
+    async def ask():
+        async with httpx.AsyncClient(base_url=server.url, timeout=LIMIT) as together:
+            posts = [together.post(GENERATIONS, json=dict(prompt=i % 10, image_id=i)) for i in range(24)]
+            return await asyncio.gather(*posts)
+
+    answers = [answer.raise_for_status().json() for answer in asyncio.run(ask())]
+    expected = pipe([i % 10 for i in range(24)])
+    for answer, pixels in zip(answers, expected.pixels, strict=True):
+        assert np.array_equal(pixels_of(answer["data"][0]["b64_json"]), pixels)
+    after = server.service.engine.stats()
+    assert after.image_passes - before.image_passes > 1.5 * (after.passes - before.passes)
+
+
+def test_a_stream_shows_rows_and_ends_with_the_images(server, client, pipe, stage1):
+    with (
+        slow_passes(server, 0.01),
+        client.stream("POST", GENERATIONS, json=dict(prompt="coat", n=2, seed=1, stream=True)) as answer,
+    ):
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = events_of(answer.iter_lines())
+    assert events.pop() == ("done", {})
+    rows = [(event["index"], event["rows"]) for kind, event in events if kind == "image_generation.partial_image"]
+    assert rows and all(of_rows == 8 for of_rows in {event.get("of_rows", 8) for _, event in events})
+    for index in (0, 1):
+        mine = [row for i, row in rows if i == index]
+        assert mine == sorted(set(mine))
+    for kind, event in events:
+        assert event["type"] == kind
+        if kind == "image_generation.partial_image":
+            assert pixels_of(event["b64_json"]).shape == (event["rows"] * stage1.config.patch_size, 32, 3)
+    completed = {event["index"]: event for kind, event in events if kind == "image_generation.completed"}
+    for index, pixels in enumerate(pipe(["coat"] * 2, seed=1).pixels):
+        assert np.array_equal(pixels_of(completed[index]["b64_json"]), pixels)
+        assert completed[index]["class_name"] == "coat" and completed[index]["image_id"] == index
+
+
+def test_completions_keep_the_upper_rows(client, pipe, photo):
+    config = pipe.tokenizer.config
+    for rows in (0, 3, config.grid):
+        asked = dict(prompt="shirt", image=in_base64(photo), rows=rows, seed=2, n=2, return_tokens=True)
+        answer = client.post(COMPLETIONS, json=asked).raise_for_status().json()
+        with Image.open(io.BytesIO(photo)) as image:
+            crop = centre_crop(np.asarray(image), config.image_size)
+        tokens = pipe.tokenizer.encode(to_tensor(crop[None]))[:, : config.num_prefix_tokens + rows * config.grid]
+        expected = pipe(["shirt"] * 2, seed=2, prompt_tokens=tokens.repeat(2, 1))
+        assert answer["rows_kept"] == rows
+        assert [image["tokens"] for image in answer["data"]] == expected.tokens.tolist()
+    half = client.post(COMPLETIONS, json=dict(prompt="shirt", image=in_base64(photo))).raise_for_status().json()
+    assert half["rows_kept"] == config.grid // 2
+
+
+def test_photographs_to_tokens_and_back(client, pipe, photo):
+    """The tokenizer's tokens; a reconstruction from the picture is that from its tokens."""
+    picture = f"data:image/jpeg;base64,{in_base64(photo)}"
+    tokens = client.post("/v1/tokens", json=dict(image=picture)).raise_for_status().json()["tokens"]
+    with Image.open(io.BytesIO(photo)) as image:
+        crop = centre_crop(np.asarray(image), 32)
+    assert tokens == pipe.tokenizer.encode(to_tensor(crop[None]))[0].tolist()
+    expected = to_uint8(pipe.image_decoder(torch.tensor([tokens])))[0]
+    for asked in (dict(image=picture), dict(tokens=tokens)):
+        answer = client.post("/v1/reconstructions", json=asked).raise_for_status().json()
+        assert answer["tokens"] == tokens
+        assert np.array_equal(pixels_of(answer["data"][0]["b64_json"]), expected)
+        if "image" in asked:
+            error = ((crop.astype(float) - expected) ** 2).mean()
+            assert answer["psnr"] == pytest.approx(10 * np.log10(255**2 / error))
+        else:
+            assert answer["psnr"] is None
+    file = client.post("/v1/reconstructions", json=dict(tokens=tokens, response_format="png")).raise_for_status()
+    with Image.open(io.BytesIO(file.content)) as image:
+        assert np.array_equal(np.asarray(image), expected)
+
+
+# ---- what else there is ----
+
+
+def test_models_health_and_metrics(client, pipe):
+    (model,) = client.get("/v1/models").raise_for_status().json()["data"]
+    assert model["id"] == "demo" and model["classes"] == list(pipe.classes) and model["rows_while_sampling"]
+    assert client.get("/v1/models/demo").json() == model
+    assert client.get("/v1/models/other").status_code == 404
+    assert client.get("/health").json() == {"status": "ok"} and client.get("/ready").json() == {"status": "ready"}
+    client.post(GENERATIONS, json=dict(prompt=1)).raise_for_status()
+    client.post(GENERATIONS, json=dict(prompt=99))
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    parser = pytest.importorskip("prometheus_client.parser")
+    found = {
+        sample.name: [] for family in parser.text_string_to_metric_families(answer.text) for sample in family.samples
+    }
+    for family in parser.text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            found[sample.name].append((sample.labels, sample.value))
+    for name in ("queue_length", "sequences_in_use", "passes_total", "tokens_total", "passes_per_token"):
+        assert len(found[f"alitok_{name}"]) == 1
+    assert dict((labels["end"], value) for labels, value in found["alitok_images_total"])["finished"] >= 1
+    assert {labels["quantile"] for labels, _ in found["alitok_image_seconds_quantile"]} == {"0.5", "0.95", "0.99"}
+    buckets = [value for labels, value in found["alitok_image_seconds_bucket"]]
+    assert buckets == sorted(buckets) and buckets[-1] == found["alitok_image_seconds_count"][0][1]
+    requests = {(labels["route"], labels["status"]): value for labels, value in found["alitok_http_requests_total"]}
+    assert requests[GENERATIONS, "200"] >= 1 and requests[GENERATIONS, "400"] >= 1
+
+
+def test_the_page_loads_nothing_from_elsewhere(client):
+    answer = client.get("/").raise_for_status()
+    assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    assert "http://" not in answer.text.replace("http://www.w3.org/", "") and "https://" not in answer.text
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        (GENERATIONS, {}, "prompt", "prompt: field required, got nothing"),
+        (GENERATIONS, {"prompt": "hat"}, "prompt", "prompt: expected a number in 0..9 or a class name, such as"),
+        (GENERATIONS, {"prompt": 10}, "prompt", "prompt: expected values in [0, 10), got 10"),
+        (GENERATIONS, {"prompt": 1, "n": 0}, "n", "n: input should be greater than or equal to 1, got 0"),
+        (GENERATIONS, {"prompt": 1, "n": 11}, "n", "n: expected at most 10, got 11"),
+        (GENERATIONS, {"prompt": 1, "n": "2"}, "n", "n: input should be a valid integer, got '2'"),
+        (GENERATIONS, {"prompt": 1, "size": "64x64"}, "size", "size: expected 'auto' or '32x32', got '64x64'"),
+        (GENERATIONS, {"prompt": 1, "top_p": 1.5}, "top_p", "top_p: input should be less than or equal to 1, got 1.5"),
+        (GENERATIONS, {"prompt": 1, "temperature": 1e-40}, "temperature", "temperature: expected 0 or a number in"),
+        (GENERATIONS, {"prompt": 1, "seed": 2**63}, "seed", "seed: input should be less than"),
+        (GENERATIONS, {"prompt": 1, "quality": "hd"}, "quality", "quality: extra inputs are not permitted, got 'hd'"),
+        (
+            GENERATIONS,
+            {"prompt": 1, "n": 2, "response_format": "png"},
+            "response_format",
+            "response_format: expected b64",
+        ),
+        (COMPLETIONS, {"prompt": 1}, "image", "image: field required"),
+        (COMPLETIONS, {"prompt": 1, "image": "?"}, "image", "image: expected base64 or a data URL"),
+        (COMPLETIONS, {"prompt": 1, "image": "aGVsbG8="}, "image", "image: expected a readable image in one of"),
+        (COMPLETIONS, {"prompt": 1, "image": "data:image/png"}, "image", "image: expected base64 after 'data:"),
+        ("/v1/tokens", {"image": ""}, "image", "image: expected a readable image"),
+        ("/v1/reconstructions", {}, "image", "image: expected image or tokens, got neither"),
+        ("/v1/reconstructions", {"tokens": [1, 2]}, "tokens", "tokens: expected 73, got 2"),
+        ("/v1/reconstructions", {"tokens": [5000] * 73}, "tokens", "tokens: expected numbers in [0, 1024), got 5000"),
+    ],
+    ids=str,
+)
+def test_errors_name_the_field(path, body, param, message, client):
+    answer = client.post(path, json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith(message) and error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+def test_another_model_is_not_found(client):
+    answer = client.post(GENERATIONS, json=dict(prompt=1, model="dall-e-3"))
+    assert answer.status_code == 404 and answer.json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"prompt": NaN}', b'{"prompt": 1, "n": 1e400}']
+)
+def test_bodies_that_are_no_request(body, client):
+    answer = client.post(GENERATIONS, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_other_methods_and_paths(client):
+    assert client.get(GENERATIONS).status_code == 405 and client.get("/v2").json()["error"]["message"] == "Not Found"
+    plain = client.post(GENERATIONS, content=b'{"prompt": 1}', headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 400, "what a page of another origin may send unasked is not taken"
+
+
+def test_a_poisoned_class_among_good_ones(pipe, stage1):
+    from test_engine import poisoned
+
+    with served(poisoned(pipe, "class"), stage1) as server, httpx.Client(base_url=server.url, timeout=LIMIT) as client:
+        bad = client.post(GENERATIONS, json=dict(prompt=4, n=3))
+        assert bad.status_code == 500 and bad.json()["error"]["type"] == "server_error"
+        assert "expected finite logits" in bad.json()["error"]["message"]
+        good = client.post(GENERATIONS, json=dict(prompt=2)).raise_for_status().json()
+        assert np.array_equal(pixels_of(good["data"][0]["b64_json"]), pipe([2]).pixels[0])
+        with client.stream("POST", GENERATIONS, json=dict(prompt=4, stream=True)) as answer:
+            kinds = [kind for kind, _ in events_of(answer.iter_lines())]
+        assert kinds[-2:] == ["error", "done"]
+
+
+# ---- limits ----
+
+
+def test_bodies_and_pictures_have_limits(pipe, stage1, photo):
+    with (
+        served(pipe, stage1, max_body_mb=0.2, max_megapixels=0.2) as server,
+        httpx.Client(base_url=server.url, timeout=LIMIT) as client,
+    ):
+        large = client.post("/v1/tokens", json=dict(image="A" * 300_000))
+        assert large.status_code == 413 and large.json()["error"]["param"] == "body"
+
+        def pieces():  # without a length in the header
+            yield b'{"image": "'
+            for _ in range(300):
+                yield b"A" * 1000
+            yield b'"}'
+
+        chunked = client.post("/v1/tokens", content=pieces(), headers={"Content-Type": "application/json"})
+        assert chunked.status_code == 413
+        # 512 x 512 pixels are more than 0.2 million; a picture of 30,000 x 30,000 is a small file.
+        answer = client.post("/v1/tokens", json=dict(image=in_base64(photo)))
+        assert answer.status_code == 400 and "expected at most 200000 pixels, got 262144" in answer.text
+        bomb = io.BytesIO()
+        Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+        answer = client.post("/v1/tokens", json=dict(image=in_base64(bomb.getvalue())))
+        assert answer.status_code in (400, 413)
+        client.post(GENERATIONS, json=dict(prompt=1)).raise_for_status()
+
+
+def test_a_body_that_does_not_come(pipe, stage1):
+    """A client that stops in the middle is answered and let go; nothing waits for it."""
+    with served(pipe, stage1, stall_seconds=0.3) as server:
+        with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:
+            connection.sendall(
+                b"POST /v1/tokens HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            )
+            answer = connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 408")
+        httpx.post(f"{server.url}{GENERATIONS}", json=dict(prompt=1), timeout=LIMIT).raise_for_status()
+
+
+def test_keys(pipe, stage1, monkeypatch, tmp_path):
+    """One out of the environment or of a file; without, nothing under /v1 answers, and the rest does."""
+    (tmp_path / "keys").write_text("from a file\n\n")
+    monkeypatch.setenv("ALITOK_API_KEYS", "first, second")
+    with (
+        served(pipe, stage1, api_keys=str(tmp_path / "keys")) as server,
+        httpx.Client(base_url=server.url, timeout=LIMIT) as client,
+    ):
+        for key in ("first", "second", "from a file"):
+            headers = {"Authorization": f"Bearer {key}"}
+            client.post(GENERATIONS, json=dict(prompt=1), headers=headers).raise_for_status()
+        for headers in ({}, {"Authorization": "Bearer firs"}, {"Authorization": "first"}, {"Authorization": "Bearer"}):
+            for answer in (
+                client.post(GENERATIONS, json={}, headers=headers),
+                client.get("/v1/models", headers=headers),
+            ):
+                assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
+                assert answer.headers["www-authenticate"] == "Bearer"
+        assert client.get("/ready").status_code == 200 and client.get("/metrics").status_code == 200
+        described = client.get("/openapi.json").json()
+        assert described["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+
+
+def test_settings_are_checked(tmp_path):
+    for options, message in (
+        (dict(max_n=0), "max_n: expected at least 1, got 0"),
+        (dict(port=70000), "port: expected a number in"),
+        (dict(timeout=0.0), "timeout: expected a number above 0, got 0.0"),
+        (dict(max_images=0), "max_images: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ServeSettings(**options)
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ValueError, match="api_keys: expected a file with a key per line"):
+        ServeSettings(api_keys=str(tmp_path / "empty")).keys()
+
+
+def test_a_full_queue_is_told_at_once(pipe, stage1):
+    """503 with Retry-After, all of a request's images or none; those that were taken are answered."""
+    with (
+        served(pipe, stage1, max_images=1, max_queue=2, max_n=5) as server,
+        slow_passes(server, 0.05),
+    ):
+
+        async def ask():
+            async with httpx.AsyncClient(base_url=server.url, timeout=LIMIT) as client:
+                posts = [client.post(GENERATIONS, json=dict(prompt=1, image_id=i)) for i in range(8)]
+                answers = await asyncio.gather(*posts, client.post(GENERATIONS, json=dict(prompt=1, n=5)))
+                return answers
+
+        answers = asyncio.run(ask())
+        statuses = Counter(answer.status_code for answer in answers)
+        assert set(statuses) == {200, 503} and statuses[200] >= 2 and statuses[503] >= 3
+        assert answers[-1].status_code == 503
+        for answer in answers:
+            if answer.status_code == 503:
+                assert answer.headers["retry-after"] == "1" and answer.json()["error"]["code"] == "queue_full"
+        until(lambda: server.service.engine.stats().sequences_in_use == 0)
+
+
+def test_a_request_that_takes_too_long(pipe, stage1):
+    with served(pipe, stage1, timeout=0.2) as server, slow_passes(server, 0.5):
+        answer = httpx.post(f"{server.url}{GENERATIONS}", json=dict(prompt=1), timeout=LIMIT)
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+        until(lambda: server.service.engine.stats().sequences_in_use == 0)
+
+
+# ---- clients ----
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_frees_what_it_held(stream, server, client, pipe):
+    engine = server.service.engine
+    before = engine.stats().requests
+    with slow_passes(server, 0.05):
+        body = json.dumps(dict(prompt=1, n=10, stream=stream)).encode()
+        with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:
+            connection.sendall(
+                b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+                % (GENERATIONS.encode(), len(body), body)
+            )
+            until(lambda: engine.stats().running > 0)
+        until(lambda: engine.stats().requests["cancelled"] - before["cancelled"] == 10)
+        until(lambda: engine.stats().sequences_in_use == 0 and engine.stats().queue_length == 0)
+    answer = client.post(GENERATIONS, json=dict(prompt=1)).raise_for_status().json()
+    assert np.array_equal(pixels_of(answer["data"][0]["b64_json"]), pipe([1]).pixels[0])
+
+
+def test_a_reader_that_reads_nothing_holds_up_nobody(pipe, stage1):
+    """Its connection is dropped after a while, and its request is over; others are served meanwhile."""
+    with served(pipe, stage1, stall_seconds=1.0, max_n=1000, max_queue=2000) as server:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        body = json.dumps(dict(prompt=1, n=1000, guidance_scale=0, stream=True)).encode()
+        connection.sendall(
+            b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+            % (GENERATIONS.encode(), len(body), body)
+        )
+        engine = server.service.engine
+        until(lambda: engine.stats().running > 0)
+        for image_id in range(3):
+            answer = httpx.post(f"{server.url}{GENERATIONS}", json=dict(prompt=2, image_id=image_id), timeout=LIMIT)
+            answer.raise_for_status()
+        until(lambda: engine.stats().sequences_in_use == 0 and engine.stats().queue_length == 0)
+        stats = engine.stats().requests
+        assert stats["finished"] + stats["cancelled"] == 1000 + 3 + 1 and stats["failed"] == 0
+        connection.close()
+        until(lambda: 'status="200"' in httpx.get(f"{server.url}/metrics").text)
+
+
+def test_many_clients_in_threads_get_their_own(server, pipe):
+    """Nothing is lost, doubled or exchanged between 16 clients with 6 requests each on kept connections."""
+    expected = pipe([2] * 96, seed=4).pixels
+    found = Counter()
+
+    def ask(number):
+        with httpx.Client(base_url=server.url, timeout=LIMIT) as client:
+            for image_id in range(number * 6, number * 6 + 6):
+                asked = dict(prompt=2, seed=4, image_id=image_id)
+                image = client.post(GENERATIONS, json=asked).raise_for_status().json()["data"][0]
+                assert image["image_id"] == image_id
+                assert np.array_equal(pixels_of(image["b64_json"]), expected[image_id])
+                found[image_id] += 1
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert found == Counter(range(96))
+
+
+# ---- the process ----
+
+
+@pytest.fixture
+def process():
+    """The command on a free port, and its address once it is ready; killed in the end."""
+    started = []
+
+    def start(*options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "alitok_fast.cli", "serve", "--port", str(port), *options]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        started.append(process)
+        return process, f"http://127.0.0.1:{port}"
+
+    yield start
+    for each in started:
+        each.kill()
+        each.wait()
+
+
+def is_ready(url) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_what_runs(number, process, pipe):
+    """Requests under way are answered with their images; then the process ends, and its port is free."""
+    running, url = process("--max-images", "1", "--max-n", "50")
+    until(lambda: is_ready(url))
+    answers = []
+
+    def ask(first):
+        answers.append(httpx.post(f"{url}{GENERATIONS}", json=dict(prompt=1, n=50, image_id=first), timeout=LIMIT))
+
+    def waiting() -> float:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("alitok_queue_length "))
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in (0, 50, 100)]
+    for thread in threads:
+        thread.start()
+    until(lambda: waiting() > 100)  # all three have been read
+    running.send_signal(number)
+    for thread in threads:
+        thread.join(LIMIT)
+    assert running.wait(LIMIT) in (0, 130, -number)
+    assert len(answers) == 3
+    expected = pipe([1] * 150).pixels
+    for answer in answers:
+        for image in answer.raise_for_status().json()["data"]:
+            assert np.array_equal(pixels_of(image["b64_json"]), expected[image["image_id"]])
+    assert not is_ready(url)
+    assert "Traceback" not in running.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start_says_why(process):
+    running, url = process()
+    until(lambda: is_ready(url))
+    for options, message in (
+        (("--model", "nowhere"), "path_or_name: expected"),
+        (("--stage1", "demo"), "stage1: expected a causal decoder"),
+        (("--port", url.rsplit(":", 1)[1]), "port: expected one that is free"),
+        (("--max-images", "100000000"), "max_images: expected at most the"),
+        (("--top", "1"), "No such option"),
+    ):
+        other, _ = process(*options)
+        _, errors = other.communicate(timeout=LIMIT)
+        assert other.returncode in (1, 2) and message in errors and "Traceback" not in errors
