@@ -11,6 +11,7 @@ import pytest
 from alitok_fast.cli.options import LoadOptions
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
 from alitok_fast.inference.params import SamplingParams
+from alitok_fast.serving.settings import ServeSettings
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
 from alitok_fast.training.phases import Phase
 from alitok_fast.training.run_settings import PARTS, settings_of
@@ -53,9 +54,9 @@ def defaults(settings: type) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("title, settings", [("SamplingParams", SamplingParams), ("LoadOptions", LoadOptions)])
-def test_options_are_those_of_the_dataclass(title, settings):
-    assert table(section(title)) == defaults(settings)
+@pytest.mark.parametrize("settings", [SamplingParams, LoadOptions, ServeSettings], ids=lambda kind: kind.__name__)
+def test_options_are_those_of_the_dataclass(settings):
+    assert table(section(settings.__name__)) == defaults(settings)
 
 
 @pytest.mark.parametrize("column, settings", list(enumerate(TRAINING, start=1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -102,16 +103,20 @@ class Finisher:
         return bool(batch or call or rows)
 
     def run(self) -> None:
-        """Work until `stop`, and on until nothing is waiting; for a thread of its own."""
-        while True:
-            if self.work():
-                continue
-            with self._wake:
-                if self._closing and not self.waiting:
-                    return
-                if not (self._images or self._calls):
-                    pause = max(0.0, self._paint_at - time.monotonic()) if self._rows else None
-                    self._wake.wait(pause if not self._closing else 0.01)
+        """Work until `stop`, and on until nothing is waiting; for a thread of its own, on a stream of its own."""
+        device = self._decoder.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
+            while not (self._closing and not self.waiting):
+                if not self.work():
+                    self._rest()
+
+    def _rest(self) -> None:
+        """Until there is something to do."""
+        with self._wake:
+            if not (self._images or self._calls or self._closing):
+                self._wake.wait(max(0.0, self._paint_at - time.monotonic()) if self._rows else None)
 
     def stop(self, error: Exception | None = None) -> None:
         """End when nothing is waiting; with `error` what waits ends with it."""

@@ -136,7 +136,10 @@ class Scheduler:
     # ---- the thread that samples ----
 
     def _work(self) -> None:
+        device = self._loop.model.device
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             self._loop.warm_up()
         except Exception as error:
             _log.exception("the model could not be made ready")

@@ -21,6 +21,7 @@ import torch
 from alitok_fast import Pipeline, SamplingParams
 from alitok_fast.serving import Engine, EngineClosedError, QueueFullError
 from alitok_fast.serving import engine as engine_module
+from alitok_fast.serving import scheduler as scheduler_module
 from alitok_fast.serving.stats import BUCKETS
 
 LIMIT = 60  # seconds that nothing takes
@@ -156,6 +157,54 @@ def test_calls_take_their_turn(engine):
     assert engine.call(lambda: threading.current_thread().name).result(LIMIT).startswith("alitok-")
     with pytest.raises(ZeroDivisionError):
         engine.call(lambda: 1 / 0).result(LIMIT)
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """Engines as on a GPU: a thread of its own decodes and paints."""
+    made = scheduler_module.Scheduler.__init__
+    monkeypatch.setattr(
+        scheduler_module.Scheduler, "__init__", lambda self, *given, beside: made(self, *given, beside=True)
+    )
+
+
+@pytest.mark.usefixtures("beside")
+def test_a_thread_that_decodes_beside_the_passes(pipe, stage1):
+    seen = Counter()
+    with Engine(pipe, stage1=stage1) as engine:
+        expected = pipe([i % 10 for i in range(60)])
+        futures = [
+            engine.submit(i % 10, image_id=i, on_rows=lambda rows, _, i=i: seen.update([(i, rows)])) for i in range(60)
+        ]
+        for future, tokens, pixels in zip(futures, expected.tokens, expected.pixels, strict=True):
+            image = future.result(LIMIT)
+            assert torch.equal(image.tokens, tokens) and np.array_equal(image.pixels, pixels)
+        assert engine.call(lambda: threading.current_thread().name).result(LIMIT) == "alitok-finisher"
+        assert seen and set(seen.values()) == {1}
+        last = engine.submit(1)
+    assert last.result(0).label == 1
+    engine = Engine(pipe)
+    futures = [engine.submit(1, image_id=i) for i in range(50)]
+    assert engine.close(drain=False) and all(future.done() for future in futures)
+
+
+@pytest.mark.device
+def test_engine_on_cuda(cuda, pipe, stage1):
+    """Alone an image is the pipeline's; beside others rounding may differ with the number of rows, and seldom shows."""
+    on_gpu = copy.deepcopy(pipe)
+    on_gpu = Pipeline(on_gpu.tokenizer.cuda(), on_gpu.generator.cuda())
+    with Engine(on_gpu, stage1=copy.deepcopy(stage1).cuda(), max_images=8) as engine:
+        engine.warm_up()
+        assert torch.equal(engine.submit(3, seed=1).result(LIMIT).tokens, on_gpu([3], seed=1).tokens[0].cpu())
+        seen = Counter()
+        futures = [engine.submit(i % 10, image_id=i, on_rows=lambda rows, _: seen.update([rows])) for i in range(40)]
+        expected = [on_gpu([i % 10], image_ids=[i]).tokens[0].cpu() for i in range(40)]
+        same = [
+            torch.equal(future.result(LIMIT).tokens, tokens) for future, tokens in zip(futures, expected, strict=True)
+        ]
+        assert sum(same) > 20 and seen
+        prompt = expected[0][:30]
+        assert torch.equal(engine.submit(1, prompt_tokens=prompt).result(LIMIT).tokens[:30], prompt)
 
 
 # ---- arguments ----
