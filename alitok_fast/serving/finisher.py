@@ -23,6 +23,7 @@ from alitok_fast.serving.request import Request
 from alitok_fast.serving.stats import Recorder
 from alitok_fast.storage.images import to_uint8
 
+COMPANY_SECONDS = 0.05  # a finished image waits so long for others, where it may
 PAINTING_SHARE = 1 / 3  # of the time, at most: who watches must not hold up who waits
 _log = logging.getLogger(__name__)
 
@@ -81,10 +82,15 @@ class Finisher:
     def calls(self) -> int:
         return len(self._calls)
 
-    def work(self) -> bool:
-        """Do one piece of work, if there is any that is due; whether there was."""
+    def work(self, patient: bool = False) -> bool:
+        """Do one piece of work, if there is any that is due; whether there was.
+
+        With `patient` finished images wait a while until there are as many as are decoded together.
+        """
         with self._wake:
-            batch = [self._images.popleft() for _ in range(min(len(self._images), self._most))]
+            batch = []
+            if not patient or self._enough():
+                batch = [self._images.popleft() for _ in range(min(len(self._images), self._most))]
             call = self._calls.popleft() if self._calls and not batch else None
             rows = None
             if not batch and call is None and self._rows and time.monotonic() >= self._paint_at:
@@ -101,6 +107,10 @@ class Finisher:
         finally:
             self._busy = 0
         return bool(batch or call or rows)
+
+    def _enough(self) -> bool:
+        waited = time.monotonic() - self._images[0][0].sampled if self._images else 0.0
+        return len(self._images) >= self._most or waited > COMPANY_SECONDS
 
     def run(self) -> None:
         """Work until `stop`, and on until nothing is waiting; for a thread of its own, on a stream of its own."""

@@ -155,7 +155,8 @@ class Scheduler:
             if self._running:
                 self._turn()
             if not self._beside:
-                self._finisher.work()
+                # While requests wait for a place, throughput is what counts: a batch costs less than its images.
+                self._finisher.work(patient=bool(self._queue and self._running))
         self._give_up()
 
     @property
