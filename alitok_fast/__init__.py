@@ -14,6 +14,7 @@
 | `on_rows` | image rows while the tokens are still being sampled |
 | `use_reference` | PyTorch definitions in place of the native operators |
 | `alitok_fast.ops` | the operators as functions (docs/operators.md) |
+| `alitok_fast.serving` | an engine for requests that arrive at any time, over HTTP too (docs/serving.md) |
 
 Importing the package is light: torch and the native extension load with the first name that is used.
 """

@@ -7,7 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 PARTS = ("build", "ops", "models", "sampling", "peers", "operators", "attention", "training", "sanitizer", "ncu")
-CUDA_TESTS = ("tests/ops", "tests/models", "tests/inference", "tests/pipelines/test_pipeline.py", "tests/training")
+CUDA_TESTS = (
+    "tests/ops",
+    "tests/models",
+    "tests/inference",
+    "tests/pipelines/test_pipeline.py",
+    "tests/serving/test_engine.py",
+    "tests/training",
+)
 # In a test's name, its file's or its parameters; what is left out computes on the CPU what a GPU would round.
 MEET_A_GPU = "(cuda and not precisions_of_cuda) or test_graphs_decode or test_two_threads"
 NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a tensor's neighbours are torch's memory too
