@@ -140,6 +140,12 @@ class Sampler:
         windows = (self.window,) if self.window is not None else WINDOWS if loop.model.device.type == "cpu" else (1,)
         return self._choices.setdefault((loop.batch_size, loop.guided), WindowChoice(windows))
 
+    def current_model(self) -> StepModel:
+        """The generator that calls sample with, packed anew where its weights have changed."""
+        with self._turn:
+            self._refresh()
+        return self.model
+
     def loop(self, batch_size: int, guided: bool) -> SamplingLoop:
         """The loop that samples such batches, kept from an earlier call or made anew. Raises MemoryError."""
         with self._turn:

@@ -78,7 +78,7 @@ class Engine:
         self.timeout = None if timeout is None else _positive("timeout", timeout)
         if pipe.generator.training:
             raise ValueError("pipe: expected models in evaluation mode, got a generator in training mode")
-        model = pipe.sampler.model
+        model = pipe.sampler.current_model()
         on_cpu = model.device.type == "cpu"
         windows = (integer("window", window, 1, WINDOWS[-1]),) if window is not None else WINDOWS if on_cpu else (1,)
         self.max_images = self._images_that_fit(max_images, kv_dtype, windows[-1])

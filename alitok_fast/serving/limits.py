@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from alitok_fast.serving.errors import fault
+from alitok_fast.serving.errors import CLIENT_GONE, fault
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+_log = logging.getLogger(__name__)
 
 
 class Refused(HTTPException):
@@ -24,6 +26,10 @@ class Refused(HTTPException):
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(status, message)
         self.param = param
+
+
+class _StalledError(Exception):
+    """The client reads nothing."""
 
 
 class Gate:
@@ -58,8 +64,10 @@ class Gate:
             nonlocal started, status
             if message["type"] == "http.response.start":
                 started, status = True, message["status"]
-            # A client that reads nothing fills the buffers; then this waits.
-            await asyncio.wait_for(send(message), self._stall)
+            try:  # a client that reads nothing fills the buffers; then this waits
+                await asyncio.wait_for(send(message), self._stall)
+            except (TimeoutError, asyncio.TimeoutError):
+                raise _StalledError from None
 
         try:
             self._check_key(scope)
@@ -69,6 +77,9 @@ class Gate:
                 raise
             await _answer(send, refused)
             status = refused.status_code
+        except _StalledError:  # the server closes a connection whose answer is not complete
+            _log.warning("a client read nothing for %g s, and was dropped", self._stall)
+            status = CLIENT_GONE
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._observe(route, scope["method"], status, time.monotonic() - begin)

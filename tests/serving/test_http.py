@@ -431,7 +431,7 @@ def test_a_client_that_goes_frees_what_it_held(stream, server, client, pipe):
     assert np.array_equal(pixels_of(answer["data"][0]["b64_json"]), pipe([1]).pixels[0])
 
 
-def test_a_reader_that_reads_nothing_holds_up_nobody(pipe, stage1):
+def test_a_reader_that_reads_nothing_holds_up_nobody(pipe, stage1, caplog):
     """Its connection is dropped after a while, and its request is over; others are served meanwhile."""
     with served(pipe, stage1, stall_seconds=1.0, max_n=1000, max_queue=2000) as server:
         connection = socket.socket()
@@ -450,8 +450,9 @@ def test_a_reader_that_reads_nothing_holds_up_nobody(pipe, stage1):
         until(lambda: engine.stats().sequences_in_use == 0 and engine.stats().queue_length == 0)
         stats = engine.stats().requests
         assert stats["finished"] + stats["cancelled"] == 1000 + 3 + 1 and stats["failed"] == 0
+        until(lambda: 'status="499"' in httpx.get(f"{server.url}/metrics").text)
         connection.close()
-        until(lambda: 'status="200"' in httpx.get(f"{server.url}/metrics").text)
+    assert "a client read nothing for 1 s, and was dropped" in caplog.text and "Traceback" not in caplog.text
 
 
 def test_many_clients_in_threads_get_their_own(server, pipe):
