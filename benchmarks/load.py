@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+BOUNDS = (2.0, 3.0, 5.0, 10.0)  # of p95 in a report, times the time of an image alone
+KEEPS_UP = 0.7  # of the offered rate, at least; in a short run the last answers alone cost some of it
 ANSWERED, REFUSED, FAILED, UNANSWERED = ENDS = ("answered", "refused", "failed", "unanswered")
 
 
@@ -87,7 +89,7 @@ class Load:
             **{end: ends[end] for end in ENDS},
             "images_per_second": len(done) / max(one.answered for one in done) if done else 0.0,
             "latency": latency and {**latency, "most": latencies[-1]},
-            "late": {"median": quantile(late, 0.5), "most": late[-1]},
+            "late": {"median": quantile(late, 0.5), "most": late[-1]} if late else None,
         }
 
 
@@ -157,12 +159,12 @@ def held(rows: Sequence[Mapping[str, Any]], bound: float) -> float | None:
     return max(within, default=None)
 
 
-def why_stop(row: Mapping[str, Any], bound: float, share: float = 0.8) -> str | None:
+def why_stop(row: Mapping[str, Any], bound: float) -> str | None:
     """Why a higher load would tell nothing more: p95 above `bound` seconds, or the system did not keep up."""
     if row["answered"] < row["requests"]:
-        return f"{row['requests'] - row['answered']} of {row['requests']} requests without an answer"
+        return f"{row['requests'] - row['answered']} of {row['requests']} requests refused or without an answer"
     if row["latency"]["p95"] > bound:
         return f"p95 above {bound:.3g} s"
-    if row["images_per_second"] < share * row["offered"]:
-        return f"less than {share:.0%} of the offered rate"
+    if row["images_per_second"] < KEEPS_UP * row["offered"]:
+        return f"less than {KEEPS_UP:.0%} of the offered rate"
     return None

@@ -183,8 +183,8 @@ def test_what_a_system_holds_is_the_highest_measured_rate_within_the_bound():
 def test_why_no_higher_load_is_tried():
     assert why_stop(row(1.0, 1.0, offered=1.1), bound=2.0) is None
     assert why_stop(row(1.0, 3.0), bound=2.0) == "p95 above 2 s"
-    assert why_stop(row(1.0, 1.0, answered=7), bound=2.0) == "3 of 10 requests without an answer"
-    assert why_stop(row(1.0, 1.0, offered=2.0), bound=2.0) == "less than 80% of the offered rate"
+    assert why_stop(row(1.0, 1.0, answered=7), bound=2.0) == "3 of 10 requests refused or without an answer"
+    assert why_stop(row(1.0, 1.0, offered=2.0), bound=2.0) == "less than 70% of the offered rate"
 
 
 class Pipe:
