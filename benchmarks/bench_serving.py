@@ -7,11 +7,10 @@ time of an image alone, or the system does not keep up. What is compared and how
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.serving import QueueFullError
 from load import ANSWERED, FAILED, UNANSWERED, Load, arrivals, drive, why_stop
 from machine import OthersMonitor
-from peers.serving import ENGINE, ONE, SYSTEMS, Answer, Request, make
+from peers.serving import ENGINE, ONE, SYSTEMS, Answer, Request, Same, make
 from random_models import random_generator, random_tokenizer
 from timing import Contender
 
@@ -102,15 +101,15 @@ def bench_serving(model, precision, plan, measure, mode, device):
         steps = {load: asked.next(plan.most) for load in sorted({*plan.loads, *plan.one})}
         loads, stopped = {}, {}
         for name, system in systems.items():
-            offer(system, warm, 1.0 / solo, same)
+            offer(name, system, warm, 1.0 / solo, same)
             asks = {load: steps[load] for load in (plan.one if name == ONE else plan.loads)}
-            loads[name], stopped[name] = rising(system, asks, plan, solo, same)
+            loads[name], stopped[name] = rising(name, system, asks, plan, solo, same)
         turns = {
             ALONE: Contender(lambda: [call(pipe, one) for one in asked.next(plan.images)]),
             ENGINE: Contender(lambda: [systems[ENGINE].submit(one).result() for one in asked.next(plan.images)]),
         }
         facts = {"model": model, "precision": in_words(pipe), "layers": pipe.generator.config.num_layers, "solo": solo}
-        limits = {"outstanding": OUTSTANDING, "slowest": SLOWEST, "images": plan.images}
+        limits = {"outstanding": OUTSTANDING, "slowest": SLOWEST, "images": plan.images, "same": same.summary()}
         budget = plan.budget if mode.timed else 0.0
         measure(turns, budget, kind="serving", loads=loads, stopped=stopped, **facts, **limits)
 
@@ -138,17 +137,6 @@ class Asked:
         return [Request(number % self._classes, number) for number in itertools.islice(self._ids, count)]
 
 
-@dataclass
-class Same:
-    """The first answer to each request; all later ones must be the same, to the bit."""
-
-    digests: dict[Request, bytes] = field(default_factory=dict)
-
-    def check(self, request: Request, answer: Any) -> None:
-        found = hashlib.sha256(answer.tokens.numpy().tobytes() + answer.pixels.tobytes()).digest()
-        assert self.digests.setdefault(request, found) == found, f"{request} has two images"
-
-
 def call(pipe: Pipeline, request: Request) -> Any:
     return pipe([request.label], image_ids=[request.image_id], seed=SEED)
 
@@ -161,30 +149,33 @@ def seconds_alone(pipe: Pipeline, request: Request) -> float:
 
 def agree(pipe: Pipeline, systems: dict, requests: list[Request], same: Same) -> None:
     """Tokens and pixels of every system, asked for all at once, are those of `pipe()` asked for each."""
-    for system in systems.values():
+    for name, system in systems.items():
         futures = [system.submit(request) for request in requests]
         for request, future in zip(requests, futures, strict=True):
-            same.check(request, future.result())
+            same.check(request, future.result(), name)
     for request in requests:
         samples = call(pipe, request)
-        same.check(request, Answer(samples.pixels[0], samples.tokens[0]))
-    assert len(set(same.digests.values())) == len(requests), "different requests have the same image"
+        same.check(request, Answer(samples.pixels[0], samples.tokens[0]), ALONE)
+    different = {tuple(answer.tokens.tolist()) for _, answer in same.first.values()}
+    assert len(different) == len(requests), "different requests have the same image"
 
 
-def rising(system, asks: dict[float, list[Request]], plan: Plan, solo: float, same: Same) -> tuple[list[dict], str]:
+def rising(
+    name: str, system, asks: dict[float, list[Request]], plan: Plan, solo: float, same: Same
+) -> tuple[list[dict], str]:
     """A row for each load, and why there is none above; every system gets the same requests at the same times."""
     rows: list[dict] = []
     for load, requests in asks.items():
         rate = load / solo
         with OthersMonitor() as others:
-            taken = offer(system, requests[: plan.requests(rate)], rate, same)
+            taken = offer(name, system, requests[: plan.requests(rate)], rate, same)
         rows.append({"load": load, "offered": rate, **taken.summary(), "others": others.cores})
         if why := why_stop(rows[-1], SLOWEST * solo):
             return rows, why
     return rows, "the highest load of the plan"
 
 
-def offer(system, requests: list[Request], rate: float, same: Same) -> Load:
+def offer(name: str, system, requests: list[Request], rate: float, same: Same) -> Load:
     """One load; raises where a request failed or had no answer, two answers, or another image than before."""
     due = arrivals(len(requests), rate, SEED)
     taken = drive(lambda number: system.submit(requests[number]), due, OUTSTANDING, (QueueFullError,))
@@ -193,5 +184,5 @@ def offer(system, requests: list[Request], rate: float, same: Same) -> Load:
             raise outcome.answer
         assert outcome.end != UNANSWERED and outcome.times == (outcome.end == ANSWERED), outcome
         if outcome.end == ANSWERED:
-            same.check(request, outcome.answer)
+            same.check(request, outcome.answer, name)
     return taken

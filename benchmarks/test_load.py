@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from load import ANSWERED, FAILED, REFUSED, UNANSWERED, Clock, arrivals, drive, held, quantile, why_stop
-from peers.serving import Batches, Request
+from peers.serving import LEVELS, Answer, Batches, Request, Same
 
 
 class Virtual(Clock):
@@ -238,3 +238,16 @@ def test_an_error_of_the_pipeline_is_everyones_in_the_batch():
         with pytest.raises(ValueError, match="13"):
             future.result(30.0)
     system.close()
+
+
+def test_answers_of_two_systems_have_the_same_tokens_and_pixels_to_rounding():
+    tokens, pixels, request = torch.arange(3), np.full((2, 2, 3), 7, np.uint8), Request(0, 0)
+    same = Same()
+    for system, level in (("a", 7), ("b", 7), ("c", 7 - LEVELS)):
+        same.check(request, Answer(np.full_like(pixels, level), tokens.clone()), system)
+    same.check(Request(0, 1), Answer(pixels, tokens), "a")
+    assert same.summary() == {"compared": 2, "rounded": 1, "levels": LEVELS}
+    with pytest.raises(AssertionError, match="c has other tokens than a"):
+        same.check(request, Answer(pixels, tokens + 1), "c")
+    with pytest.raises(AssertionError, match=f"b has pixels {LEVELS + 1} grey levels from those of a"):
+        same.check(request, Answer(pixels + np.uint8(LEVELS + 1), tokens), "b")

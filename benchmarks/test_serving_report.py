@@ -45,6 +45,7 @@ def info() -> dict:
         "images": 10,
         "outstanding": 32,
         "slowest": 20.0,
+        "same": {"compared": 90, "rounded": 5, "levels": 1},
         "loads": loads,
         "stopped": stopped,
     }
@@ -92,6 +93,7 @@ def test_the_tables_of_serving(data):
 def test_the_pages_of_serving(data):
     text = markdown(collect(data))
     assert "static batches of B, weights int8, decode int8 after 2x (10 of 40 <refused>)" in text
+    assert "pixels of 5 differed by up to 1 of 255 grey levels" in text
     assert "32 wait for their answers" in text and "p95 passes 20x" in text and "busy" not in text
     html = page(collect(data))
     assert html.count("<figure><svg") == html.count("<figcaption>") == 1 and "&lt;refused&gt;" in html

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +15,7 @@ from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.serving import Engine, GeneratedImage
 
 ENGINE, ONE, BATCHES = SYSTEMS = ("Engine", "one at a time", "static batches")
+LEVELS = 2  # grey levels of 255 by which pixels may differ: a decode of several images rounds in other places
 MOST, WAIT = 8, 0.05  # images of a static batch, seconds from the arrival of its first
 
 
@@ -28,6 +29,33 @@ class Request:
 class Answer:
     pixels: np.ndarray
     tokens: Tensor
+
+
+@dataclass
+class Same:
+    """The first answer to each request. Later ones must have the same tokens, and the same pixels to rounding."""
+
+    first: dict[Request, tuple[str, Answer]] = field(default_factory=dict)
+    """With who gave it."""
+    compared: int = 0
+    rounded: int = 0
+    """Of those compared, how many had a pixel that differed."""
+    levels: int = 0
+    """Grey levels by which a pixel differed, at the most."""
+
+    def check(self, request: Request, answer: Answer | GeneratedImage, system: str) -> None:
+        given = Answer(answer.pixels, answer.tokens)
+        if self.first.setdefault(request, (system, given))[1] is given:
+            return
+        who, before = self.first[request]
+        assert before.tokens.equal(given.tokens), f"{request}: {system} has other tokens than {who}"
+        levels = int(np.abs(before.pixels.astype(np.int16) - given.pixels).max())
+        assert levels <= LEVELS, f"{request}: {system} has pixels {levels} grey levels from those of {who}"
+        self.compared, self.rounded = self.compared + 1, self.rounded + bool(levels)
+        self.levels = max(self.levels, levels)
+
+    def summary(self) -> dict[str, int]:
+        return {"compared": self.compared, "rounded": self.rounded, "levels": self.levels}
 
 
 class Continuous:

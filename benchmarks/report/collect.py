@@ -85,6 +85,8 @@ class Serving:
     images: int
     outstanding: int
     slowest: float
+    same: dict[str, int]
+    """Answers to one request by several systems: how many were compared, in how many a pixel differed, by how much."""
 
     @property
     def name(self) -> str:
@@ -210,8 +212,9 @@ def dit_name(model: str, steps: int) -> str:
 
 def _serving(info: dict[str, Any]) -> Serving:
     pipe, engine = info["contenders"].values()
-    same = {key: info[key] for key in ("model", "precision", "solo", "loads", "stopped", "images", "outstanding")}
-    return Serving(**same, slowest=info["slowest"], alone=(pipe["seconds"], engine["seconds"]), times=engine["times"])
+    keys = ("model", "precision", "solo", "loads", "stopped", "images", "outstanding", "slowest", "same")
+    alone = pipe["seconds"], engine["seconds"]
+    return Serving(**{key: info[key] for key in keys}, alone=alone, times=engine["times"])
 
 
 def _others(info: dict[str, Any]) -> float:

@@ -22,7 +22,14 @@ def serving(report: Report) -> Section | None:
         for served in report.serving
         for system, why in served.stopped.items()
     ]
-    return Section("Serving", [*_text(report.serving[0]), f"The loads end: {'; '.join(stopped)}."], tables, ["serving"])
+    agreed = "; ".join(f"{served.name}: {_agreed(**served.same)}" for served in report.serving)
+    ends = f"The loads end: {'; '.join(stopped)}."
+    return Section("Serving", [*_text(report.serving[0]), f"Agreement: {agreed}.", ends], tables, ["serving"])
+
+
+def _agreed(compared: int, rounded: int, levels: int) -> str:
+    pixels = f"pixels of {rounded} differed by up to {levels} of 255 grey levels" if rounded else "all pixels too"
+    return f"{compared} answers had the tokens of another system's answer to the same request, {pixels}"
 
 
 def _text(served: Serving) -> list[str]:
@@ -39,8 +46,8 @@ def _text(served: Serving) -> list[str]:
         f"**{ENGINE}** is continuous batching. **{ONE[0].upper() + ONE[1:]}** is a queue and one worker, which calls "
         f"`pipe()` with one label. **Static batches** are a queue and one worker, which calls it with up to {MOST} "
         f"labels and waits for more until the first has been there for {number(1e3 * WAIT)} ms. They have the same "
-        "models, precision, seed and image ids; tokens and pixels of all of them were the same, to the bit, at every "
-        f"load. Loads rise for a system until p95 passes {number(served.slowest)}x the time of an image alone, "
+        "models, precision, seed and image ids, and gave the same images (below). "
+        f"Loads rise for a system until p95 passes {number(served.slowest)}x the time of an image alone, "
         f"requests are refused, or less than {KEEPS_UP:.0%} of the offered rate is done. The demo's weights are "
         "trained, those of B are random: how many guesses of the next tokens are right, and with that how many passes "
         "an image takes, depends on them.",
