@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from load import BOUNDS, held
 from machine import BUSY
 
 COLD = "alitok_fast, cold caches"
@@ -86,6 +87,8 @@ def full_report(config: pytest.Config, benchmarks: Path) -> bool:
 
 def terminal_lines(name: str, info: dict[str, Any]) -> list[str]:
     """One benchmark's result in words."""
+    if info.get("kind") == "serving":
+        return _served(name, info)
     (first, own), *others = info["contenders"].items()
     line = f"{name}: {first} {_seconds(own['seconds'])}"
     share = 1.0
@@ -99,6 +102,21 @@ def terminal_lines(name: str, info: dict[str, Any]) -> list[str]:
         lines.append(f"    the machine was busy: other processes had {info['others']:.1f} cores")
     lines += [f"    {other['times']:6.2f}x  {label} ({_seconds(other['seconds'])})" for label, other in others]
     lines += [f"    missing  {label}: {reason}" for label, reason in info["missing"].items()]
+    return lines
+
+
+def _served(name: str, info: dict[str, Any]) -> list[str]:
+    """What a request alone takes, and what each system holds within bounds of p95."""
+    (first, own), (second, engine) = info["contenders"].items()
+    alone = f"{name}: a request alone {1e3 * own['seconds']['median'] / info['images']:.4g} ms with {first}, "
+    lines = [alone + f"{engine['times']:.3g}x with {second}; images/s with p95 within {BOUNDS[-1]:g}x that:"]
+    for system, rows in info["loads"].items():
+        rates = {bound: held(rows, bound * info["solo"]) for bound in BOUNDS}
+        words = {bound: "none" if rate is None else f"{rate:.3g}" for bound, rate in rates.items()}
+        lines[0] += f" {system} {words[BOUNDS[-1]]},"
+        within = ", ".join(f"{bound:g}x {word}" for bound, word in words.items())
+        lines.append(f"    {system}: {within}; up to load {rows[-1]['load']:g}x, {info['stopped'][system]}")
+    lines[0] = lines[0].removesuffix(",")
     return lines
 
 

@@ -68,6 +68,33 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """Systems that answer the requests of one model."""
+
+    model: str
+    precision: str
+    solo: float
+    """Seconds of an image alone, which loads are multiples of."""
+    loads: dict[str, list[dict[str, Any]]]
+    """By system: what `load.Load.summary` says of each load, with `load` and `offered`."""
+    stopped: dict[str, str]
+    """By system, why no higher load was tried."""
+    alone: tuple[dict[str, float], dict[str, float]]
+    """Seconds of a turn of `images` requests alone, through `pipe()` and through the engine."""
+    times: float
+    images: int
+    outstanding: int
+    slowest: float
+    same: dict[str, int]
+    """Answers to one request by several systems: how many were compared, in how many a pixel differed, by how much."""
+
+    @property
+    def name(self) -> str:
+        model = self.model if self.model == "demo" else self.model.upper()
+        return f"{model}, {self.precision}"
+
+
+@dataclass(frozen=True)
 class Report:
     run: dict[str, Any]
     """`Session.to_dict()`"""
@@ -75,6 +102,7 @@ class Report:
     commit: str
     images: list[Image]
     diffusion: list[Image]
+    serving: list[Serving]
     operators: list[Operator]
     missing: dict[str, str]
     count: int
@@ -98,9 +126,8 @@ def collect(data: dict[str, Any]) -> Report:
         raise ValueError("report: expected the JSON of `pytest benchmarks/ --benchmark`, got another")
     run = data["alitok_fast"]
     timed = [(bench["name"].removeprefix("bench_"), bench["extra_info"]) for bench in data["benchmarks"]]
-    of_kind = {
-        kind: [pair for pair in timed if pair[1].get("kind") == kind] for kind in ("image", "diffusion", "operator")
-    }
+    kinds = ("image", "diffusion", "serving", "operator")
+    of_kind = {kind: [pair for pair in timed if pair[1].get("kind") == kind] for kind in kinds}
     commit = data.get("commit_info", {})
     return Report(
         run=run,
@@ -108,10 +135,11 @@ def collect(data: dict[str, Any]) -> Report:
         commit=str(commit.get("id", "unknown"))[:10] + (" with uncommitted changes" if commit.get("dirty") else ""),
         images=[image for _, info in of_kind["image"] for image in _images(info)],
         diffusion=[image for _, info in of_kind["diffusion"] for image in _diffusion(info)],
+        serving=[_serving(info) for _, info in of_kind["serving"]],
         operators=[_operator(name, info) for name, info in of_kind["operator"]],
         missing={f"{name}: {label}": reason for name, info in timed for label, reason in info["missing"].items()},
         count=len(timed),
-        busy=[name for name, info in timed if (info["others"] or 0) > BUSY],
+        busy=[name for name, info in timed if _others(info) > BUSY],
         gpu={name: info["gpu"] for name, info in timed if info["gpu"]},
         read_bytes=_between(info["read_bytes"] for _, info in timed if "read_bytes" in info),
     )
@@ -180,6 +208,19 @@ def _by_passes(system: dict[str, Any], decode: dict[str, float], batch: int) -> 
 
 def dit_name(model: str, steps: int) -> str:
     return f"{model}, {'one step' if steps == 1 else f'{steps} steps'}, bf16"
+
+
+def _serving(info: dict[str, Any]) -> Serving:
+    pipe, engine = info["contenders"].values()
+    keys = ("model", "precision", "solo", "loads", "stopped", "images", "outstanding", "slowest", "same")
+    alone = pipe["seconds"], engine["seconds"]
+    return Serving(**{key: info[key] for key in keys}, alone=alone, times=engine["times"])
+
+
+def _others(info: dict[str, Any]) -> float:
+    """Cores that other processes had, at the most, while a benchmark was timed."""
+    rows = [row for rows in info.get("loads", {}).values() for row in rows]
+    return max(one["others"] or 0.0 for one in (info, *rows))
 
 
 def _operator(name: str, info: dict[str, Any]) -> Operator:

@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from peers.diffusion import SIZES
+from peers.serving import ENGINE
 from report.collect import Image, Report
 
 Drawn = tuple[str, str] | None
@@ -92,6 +93,37 @@ def parts(report: Report) -> Drawn:
     return _svg(figure), caption
 
 
+def serving(report: Report) -> Drawn:
+    if not report.serving:
+        return None
+    count = len(report.serving)
+    columns = min(2, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(9.5, 0.6 + 3.2 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    for axes, served in zip(grid, report.serving, strict=False):
+        for (system, loads), colour in zip(served.loads.items(), (OWN[0], *OTHERS), strict=False):
+            answered = [row for row in loads if row["latency"]]
+            x, y = [row["images_per_second"] for row in answered], [row["latency"]["p95"] for row in answered]
+            axes.plot(x, y, "-" if system == ENGINE else "--", marker="o", markersize=4, color=colour, label=system)
+            refusing = [(one, other) for one, other, row in zip(x, y, answered, strict=True) if row["refused"]]
+            axes.plot(*zip(*refusing, strict=True), "x", color="#111") if refusing else None
+        axes.axhline(served.solo, color="#444", linewidth=1)
+        axes.set(yscale="log", xlim=(0, None), xlabel="images per second", ylabel="p95, seconds")
+        axes.set_title(served.name, fontsize=9)
+        axes.yaxis.set_major_formatter("{x:g}")
+        _plain(axes, "both")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    caption = (
+        "The 95th percentile of latency, from the moment at which a request was due, against the images a second that "
+        "were answered, as the offered load rises; further right and lower is better. The grey line is an image "
+        "alone. A cross marks a load at which requests were refused."
+    )
+    return _svg(figure), caption
+
+
 def _against_batch(report: Report, value: Callable[[Image], float], label: str, caption: str) -> Drawn:
     images = [*report.images, *(image for image in report.diffusion if not image.cut)]
     sizes = list(dict.fromkeys(image.size for image in report.images))
@@ -145,5 +177,5 @@ def _svg(figure: Figure) -> str:
 
 
 FIGURES: dict[str, Callable[[Report], Drawn]] = {
-    function.__name__: function for function in (throughput, latency, share_of_floor, parts)
+    function.__name__: function for function in (throughput, latency, share_of_floor, parts, serving)
 }
