@@ -95,6 +95,10 @@ class ImageDecoder:
         check_tensor("tokens", tokens, torch.int64, ("B", self.config.num_tokens), self.device)
         check_range("tokens", tokens, 0, self.config.codebook_size)
         self._refresh()
+        return self.decode_again(tokens)
+
+    def decode_again(self, tokens: Tensor) -> Tensor:
+        """A call with tokens that need no check and the weights of the last one: for who decodes all the time."""
         parts = [self._images(part) for part in tokens.split(images_at_a_time(self.device))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
