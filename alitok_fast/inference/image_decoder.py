@@ -97,6 +97,7 @@ class ImageDecoder:
         self._refresh()
         return self.decode_again(tokens)
 
+    @torch.no_grad()
     def decode_again(self, tokens: Tensor) -> Tensor:
         """A call with tokens that need no check and the weights of the last one: for who decodes all the time."""
         parts = [self._images(part) for part in tokens.split(images_at_a_time(self.device))]
