@@ -88,8 +88,8 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     """The application: `serve run alitok_fast.serving.ray:build NAME=VALUE ...`, or `args:` in a config file.
 
     Args:
-        args: by name, the fields of `LoadOptions`, `ServeSettings` (without host, port and max_connections, which are
-            Serve's) and `ReplicaSettings`.
+        args: by name, the fields of `LoadOptions`, `ServeSettings` (without host, port, max_connections and
+            access_log, which are Serve's) and `ReplicaSettings`.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.

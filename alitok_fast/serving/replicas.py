@@ -15,6 +15,7 @@ SERVES_OWN = {  # settings of a server of one process, and what has their place
     "host": "http_options of Serve",
     "port": "http_options of Serve",
     "max_connections": "max_ongoing_requests",
+    "access_log": "logging_config of Serve",
 }
 SAMPLED_TOGETHER = {"cpu": 8, "cuda": 64}  # what an engine takes unless it is told otherwise
 Settings = TypeVar("Settings")
