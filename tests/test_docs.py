@@ -11,6 +11,7 @@ import pytest
 from alitok_fast.cli.options import LoadOptions
 from alitok_fast.config import GeneratorConfig, TokenizerConfig
 from alitok_fast.inference.params import SamplingParams
+from alitok_fast.serving.replicas import ReplicaSettings
 from alitok_fast.serving.settings import ServeSettings
 from alitok_fast.training.config import GeneratorTrainConfig, TokenizerTrainConfig
 from alitok_fast.training.phases import Phase
@@ -54,7 +55,9 @@ def defaults(settings: type) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("settings", [SamplingParams, LoadOptions, ServeSettings], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "settings", [SamplingParams, LoadOptions, ServeSettings, ReplicaSettings], ids=lambda kind: kind.__name__
+)
 def test_options_are_those_of_the_dataclass(settings):
     assert table(section(settings.__name__)) == defaults(settings)
 

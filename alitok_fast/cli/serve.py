@@ -33,15 +33,12 @@ def serve(load: Any, settings: Any) -> None:
         import uvicorn
     except ImportError as error:
         raise ImportError(f"{error.name}: expected to be installed: pip install 'alitok_fast[serve]'") from None
-    from alitok_fast.models.loading import find_stage1
     from alitok_fast.serving.app import create_app
 
     keys = settings.keys()
     if settings.host not in LOOPBACK and not keys:
         typer.echo(f"anybody who reaches {settings.host} may use this server: no keys in {API_KEYS}", err=True)
-    found = find_stage1(load.model, settings.stage1)
-    stage1 = None if found is None else load.load_tokenizer(found)
-    loaded = load.pipeline(), stage1
+    loaded = load.with_stage1(settings.stage1)
     listener = _listen(settings.host, settings.port)
     server: uvicorn.Server
 

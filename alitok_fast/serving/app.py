@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from importlib import resources
 from typing import Any, Optional, Union
 
@@ -54,6 +54,7 @@ def create_app(
     load: Callable[[], tuple[Pipeline, Tokenizer | None]],
     settings: ServeSettings | None = None,
     on_failure: Callable[[], None] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> FastAPI:
     """The service as an ASGI application.
 
@@ -62,6 +63,7 @@ def create_app(
             paints rows, or None.
         settings: limits; where it listens is the business of who runs it.
         on_failure: called where `load` or the first image failed; the error is `app.state.error`.
+        labels: of every metric, where several of these services run.
 
     Raises:
         ValueError: for settings out of range.
@@ -101,7 +103,7 @@ def create_app(
 
     app = FastAPI(title="alitok_fast", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service, app.state.ready, app.state.error = None, False, None
-    metrics = Metrics(lambda: app.state.service and app.state.service.engine.stats())
+    metrics = Metrics(lambda: app.state.service and app.state.service.engine.stats(), labels)
     app.add_middleware(
         Gate,
         keys=keys,

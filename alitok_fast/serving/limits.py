@@ -37,7 +37,7 @@ class Gate:
 
     Args:
         app: what stands behind.
-        keys: one of them is asked for where a path begins with /v1; empty asks for none.
+        keys: one of them is asked for where a route begins with /v1; empty asks for none.
         max_body: bytes.
         stall_seconds: for a body as a whole, and for a piece of an answer.
         observe: called as observe(path's template, method, status, seconds) for each request.
@@ -85,7 +85,9 @@ class Gate:
             self._observe(route, scope["method"], status, time.monotonic() - begin)
 
     def _check_key(self, scope: MutableMapping[str, Any]) -> None:
-        if not self._keys or not scope["path"].startswith("/v1"):
+        # Behind a prefix (a mount, Ray Serve's route_prefix) the path has the prefix too.
+        paths = scope["path"], scope["path"].removeprefix(scope.get("root_path", ""))
+        if not self._keys or not any(path.startswith("/v1") for path in paths):
             return
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         kind, _, key = given.partition(b" ")

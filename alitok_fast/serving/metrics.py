@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -15,10 +15,13 @@ PREFIX = "alitok_"
 
 
 class Metrics:
-    """The metrics of a service; `stats` gives the engine's, or None while there is no engine."""
+    """The metrics of a service; `stats` gives the engine's, or None while there is no engine.
 
-    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
-        self._stats = stats
+    Every sample has `labels` too, which tell one service from others like it.
+    """
+
+    def __init__(self, stats: Callable[[], EngineStats | None], labels: Mapping[str, str] | None = None) -> None:
+        self._stats, self._labels = stats, dict(labels or {})
         self._registry = CollectorRegistry()
         self._requests = Counter(
             f"{PREFIX}http_requests", "HTTP requests by route, method and status.", ("route", "method", "status"),
@@ -36,7 +39,7 @@ class Metrics:
         self._seconds.labels(route).observe(seconds)
 
     def text(self) -> bytes:
-        return generate_latest(self._registry)
+        return generate_latest(_Labelled(self._registry, self._labels))
 
     def describe(self) -> list[Any]:
         """Nothing before the engine is there."""
@@ -79,3 +82,16 @@ class Metrics:
             for quantile, seconds in latency.quantiles.items():
                 quantiles.add_metric([f"{quantile:g}"], seconds)
             yield quantiles
+
+
+class _Labelled(CollectorRegistry):
+    """A registry whose samples have these labels too."""
+
+    def __init__(self, registry: CollectorRegistry, labels: dict[str, str]) -> None:
+        super().__init__()
+        self._inner, self._more = registry, labels
+
+    def collect(self) -> Iterator[Any]:
+        for family in self._inner.collect():
+            family.samples = [sample._replace(labels={**sample.labels, **self._more}) for sample in family.samples]
+            yield family
