@@ -45,6 +45,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         for name in ("max_queue", "max_n", "max_connections"):
             _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        _check("max_n", self.max_n <= self.max_queue, f"at most max_queue, {self.max_queue}", self.max_n)
         _check("max_images", self.max_images is None or self.max_images >= 1, "at least 1", self.max_images)
         _check("port", 0 <= self.port < 65536, "a number in [0, 65536)", self.port)
         for f in fields(self):
