@@ -44,6 +44,7 @@ class Service:
             timeout=settings.timeout,
         )
         self.name = settings.name or pipe.source
+        self._max_n = min(settings.max_n, settings.max_queue)  # a request waits as a whole
         self._reader = PictureReader(int(settings.max_megapixels * 1e6))
         self._created = int(time.time())
 
@@ -62,7 +63,7 @@ class Service:
             classes=list(self.pipe.classes),
             guidance_scale=generator.guidance_scale,
             guidance_power=generator.guidance_power,
-            max_n=self.settings.max_n,
+            max_n=self._max_n,
             rows_while_sampling=self.engine.stage1 is not None,
             versions={"alitok_fast": __version__, "torch": torch.__version__},
         )
@@ -124,8 +125,8 @@ class Service:
         size = self.pipe.tokenizer.config.image_size
         if asked.size not in (None, "auto", f"{size}x{size}"):
             raise FieldError("size", f"expected 'auto' or '{size}x{size}', got {asked.size!r}")
-        if asked.n > self.settings.max_n:
-            raise FieldError("n", f"expected at most {self.settings.max_n}, got {asked.n}")
+        if asked.n > self._max_n:
+            raise FieldError("n", f"expected at most {self._max_n}, got {asked.n}")
         if asked.response_format == "png" and (asked.n > 1 or asked.stream):
             raise FieldError("response_format", "expected b64_json for several images or a stream, got png")
         (label,) = self.pipe.classes.ids(asked.prompt)

@@ -32,7 +32,7 @@ class ServeSettings:
     )
     max_queue: int = _setting(256, "Images that may wait; more are refused with status 503.")
     timeout: float = _setting(120.0, "Seconds that a request may take; then it gets status 504.")
-    max_n: int = _setting(10, "Images of one request.")
+    max_n: int = _setting(10, "Images of one request, as far as max_queue allows.")
     max_body_mb: float = _setting(16.0, "Megabytes of a request's body; more are refused with status 413.")
     max_megapixels: float = _setting(40.0, "Millions of pixels of a picture that is sent; more are refused.")
     max_connections: int = _setting(1024, "Connections at the same time; further ones get status 503.")
@@ -45,7 +45,6 @@ class ServeSettings:
     def __post_init__(self) -> None:
         for name in ("max_queue", "max_n", "max_connections"):
             _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        _check("max_n", self.max_n <= self.max_queue, f"at most max_queue, {self.max_queue}", self.max_n)
         _check("max_images", self.max_images is None or self.max_images >= 1, "at least 1", self.max_images)
         _check("port", 0 <= self.port < 65536, "a number in [0, 65536)", self.port)
         for f in fields(self):
