@@ -173,13 +173,12 @@ class Scheduler:
             self._recorder.ended("timed_out" if request.fail(request.late()) else "cancelled")
         for slot, request in list(self._running.items()):
             if request.future.cancelled():
+                self._leave(slot)
                 request.future.set_running_or_notify_cancel()
                 self._recorder.ended("cancelled")
             elif request.expired:
+                self._leave(slot)
                 self._recorder.ended("timed_out" if request.fail(request.late()) else "cancelled")
-            else:
-                continue
-            self._leave(slot)
 
     def _admit(self) -> None:
         while (request := self._next()) is not None:
@@ -212,8 +211,8 @@ class Scheduler:
             _log.exception("a pass failed; %d requests end with the error", len(self._running))
             self._failures += 1
             for slot, request in list(self._running.items()):
-                self._recorder.ended("failed" if request.fail(error) else "cancelled")
                 self._leave(slot)
+                self._recorder.ended("failed" if request.fail(error) else "cancelled")
             if self._failures >= FAILURES:
                 self._broken(f"its last {FAILURES} passes failed ({error})")
 
