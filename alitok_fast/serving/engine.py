@@ -37,8 +37,9 @@ class Engine:
     """Samples images for callers that come when they like, all that are there in the same passes.
 
     A request takes sequences of the key/value cache, joins the others at the next pass, leaves when its last token is
-    drawn, and is decoded with those that finished meanwhile. Its image is the one that `Pipeline` gives for the same
-    label, settings and image id, whatever else was sampled (bit for bit on a CPU; docs/precision.md for GPUs).
+    drawn, and is decoded with those that finished meanwhile. Its tokens are those that `Pipeline` gives for the same
+    label, settings and image id, whatever else was sampled: to the last bit on a CPU (docs/precision.md for GPUs). Its
+    pixels are, too, but for the rounding of a decoder that is given another number of images.
 
     Requests are taken in their order. `submit` may be called from any thread, `generate` from a coroutine. On a GPU
     finished images are decoded by a thread of their own, beside the passes; on a CPU between them, since both need all
