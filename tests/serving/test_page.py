@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,7 +287,7 @@ def test_cancelling_frees_the_server(page: Any, held: None, server: SimpleNamesp
     expect(page.locator("#go")).to_be_focused()
     server.release.set()
     until(lambda: engine.stats().sequences_in_use == 0 and engine.stats().queue_length == 0)
-    assert engine.stats().requests["cancelled"] - before >= 40  # five requests were under way
+    assert engine.stats().requests["cancelled"] - before >= 20  # two requests were under way
 
 
 def test_seeds_are_compared_in_a_table(page: Any, pipe: Pipeline) -> None:
@@ -409,6 +410,48 @@ def test_a_file_that_is_no_picture_is_a_fault_of_the_photograph(page: Any, tmp_p
     page.locator("#image").set_input_files(tmp_path / "notes.png")
     expect(page.locator("#image-error")).not_to_be_empty()
     expect(page.locator("#image")).to_have_attribute("aria-invalid", "true")
+
+
+def test_it_waits_for_a_server_that_is_busy(page: Any) -> None:
+    answers = iter([{"error": {"message": "queue: full", "param": None, "code": "queue_full"}}])
+
+    def busy_once(route: Any) -> None:
+        answer = next(answers, None)
+        route.continue_() if answer is None else route.fulfill(status=503, json=answer)
+
+    page.route("**/v1/images/generations", busy_once)
+    generate(page)
+    finished(page, 4)
+    expect(page.locator("#fault")).to_be_empty()
+    page.complaints.clear()  # the refusal
+
+
+def test_a_server_that_is_gone_is_named(page: Any) -> None:
+    page.route("**/v1/images/generations", lambda route: route.abort())
+    generate(page)
+    expect(page.get_by_role("alert")).to_have_text("The server cannot be reached, or it ended the connection.")
+    expect(page.locator("figure[data-state=failed]")).to_have_count(4)
+    page.complaints.clear()
+
+
+def test_a_picture_that_fails_says_why_and_the_others_go_on(
+    page: Any, server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = server.app.state.service.engine
+    submit = engine.submit
+
+    def failing(label: Any, params: Any, *, image_id: int, **options: Any) -> Any:
+        if image_id != 1:
+            return submit(label, params, image_id=image_id, **options)
+        broken: Future[Any] = Future()
+        broken.set_exception(RuntimeError("sampling: expected finite logits, got NaN"))
+        return broken
+
+    monkeypatch.setattr(engine, "submit", failing)
+    generate(page)
+    expect(page.locator("figure").nth(1)).to_contain_text("Sampling: expected finite logits, got NaN.")
+    expect(page.locator("#status")).to_have_text(re.compile(r"^3 of 4 pictures in [\d.]+ s\.$"))
+    expect(page.locator("figure img")).to_have_count(3)
 
 
 # ---- keyboard and phone ----
