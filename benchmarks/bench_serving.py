@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from alitok_fast.inference.params import SamplingParams
+from alitok_fast.inference.thread_team import release_threads
 from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.serving import QueueFullError
 from load import ANSWERED, FAILED, UNANSWERED, Load, arrivals, drive, why_stop
 from machine import OthersMonitor
-from peers.serving import ENGINE, ONE, SYSTEMS, Answer, Request, Same, make
+from peers.serving import ENGINE, ONE, SYSTEMS, Answer, Continuous, Request, Same, make
 from random_models import random_generator, random_tokenizer
 from timing import Contender
 
@@ -89,24 +90,24 @@ def bench_serving(model, precision, plan, measure, mode, device):
         pytest.skip("its models and precisions are those of a CPU")
     pipe = pipeline(model, PRECISIONS[precision], device)
     asked = Asked(pipe.generator.config.num_classes)
-    with contextlib.ExitStack() as stack:
-        systems = {}
-        for name in SYSTEMS:
-            systems[name] = make(name, pipe, SEED)
-            stack.callback(systems[name].close)
-        same = Same()
-        agree(pipe, systems, asked.next(plan.agree), same)
-        solo = statistics.median(seconds_alone(pipe, one) for one in asked.next(plan.solo))
-        warm = asked.next(plan.warm)
-        steps = {load: asked.next(plan.most) for load in sorted({*plan.loads, *plan.one})}
-        loads, stopped = {}, {}
-        for name, system in systems.items():
+    same, first = Same(), asked.next(plan.agree)
+    agree(pipe, first, same)
+    solo = statistics.median(seconds_alone(pipe, one) for one in asked.next(plan.solo))
+    warm = asked.next(plan.warm)
+    steps = {load: asked.next(plan.most) for load in sorted({*plan.loads, *plan.one})}
+    loads, stopped = {}, {}
+    for name in SYSTEMS:  # one after the other: torch's threads of one slow down those of another (`release_threads`)
+        release_threads()
+        with contextlib.closing(make(name, pipe, SEED)) as system:
+            for request, future in [(request, system.submit(request)) for request in first]:
+                same.check(request, future.result(), name)
             offer(name, system, warm, 1.0 / solo, same)
             asks = {load: steps[load] for load in (plan.one if name == ONE else plan.loads)}
             loads[name], stopped[name] = rising(name, system, asks, plan, solo, same)
+    with contextlib.closing(Continuous(pipe, SEED)) as engine:
         turns = {
-            ALONE: Contender(lambda: [call(pipe, one) for one in asked.next(plan.images)]),
-            ENGINE: Contender(lambda: [systems[ENGINE].submit(one).result() for one in asked.next(plan.images)]),
+            ALONE: Contender(lambda: alone(pipe, asked.next(plan.images))),
+            ENGINE: Contender(lambda: through(engine, asked.next(plan.images))),
         }
         facts = {"model": model, "precision": in_words(pipe), "layers": pipe.generator.config.num_layers, "solo": solo}
         limits = {"outstanding": OUTSTANDING, "slowest": SLOWEST, "images": plan.images, "same": same.summary()}
@@ -147,12 +148,20 @@ def seconds_alone(pipe: Pipeline, request: Request) -> float:
     return time.perf_counter() - begin
 
 
-def agree(pipe: Pipeline, systems: dict, requests: list[Request], same: Same) -> None:
-    """Tokens and pixels of every system, asked for all at once, are those of `pipe()` asked for each."""
-    for name, system in systems.items():
-        futures = [system.submit(request) for request in requests]
-        for request, future in zip(requests, futures, strict=True):
-            same.check(request, future.result(), name)
+def alone(pipe: Pipeline, requests: list[Request]) -> None:
+    for request in requests:
+        call(pipe, request)
+    release_threads()  # of this thread: it is the engine's turn
+
+
+def through(engine: Continuous, requests: list[Request]) -> None:
+    for request in requests:
+        engine.submit(request).result()
+    engine.release_threads()
+
+
+def agree(pipe: Pipeline, requests: list[Request], same: Same) -> None:
+    """What `pipe()` gives for each of the requests is what every system must give."""
     for request in requests:
         samples = call(pipe, request)
         same.check(request, Answer(samples.pixels[0], samples.tokens[0]), ALONE)

@@ -33,12 +33,14 @@ def serve(load: Any, settings: Any) -> None:
         import uvicorn
     except ImportError as error:
         raise ImportError(f"{error.name}: expected to be installed: pip install 'alitok_fast[serve]'") from None
+    from alitok_fast.inference.thread_team import release_threads
     from alitok_fast.serving.app import create_app
 
     keys = settings.keys()
     if settings.host not in LOOPBACK and not keys:
         typer.echo(f"anybody who reaches {settings.host} may use this server: no keys in {API_KEYS}", err=True)
     loaded = load.with_stage1(settings.stage1)
+    release_threads()  # of this thread, which only waits from now on
     listener = _listen(settings.host, settings.port)
     server: uvicorn.Server
 

@@ -79,8 +79,7 @@ def create_app(
 
     async def make_ready() -> None:
         try:
-            pipe, stage1 = await asyncio.to_thread(load)
-            app.state.service = await asyncio.to_thread(Service, pipe, stage1, settings)
+            app.state.service = await asyncio.to_thread(lambda: Service(*load(), settings))
             await asyncio.to_thread(app.state.service.engine.warm_up)
             app.state.ready = True
             _log.info("ready: %s", app.state.service.name)

@@ -18,6 +18,7 @@ from alitok_fast.inference.memory import plan
 from alitok_fast.inference.params import SEEDS, SamplingParams, sampling_params
 from alitok_fast.inference.sampler import WINDOWS, check_prompt
 from alitok_fast.inference.slots import SlotLoop
+from alitok_fast.inference.thread_team import release_threads
 from alitok_fast.models import Tokenizer
 from alitok_fast.ops.arguments import integer, real
 from alitok_fast.pipelines.class_names import Label
@@ -91,6 +92,7 @@ class Engine:
         self._scheduler = Scheduler(loop, finisher, recorder, self.max_queue, windows[-1] > 1, beside=not on_cpu)
         # The threads know the scheduler alone: an engine that nobody holds any more ends, as at the interpreter's end.
         weakref.finalize(self, self._scheduler.close, drain=False)
+        release_threads()  # of this thread, which has packed the weights; the engine's own is faster without them
 
     def _images_that_fit(self, asked: int | None, kv_dtype: torch.dtype | None, window: int) -> int:
         model = self.pipe.sampler.model

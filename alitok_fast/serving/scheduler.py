@@ -16,10 +16,12 @@ from alitok_fast.config import GeneratorConfig
 from alitok_fast.inference.guesses import FirstGuesses
 from alitok_fast.inference.sampler import guidance_schedule
 from alitok_fast.inference.slots import Slot, SlotLoop
+from alitok_fast.inference.thread_team import release_threads
 from alitok_fast.serving.finisher import Finisher
 from alitok_fast.serving.request import EngineClosedError, QueueFullError, Request
 from alitok_fast.serving.stats import EngineStats, Recorder
 
+IDLE_SECONDS = 1.0  # then the threads of torch go; to make new ones takes milliseconds
 FAILURES = 3  # turns that fail one after the other: then the model or the device is taken for broken
 _log = logging.getLogger(__name__)
 
@@ -147,7 +149,9 @@ class Scheduler:
         while True:
             with self._wake:
                 while not (self._queue or self._running or self._finishing or self._closing):
-                    self._wake.wait()
+                    if not self._wake.wait(IDLE_SECONDS):
+                        release_threads()  # who else computes in this process is faster without them
+                        self._wake.wait()
                 if self._abandon or (self._closing and not (self._queue or self._running or self._finishing)):
                     break
             self._drop()

@@ -202,17 +202,20 @@ class Service:
             tokens, crop = await self._encode(asked.image, request)
         else:
             tokens = self._check_tokens(asked.tokens or [])
-        device = self.pipe.tokenizer.device
-        work = self.engine.call(lambda: to_uint8(self.pipe.image_decoder(tokens[None].to(device)))[0])
-        (pixels,) = await answered([work], request, self.settings.timeout)
-        decibels = None
-        if crop is not None:
-            decibels = float(psnr(*(torch.tensor(picture)[None].double() / 255 for picture in (crop, pixels))))
-            decibels = min(decibels, 999.0)  # of equal pictures it is infinite, which JSON has no number for
+        (made,) = await answered([self.engine.call(lambda: self._decode(tokens, crop))], request, self.settings.timeout)
+        pixels, decibels = made
         answer = schemas.Reconstructed(
             created=int(time.time()), model=self.name, tokens=tokens.tolist(), psnr=decibels, data=[]
         )
         return answer, pixels
+
+    def _decode(self, tokens: torch.Tensor, crop: np.ndarray | None) -> tuple[np.ndarray, float | None]:
+        """Pixels, and their PSNR to the crop; on the engine's thread, since torch keeps threads for each that calls."""
+        pixels = to_uint8(self.pipe.image_decoder(tokens[None].to(self.pipe.tokenizer.device)))[0]
+        if crop is None:
+            return pixels, None
+        decibels = float(psnr(*(torch.tensor(picture)[None].double() / 255 for picture in (crop, pixels))))
+        return pixels, min(decibels, 999.0)  # of equal pictures it is infinite, which JSON has no number for
 
     def _check_tokens(self, tokens: list[int]) -> torch.Tensor:
         config = self.pipe.tokenizer.config

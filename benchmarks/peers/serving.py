@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from alitok_fast.inference.thread_team import release_threads
 from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.serving import Engine, GeneratedImage
 
@@ -66,6 +67,10 @@ class Continuous:
 
     def submit(self, request: Request) -> Future[GeneratedImage]:
         return self._engine.submit(request.label, image_id=request.image_id, seed=self._seed)
+
+    def release_threads(self) -> None:
+        """Of the engine's thread, which is where calls run on a CPU."""
+        self._engine.call(release_threads).result()
 
     def close(self) -> None:
         self._engine.close()
