@@ -64,7 +64,7 @@ DEMO = Plan(
     seconds=4.0, least=60, most=300, agree=11, solo=50, warm=100, budget=4.0, images=10,
 )  # fmt: skip
 B = Plan(
-    loads=(0.5, 0.8, 1.1, 1.4), one=(0.5, 0.8),
+    loads=(0.8, 1.4, 1.8), one=(0.5, 0.8),
     seconds=40.0, least=16, most=40, agree=3, solo=3, warm=0, budget=10.0, images=1,
 )  # fmt: skip
 QUICK = Plan(
