@@ -91,7 +91,7 @@ class Engine:
         finisher = Finisher(pipe.image_decoder, stage1, recorder)
         self._scheduler = Scheduler(loop, finisher, recorder, self.max_queue, windows[-1] > 1, beside=not on_cpu)
         # The threads know the scheduler alone: an engine that nobody holds any more ends, as at the interpreter's end.
-        weakref.finalize(self, self._scheduler.close, drain=False)
+        weakref.finalize(self, self._scheduler.abandon)
         release_threads()  # of this thread, which has packed the weights; the engine's own is faster without them
 
     def _images_that_fit(self, asked: int | None, kv_dtype: torch.dtype | None, window: int) -> int:

@@ -104,6 +104,14 @@ class Scheduler:
         self._join(None)
         return True
 
+    def abandon(self, seconds: float = 5.0) -> None:
+        """For the end of an engine that nobody holds: it waits no longer, since the collector may call at any point."""
+        with self._wake:
+            self._closing, self._abandon = self._closing or "nobody held it any more", True
+            self._wake.notify_all()
+        if threading.current_thread() not in self._threads:
+            self._join(time.monotonic() + seconds)
+
     def _join(self, ends: float | None) -> None:
         for thread in self._threads:
             thread.join(None if ends is None else max(0.0, ends - time.monotonic()))
@@ -138,14 +146,19 @@ class Scheduler:
     # ---- the thread that samples ----
 
     def _work(self) -> None:
-        device = self._loop.model.device
         try:
+            device = self._loop.model.device
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             self._loop.warm_up()
-        except Exception as error:
-            _log.exception("the model could not be made ready")
-            self._broken(f"the model could not be made ready ({error})")
+            self._serve()
+        except BaseException as error:  # nobody may wait for a thread that has ended
+            _log.exception("the engine ended")
+            self._broken(f"it ended with an error ({error})")
+        finally:
+            self._give_up()
+
+    def _serve(self) -> None:
         while True:
             with self._wake:
                 while not (self._queue or self._running or self._finishing or self._closing):
@@ -153,7 +166,7 @@ class Scheduler:
                         release_threads()  # who else computes in this process is faster without them
                         self._wake.wait()
                 if self._abandon or (self._closing and not (self._queue or self._running or self._finishing)):
-                    break
+                    return
             self._drop()
             self._admit()
             if self._running:
@@ -161,7 +174,6 @@ class Scheduler:
             if not self._beside:
                 # While requests wait for a place, throughput is what counts: a batch costs less than its images.
                 self._finisher.work(patient=bool(self._queue and self._running))
-        self._give_up()
 
     @property
     def _finishing(self) -> int:

@@ -437,6 +437,18 @@ def test_a_pass_that_fails_is_told_to_all_and_survived(pipe, caplog):
     assert "a pass failed; 1 requests end with the error" in caplog.text
 
 
+def test_nobody_waits_for_an_engine_that_broke(pipe, caplog):
+    """Whatever its thread ends with, everyone is told."""
+    engine = Engine(pipe, max_images=1)
+    engine._scheduler._drop = lambda: 1 / 0
+    error = engine.submit(1).exception(LIMIT)
+    assert isinstance(error, EngineClosedError) and "it ended with an error (division by zero)" in str(error)
+    until(lambda: not engine.alive)
+    with pytest.raises(EngineClosedError, match="division by zero"):
+        engine.submit(1)
+    assert engine.close() and "the engine ended" in caplog.text
+
+
 # ---- the end ----
 
 
