@@ -50,6 +50,7 @@ def serve(load: Any, settings: Any) -> None:
     app = create_app(lambda: loaded, settings, stop)
     config = uvicorn.Config(
         app,
+        http="h11",  # the faster parser does not notice a client that hangs up while it has sent a second request
         limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=int(settings.grace_seconds) + 1,
         server_header=False,

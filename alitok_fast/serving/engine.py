@@ -30,6 +30,7 @@ from alitok_fast.serving.scheduler import Scheduler
 from alitok_fast.serving.stats import EngineStats, Recorder
 
 MOST_IMAGES = {"cpu": 8, "cuda": 64}  # unless it is said how many
+WARM_UP_SECONDS = 3600.0  # what is made once may take longer than a request may
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -174,7 +175,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Sample and decode an image, so that the first caller does not wait for what is made once."""
-        self.submit(0).result()
+        self.submit(0, timeout=WARM_UP_SECONDS).result()
 
     @property
     def alive(self) -> bool:

@@ -43,7 +43,9 @@ class ClientGoneError(Exception):
 def fault(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an answer with this status."""
     kind: Literal["invalid_request_error"] = KINDS.get(status, "invalid_request_error")
-    return Error(error=Problem(message=shown(message, limit=1000), type=kind, param=param, code=code)).model_dump()
+    return Error(
+        error=Problem(message=shown(message, limit=1000), type=kind, param=param and shown(param, limit=80), code=code)
+    ).model_dump()
 
 
 def status_and_body(error: BaseException) -> tuple[int, dict[str, Any]]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.parts import images_at_a_time
 from alitok_fast.inference.row_painter import RowPainter
 from alitok_fast.models import Tokenizer
-from alitok_fast.serving.request import Request
+from alitok_fast.serving.request import FAILURES, Request
 from alitok_fast.serving.stats import Recorder
 from alitok_fast.storage.images import to_uint8
 
@@ -47,6 +46,9 @@ class Finisher:
         self._paint_at = 0.0
         self._busy = 0
         self._closing = False
+        self._over: list[Request] = []  # of which the painter may forget what it knows
+        self._failures = 0  # images that could not be decoded, one after the other
+        self.on_broken: Callable[[str], None] = lambda why: None
 
     def put_image(self, request: Request, tokens: Tensor) -> None:
         """Decode the finished tokens (N,) of a request, and answer it."""
@@ -64,14 +66,19 @@ class Finisher:
         """Forget rows that are not painted yet."""
         with self._wake:
             self._rows.pop(request, None)
-        if self._painter is not None:
-            self._painter.forget(request)
+            if self._painter is not None:
+                self._over.append(request)
 
     def put_call(self, future: Future[Any], call: Callable[[], Any]) -> None:
         """Call a function; its result is the future's."""
         with self._wake:
             self._calls.append((future, call))
             self._wake.notify_all()
+
+    def drop_call(self, future: Future[Any]) -> None:
+        """A call was cancelled."""
+        with self._wake:
+            self._calls = deque(call for call in self._calls if call[0] is not future)
 
     @property
     def waiting(self) -> int:
@@ -97,6 +104,10 @@ class Finisher:
                 request = next(iter(self._rows))
                 rows = request, self._rows.pop(request)
             self._busy = len(batch) or int(call is not None)
+            over, self._over = self._over, []
+        if self._painter is not None:
+            for request in over:
+                self._painter.forget(request)
         try:
             if batch:
                 self._finish(batch)
@@ -104,6 +115,11 @@ class Finisher:
                 self._call(*call)
             elif rows is not None:
                 self._paint(*rows)
+        except BaseException as error:  # the thread ends: whom it was for must not wait
+            for request, _ in batch:
+                if not request.future.done():
+                    request.fail(error if isinstance(error, Exception) else RuntimeError(f"decoding ended: {error!r}"))
+            raise
         finally:
             self._busy = 0
         return bool(batch or call or rows)
@@ -114,6 +130,13 @@ class Finisher:
 
     def run(self) -> None:
         """Work until `stop`, and on until nothing is waiting; for a thread of its own, on a stream of its own."""
+        try:
+            self._run()
+        except BaseException as error:
+            _log.exception("the thread that decodes ended")
+            self.on_broken(f"the thread that decodes ended ({error!r})")
+
+    def _run(self) -> None:
         device = self._decoder.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -149,24 +172,33 @@ class Finisher:
         if not batch:
             return
         try:
-            pixels = self._pixels([tokens for _, tokens in batch])
-        except Exception as error:  # memory is short, or one image of them is at fault
+            images = self._images_of([tokens for _, tokens in batch])
+            self._failures = 0
+        except Exception as error:  # memory is short, or the device is at fault
             if len(batch) == 1:
                 (request, _), *_ = batch
                 self._recorder.ended("failed" if request.fail(error) else "cancelled")
+                self._failures += 1
+                if self._failures >= FAILURES:
+                    self.on_broken(f"its last {FAILURES} images could not be decoded ({error})")
                 return
             for one in batch:
                 self._finish([one])
             return
-        for (request, tokens), image in zip(batch, pixels, strict=True):
-            finished = request.finish(image, tokens)
+        for (request, tokens), image in zip(batch, images, strict=True):
+            try:
+                pixels = to_uint8(image[None])[0]
+            except RuntimeError as error:  # NaN: of this image alone
+                self._recorder.ended("failed" if request.fail(error) else "cancelled")
+                continue
+            finished = request.finish(pixels, tokens)
             self._recorder.ended("cancelled" if finished is None else "finished")
             if finished is not None:
                 self._recorder.took("image", finished.seconds)
 
-    def _pixels(self, tokens: list[Tensor]) -> np.ndarray:
+    def _images_of(self, tokens: list[Tensor]) -> Tensor:
         with torch.inference_mode():  # a tenth faster for small decoders
-            return to_uint8(self._decoder.decode_again(torch.stack(tokens).to(self._decoder.device)))
+            return self._decoder.decode_again(torch.stack(tokens).to(self._decoder.device)).cpu()
 
     def _dropped(self, request: Request) -> bool:
         if not request.future.cancelled():

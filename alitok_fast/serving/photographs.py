@@ -43,7 +43,8 @@ class PictureReader:
         if pixels > self._max_pixels:
             raise FieldError("image", f"expected at most {self._max_pixels} pixels, got {pixels}")
         try:
-            return centre_crop(decode_image(file, "image", gate=self._gate), size)
+            with self._gate.hold(pixels):  # the crop needs as much again
+                return centre_crop(decode_image(file, "image"), size)
         except UnreadableImageError as error:
             raise _of_field(error) from None
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from alitok_fast.inference.params import SamplingParams
 
+FAILURES = 3  # one after the other, of passes or of decoding: then the model or the device is taken for broken
+
 
 class QueueFullError(RuntimeError):
     """As many requests wait as may; try again later."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,11 +19,10 @@ from alitok_fast.inference.sampler import guidance_schedule
 from alitok_fast.inference.slots import Slot, SlotLoop
 from alitok_fast.inference.thread_team import release_threads
 from alitok_fast.serving.finisher import Finisher
-from alitok_fast.serving.request import EngineClosedError, QueueFullError, Request
+from alitok_fast.serving.request import FAILURES, EngineClosedError, QueueFullError, Request
 from alitok_fast.serving.stats import EngineStats, Recorder
 
 IDLE_SECONDS = 1.0  # then the threads of torch go; to make new ones takes milliseconds
-FAILURES = 3  # turns that fail one after the other: then the model or the device is taken for broken
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +45,7 @@ class Scheduler:
         self._abandon = False
         self._failures = 0
         self._beside = beside
+        finisher.on_broken = self._broken
         self._threads = [threading.Thread(target=self._work, name="alitok-engine", daemon=True)]
         if beside:
             self._threads.append(threading.Thread(target=finisher.run, name="alitok-finisher", daemon=True))
@@ -55,7 +56,13 @@ class Scheduler:
 
     def put(self, request: Request) -> None:
         """Queue a request. Raises QueueFullError or EngineClosedError."""
-        request.future.add_done_callback(lambda future: self._forget(request) if future.cancelled() else None)
+        myself = weakref.ref(self)  # a future that is kept must not keep the cache
+
+        def told(future: Future[Any]) -> None:
+            if future.cancelled() and (scheduler := myself()) is not None:
+                scheduler._forget(request)
+
+        request.future.add_done_callback(told)
         with self._wake:
             self._check_open()
             self._queue.append(request)
@@ -65,12 +72,13 @@ class Scheduler:
         """Queue a call for the finisher; raises as `put`."""
         with self._wake:
             self._check_open()
+            future.add_done_callback(lambda done: self._finisher.drop_call(done) if done.cancelled() else None)
             self._finisher.put_call(future, work)
             self._wake.notify_all()
 
     @property
     def alive(self) -> bool:
-        return self._closing is None and all(thread.is_alive() for thread in self._threads)
+        return self._closing is None
 
     def stats(self) -> EngineStats:
         recorder, loop = self._recorder, self._loop
@@ -101,6 +109,8 @@ class Scheduler:
         with self._wake:
             self._abandon = True
             self._wake.notify_all()
+        if self._beside and not self._threads[0].is_alive():  # it has told the finisher to do what is there
+            self._finisher.stop(self._unfinished())
         self._join(None)
         return True
 
@@ -123,7 +133,8 @@ class Scheduler:
             raise EngineClosedError(
                 f"engine: expected one that is open, got one that takes no requests: {self._closing}"
             )
-        if len(self._queue) + self._finisher.calls >= self.max_queue:
+        room = (self._loop.sequences - self._loop.sequences_in_use) // 2  # who joins at once does not wait
+        if len(self._queue) + self._finisher.calls >= self.max_queue + room:
             self._recorder.ended("rejected")
             raise QueueFullError(f"queue: expected fewer than {self.max_queue} requests that wait, got as many")
 
@@ -211,6 +222,7 @@ class Scheduler:
                 slot = self._loop.join(request.label, schedule, params, request.image_id, request.prompt, guesses)
             except Exception as error:
                 self._recorder.ended("failed" if request.fail(error) else "cancelled")
+                self._failed(error)
                 continue
             self._running[slot] = request
 
@@ -225,16 +237,21 @@ class Scheduler:
             self._failures = 0
         except Exception as error:  # of the model or the device: of all images
             _log.exception("a pass failed; %d requests end with the error", len(self._running))
-            self._failures += 1
             for slot, request in list(self._running.items()):
-                self._leave(slot)
+                self._let_go(slot)
                 self._recorder.ended("failed" if request.fail(error) else "cancelled")
-            if self._failures >= FAILURES:
-                self._broken(f"its last {FAILURES} passes failed ({error})")
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        """A pass or a beginning failed: what fails again and again is the model or the device."""
+        self._failures += 1
+        if self._failures >= FAILURES:
+            self._broken(f"it failed {FAILURES} times, one after the other ({error})")
 
     def _broken(self, why: str) -> None:
         with self._wake:
             self._closing, self._abandon = why, True
+            self._wake.notify_all()
 
     def _look_at(self, slot: Slot, request: Request) -> None:
         """Hand on what a pass has settled: the image where it is done, rows where somebody watches."""
@@ -263,18 +280,29 @@ class Scheduler:
                     self._finisher.put_rows(request, tokens)
 
     def _leave(self, slot: Slot) -> None:
-        self._loop.leave(slot)
         self._finisher.drop_rows(self._running.pop(slot))
+        self._loop.leave(slot)
+
+    def _let_go(self, slot: Slot) -> None:
+        """`_leave` where something has failed already, and this may too."""
+        try:
+            self._leave(slot)
+        except Exception as error:
+            self._broken(f"an image could not leave ({error})")
+
+    def _unfinished(self) -> EngineClosedError:
+        return EngineClosedError(f"engine: expected to finish this request, but {self._closing}")
 
     def _give_up(self) -> None:
         """End: what is not done yet gets an error."""
-        error = EngineClosedError(f"engine: expected to finish this request, but {self._closing}")
-        running = list(self._running.items())
-        for slot, _ in running:
-            self._leave(slot)
-        with self._wake:
-            waiting = list(self._queue)
-            self._queue.clear()
-        for request in [*(request for _, request in running), *waiting]:
-            self._recorder.ended("failed" if request.fail(error) else "cancelled")
-        self._finisher.stop(error if self._abandon else None)
+        error, running = self._unfinished(), list(self._running.items())
+        try:
+            with self._wake:
+                waiting = list(self._queue)
+                self._queue.clear()
+            for slot, _ in running:
+                self._let_go(slot)
+            for request in [*(request for _, request in running), *waiting]:
+                self._recorder.ended("failed" if request.fail(error) else "cancelled")
+        finally:
+            self._finisher.stop(error if self._abandon else None)

@@ -7,15 +7,29 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from alitok_fast.inference.params import LARGEST, SEEDS
 
+MOST_TOKENS = 4096  # more than any image has: each wrong one is an error that is written out
+MOST_FIELDS = 100
 
-class ImagesRequest(BaseModel):
-    """Fields that all requests for new images share."""
+
+class Asked(BaseModel):
+    """A request: fields that are not known are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MOST_FIELDS:  # each would be an error
+            raise ValueError(f"expected at most {MOST_FIELDS} fields, got {len(given)}")
+        return given
+
+
+class ImagesRequest(Asked):
+    """Fields that all requests for new images share."""
 
     prompt: int | str = Field(description="Class, by number or by name (`/v1/models` lists them).")
     model: str | None = Field(default=None, description="Name of the served model, where the client sends one.")
@@ -69,22 +83,20 @@ class CompletionRequest(ImagesRequest):
     )
 
 
-class TokensRequest(BaseModel):
+class TokensRequest(Asked):
     """A picture."""
-
-    model_config = ConfigDict(extra="forbid")
 
     image: str = Field(description="The picture, base64 or a data URL; its centre crop is taken.")
     model: str | None = Field(default=None, description="Name of the served model, where the client sends one.")
 
 
-class ReconstructionRequest(BaseModel):
+class ReconstructionRequest(Asked):
     """A picture to encode and decode, or tokens to decode."""
 
-    model_config = ConfigDict(extra="forbid")
-
     image: str | None = Field(default=None, description="The picture, base64 or a data URL; this or `tokens`.")
-    tokens: list[int] | None = Field(default=None, description="The tokens of an image, instead of a picture.")
+    tokens: list[int] | None = Field(
+        default=None, max_length=MOST_TOKENS, description="The tokens of an image, instead of a picture."
+    )
     model: str | None = Field(default=None, description="Name of the served model, where the client sends one.")
     response_format: Literal["b64_json", "png"] = Field(default="b64_json", description="As for generations.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,12 @@ from alitok_fast.serving.engine import Engine
 from alitok_fast.serving.errors import FieldError, status_and_body
 from alitok_fast.serving.events import Watch, event
 from alitok_fast.serving.photographs import PictureReader, base64_png
-from alitok_fast.serving.request import GeneratedImage
+from alitok_fast.serving.request import GeneratedImage, QueueFullError
 from alitok_fast.serving.settings import ServeSettings
 from alitok_fast.serving.waiting import answered
 from alitok_fast.storage.images import to_uint8
 
+READERS = 2  # threads that read pictures which were sent
 SETTINGS = ("guidance_scale", "guidance_power", "temperature", "top_k", "top_p", "seed")
 
 
@@ -46,6 +47,9 @@ class Service:
         self.name = settings.name or pipe.source
         self._max_n = min(settings.max_n, settings.max_queue)  # a request waits as a whole
         self._reader = PictureReader(int(settings.max_megapixels * 1e6))
+        # Apart from what writes pictures: to read one may take a second, and nobody else should wait for it.
+        self._readers = ThreadPoolExecutor(READERS, "alitok-pictures")
+        self._reading: set[Future[np.ndarray]] = set()
         self._created = int(time.time())
 
     def model(self) -> schemas.Model:
@@ -227,7 +231,13 @@ class Service:
 
     async def _encode(self, picture: str, request: Request) -> tuple[torch.Tensor, np.ndarray]:
         """Tokens (N,) on the host of a picture that was sent, and its crop."""
-        crop = await asyncio.to_thread(self._reader.crop, picture, self.pipe.tokenizer.config.image_size)
+        reading = self._readers.submit(self._reader.crop, picture, self.pipe.tokenizer.config.image_size)
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
+        if len(self._reading) > self.settings.max_queue:
+            reading.cancel()
+            raise QueueFullError(f"queue: expected fewer than {self.settings.max_queue} pictures to read, got as many")
+        (crop,) = await answered([reading], request, self.settings.timeout)
         tokenizer = self.pipe.tokenizer
         work = self.engine.call(lambda: tokenizer.encode(to_tensor(crop[None]).to(tokenizer.device))[0].cpu())
         (tokens,) = await answered([work], request, self.settings.timeout)

@@ -280,7 +280,7 @@ def test_memory_that_runs_out_while_decoding(pipe):
     """A batch that cannot be decoded is decoded one by one; an image that cannot be is its request's error alone."""
     with Engine(pipe, window=1) as engine:
         finisher = engine._scheduler._finisher
-        decode, refused = finisher._pixels, []
+        decode, refused = finisher._images_of, []
 
         def short(tokens):
             if len(tokens) > 1 or len(refused) < 1:
@@ -288,7 +288,7 @@ def test_memory_that_runs_out_while_decoding(pipe):
                 raise MemoryError("expected memory for images, got none")
             return decode(tokens)
 
-        finisher._pixels = short
+        finisher._images_of = short
         futures = [engine.submit(i, image_id=i) for i in range(8)]
         wait(futures, LIMIT)
         failed = [future for future in futures if future.exception()]
@@ -304,7 +304,7 @@ def test_the_queue_has_an_end(held):
     engine = held(max_images=1, max_queue=3)
     first = engine.submit(0)
     until(lambda: engine.stats().running == 1)
-    others = [engine.submit(i) for i in range(1, 4)]
+    others = [engine.submit(i) for i in range(1, 4)]  # nobody who joins at once counts as one that waits
     with pytest.raises(QueueFullError, match="queue: expected fewer than 3 requests that wait"):
         engine.submit(4)
     with pytest.raises(QueueFullError):
@@ -432,9 +432,71 @@ def test_a_pass_that_fails_is_told_to_all_and_survived(pipe, caplog):
             with pytest.raises(RuntimeError, match="lost its mind"):
                 engine.submit(1).result(LIMIT)
         until(lambda: not engine.alive)
-        with pytest.raises(EngineClosedError, match="its last 3 passes failed"):
+        with pytest.raises(EngineClosedError, match="it failed 3 times, one after the other"):
             engine.submit(1)
     assert "a pass failed; 1 requests end with the error" in caplog.text
+
+
+def test_a_device_that_stays_broken(pipe):
+    """Nothing works any more, to leave neither: everyone is told, and the end comes."""
+    engine = Engine(pipe, max_images=1)
+    loop = engine._scheduler._loop
+
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    loop.turn = loop.leave = fail
+    futures = [engine.submit(1), engine.submit(2)]
+    for future in futures:
+        assert isinstance(future.exception(LIMIT), RuntimeError)
+    until(lambda: not engine.alive)
+    assert engine.close()
+
+
+@pytest.mark.parametrize("part", ["join", "decode"])
+def test_an_engine_that_always_fails_is_not_alive(part, pipe):
+    engine = Engine(pipe)
+    scheduler = engine._scheduler
+
+    def fail(*_):
+        raise RuntimeError("no memory on the device")
+
+    if part == "join":
+        scheduler._loop.join = fail
+    else:
+        scheduler._finisher._images_of = fail
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no memory on the device"):
+            engine.submit(1).result(LIMIT)
+    until(lambda: not engine.alive)
+    assert engine.close()
+
+
+@pytest.mark.usefixtures("beside")
+def test_the_thread_that_decodes_ends(pipe):
+    engine = Engine(pipe)
+    finisher = engine._scheduler._finisher
+
+    def end(*_):
+        raise SystemExit("out")
+
+    finisher._images_of = end
+    future = engine.submit(1)
+    assert isinstance(future.exception(LIMIT), RuntimeError | SystemExit)
+    until(lambda: not engine.alive)
+    with pytest.raises(EngineClosedError):
+        engine.submit(1)
+    assert engine.close()
+
+
+def test_kept_futures_do_not_keep_the_cache(pipe):
+    engine = Engine(pipe)
+    future, cache = engine.submit(1), weakref.ref(engine._scheduler._loop)
+    future.result(LIMIT)
+    engine.close()
+    del engine
+    gc.collect()
+    assert cache() is None and future.result().label == 1
 
 
 def test_nobody_waits_for_an_engine_that_broke(pipe, caplog):
