@@ -302,6 +302,23 @@ def test_a_poisoned_class_among_good_ones(pipe, stage1):
         assert kinds[-2:] == ["error", "done"]
 
 
+def test_many_errors_cost_little(client):
+    """A list of wrong items, or thousands of unknown fields, is one error and not thousands."""
+    many = client.post("/v1/reconstructions", json={"tokens": [""] * 100_000})
+    assert many.status_code == 400 and many.json()["error"]["message"].startswith(
+        "tokens: list should have at most 4096"
+    )
+    fields = client.post(GENERATIONS, json={"prompt": 1, **{f"x{i}": i for i in range(20_000)}})
+    assert fields.status_code == 400 and "expected at most 100 fields, got 20001" in fields.text
+    long = client.post(GENERATIONS, json={"prompt": 1, "x" * 10_000: 1})
+    assert long.status_code == 400 and len(long.content) < 2000
+
+
+def test_methods_of_a_clients_own_are_one_series(client):
+    client.request("BREW", "/health")
+    assert "BREW" not in client.get("/metrics").text
+
+
 # ---- limits ----
 
 
