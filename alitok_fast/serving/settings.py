@@ -36,7 +36,7 @@ class ServeSettings:
     max_body_mb: float = _setting(16.0, "Megabytes of a request's body; more are refused with status 413.")
     max_megapixels: float = _setting(40.0, "Millions of pixels of a picture that is sent; more are refused.")
     max_connections: int = _setting(1024, "Connections at the same time; further ones get status 503.")
-    stall_seconds: float = _setting(30.0, "A client that sends or reads nothing for so long is dropped.")
+    stall_seconds: float = _setting(30.0, "A body may take so long; an answer that nobody reads for so long ends.")
     grace_seconds: float = _setting(30.0, "After SIGTERM, what runs may take so long to finish.")
     api_keys: str | None = _setting(None, f"File with a key per line, for /v1; besides those in {API_KEYS}.")
     access_log: bool = _setting(False, "Log a line for each request.")
