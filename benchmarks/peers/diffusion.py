@@ -138,7 +138,7 @@ def _to_run(model: nn.Module, device: torch.device) -> nn.Module:
 def missing() -> Missing | None:
     """Why diffusers cannot be used, if it cannot."""
     try:
-        import diffusers  # noqa: F401
-    except ImportError as error:
+        from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # or its torchvision does not fit torch
         return Missing(f"diffusers: {install_hint('bench')} ({error})")
     return None
