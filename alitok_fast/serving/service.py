@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -166,18 +167,13 @@ class Service:
         futures: list[Future[GeneratedImage]] = []
         try:
             for index in range(asked.n):
-
-                def show(rows: int, pixels: np.ndarray, index: int = index) -> None:
-                    assert on_rows is not None
-                    on_rows(index, rows, pixels)
-
                 futures.append(
                     self.engine.submit(
                         answer.prompt,
                         params,
                         image_id=asked.image_id + index,
                         prompt_tokens=prompt,
-                        on_rows=None if on_rows is None else show,
+                        on_rows=None if on_rows is None else partial(on_rows, index),
                     )
                 )
         except BaseException:  # the queue is full: all or none
