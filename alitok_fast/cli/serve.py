@@ -8,9 +8,7 @@ from typing import Any
 import typer
 
 from alitok_fast.cli.options import LoadOptions, with_options
-from alitok_fast.serving.settings import API_KEYS, ServeSettings
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from alitok_fast.serving.settings import API_KEYS, LOOPBACK, ServeSettings
 
 
 @with_options(load=LoadOptions, settings=ServeSettings)
@@ -35,6 +33,7 @@ def serve(load: Any, settings: Any) -> None:
         raise ImportError(f"{error.name}: expected to be installed: pip install 'alitok_fast[serve]'") from None
     from alitok_fast.inference.thread_team import release_threads
     from alitok_fast.serving.app import create_app
+    from alitok_fast.serving.connections import server_config
 
     keys = settings.keys()
     if settings.host not in LOOPBACK and not keys:
@@ -48,15 +47,7 @@ def serve(load: Any, settings: Any) -> None:
         server.should_exit = True
 
     app = create_app(lambda: loaded, settings, stop)
-    config = uvicorn.Config(
-        app,
-        http="h11",  # the faster parser does not notice a client that hangs up while it has sent a second request
-        limit_concurrency=settings.max_connections,
-        timeout_graceful_shutdown=int(settings.grace_seconds) + 1,
-        server_header=False,
-        access_log=settings.access_log,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(app, settings))
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     typer.echo(f"serving {load.model} on http://{host}:{listener.getsockname()[1]}")
     server.run([listener])

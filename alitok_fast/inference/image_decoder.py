@@ -17,7 +17,7 @@ from alitok_fast.inference.parts import images_at_a_time, keep_freed_memory
 from alitok_fast.models.checks import check_plain, check_range, check_tensor
 from alitok_fast.models.tokenizer import Tokenizer
 
-GRAPHS = 4  # batch sizes whose CUDA graphs are kept
+GRAPHS = 8  # batch sizes whose CUDA graphs are kept: 1, 2, 4, ... 64, and one besides
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

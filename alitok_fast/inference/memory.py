@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from alitok_fast.config import GeneratorConfig
 from alitok_fast.inference.quantized_generator import QuantizedGenerator
 from alitok_fast.inference.step_model import StepModel
 from alitok_fast.models.kv_cache import KVCache
@@ -67,13 +68,17 @@ def plan(
         raise TypeError(f"gen: expected a generator, got {type(gen).__name__}")
     device = gen.device if device is None else torch.device(device)
     config, rows = gen.config, 2 if guided else 1
-    # Activations, in float32: the residual, the normed rows, the widest product and its input, three times the logits.
-    activations = 4 * (2 * config.width + 2 * max(3 * config.width, 2 * config.hidden) + 3 * config.codebook_size)
-    per_row = KVCache.bytes_per_slot(config, kv_dtype or gen.cache_dtype) + activations
+    per_row = KVCache.bytes_per_slot(config, kv_dtype or gen.cache_dtype) + row_bytes(config)
     few, once = 0, 0
     if isinstance(gen, QuantizedGenerator):
         few, once = gen.most_inputs // (rows * window), gen.wide_bytes
     return MemoryPlan(rows * per_row, available_bytes(device), few, once)
+
+
+def row_bytes(config: GeneratorConfig) -> int:
+    """The activations of a row of a pass."""
+    # In float32: the residual, the normed rows, the widest product and its input, three times the logits.
+    return 4 * (2 * config.width + 2 * max(3 * config.width, 2 * config.hidden) + 3 * config.codebook_size)
 
 
 def available_bytes(device: torch.device) -> int:

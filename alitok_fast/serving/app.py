@@ -24,6 +24,7 @@ from alitok_fast.serving.photographs import base64_png, png
 from alitok_fast.serving.request import EngineClosedError
 from alitok_fast.serving.service import Service
 from alitok_fast.serving.settings import ServeSettings
+from alitok_fast.serving.waiting import Client
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -37,8 +38,9 @@ FAULTS: dict[int | str, dict[str, Any]] = {
         404: "Another model is served.",
         408: "The body came too slowly.",
         413: "The body is too large.",
+        415: "The body is not called JSON.",
         500: "The server is at fault.",
-        503: "Too many requests wait, or the server is not ready or about to stop.",
+        503: "Too many requests wait, too many large bodies are read, or the server is not ready or about to stop.",
         504: "The request took too long.",
     }.items()
 }
@@ -106,7 +108,9 @@ def create_app(
     app.add_middleware(
         Gate,
         keys=keys,
+        hosts=settings.host_names(),
         max_body=int(settings.max_body_mb * 1e6),
+        max_bodies=int(settings.max_bodies_mb * 1e6),
         stall_seconds=settings.stall_seconds,
         observe=metrics.observe,
     )
@@ -155,10 +159,11 @@ def _add_routes(app: FastAPI, service: Callable[[], Service], metrics: Metrics, 
         return service().model()
 
     async def images(asked: schemas.ImagesRequest, request: Request) -> Any:
+        client = Client(request, settings.timeout)
         if asked.stream:
-            events = await service().events(asked, request)
+            events = await service().events(asked, client)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        answer, done = await service().images(asked, request)
+        answer, done = await service().images(asked, client)
         if asked.response_format == "png":
             info = service().settings_of(answer, done[0])
             return Response(await asyncio.to_thread(png, done[0].pixels, info), media_type="image/png")
@@ -177,17 +182,20 @@ def _add_routes(app: FastAPI, service: Callable[[], Service], metrics: Metrics, 
 
     @app.post("/v1/tokens", summary="A picture's tokens", responses=FAULTS)
     async def tokens(asked: schemas.TokensRequest, request: Request) -> schemas.Tokens:
-        return await service().tokens(asked, request)
+        return await service().tokens(asked, Client(request, settings.timeout))
 
     @app.post(
         "/v1/reconstructions", summary="A picture, encoded and decoded; or decoded tokens",
         response_model=Optional[schemas.Reconstructed], responses={200: PICTURE, **FAULTS},  # noqa: UP045
     )  # fmt: skip
     async def reconstructions(asked: schemas.ReconstructionRequest, request: Request) -> Any:
-        answer, pixels = await service().reconstruction(asked, request)
+        answer, pixels, crop = await service().reconstruction(asked, Client(request, settings.timeout))
         if asked.response_format == "png":
             return Response(await asyncio.to_thread(png, pixels), media_type="image/png")
-        return answer.model_copy(update={"data": [{"b64_json": await asyncio.to_thread(base64_png, pixels)}]})
+        picture = {"b64_json": await asyncio.to_thread(base64_png, pixels)}
+        if crop is not None and asked.return_crop:
+            picture["crop_b64_json"] = await asyncio.to_thread(base64_png, crop)
+        return answer.model_copy(update={"data": [picture]})
 
 
 def _faults(*statuses: int) -> dict[int | str, dict[str, Any]]:

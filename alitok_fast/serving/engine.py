@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alitok_fast.inference.memory import plan
 from alitok_fast.inference.params import SEEDS, SamplingParams, sampling_params
 from alitok_fast.inference.sampler import WINDOWS, check_prompt
-from alitok_fast.inference.slots import SlotLoop
+from alitok_fast.inference.slots import SlotLoop, plan_slots
 from alitok_fast.inference.thread_team import release_threads
 from alitok_fast.models import Tokenizer
 from alitok_fast.ops.arguments import integer, real
@@ -52,7 +51,7 @@ class Engine:
         max_images: images with guidance that are sampled at the same time; without guidance twice as many. None is 8 on
             a CPU and 64 on a GPU, or as many as fit in memory (`plan`).
         max_queue: requests that may wait for their turn; more are refused with `QueueFullError`.
-        timeout: seconds that a request may take altogether unless it says otherwise; None is no limit.
+        timeout: seconds until the decoding of a request begins, unless it says otherwise; None is no limit.
         stage1: the causal tokenizer that paints rows while an image is sampled (`on_rows`).
         window, kv_dtype: as for `Sampler`.
         turn_seconds: passes go on for about so long before requests can join and leave again.
@@ -84,7 +83,7 @@ class Engine:
         model = pipe.sampler.current_model()
         on_cpu = model.device.type == "cpu"
         windows = (integer("window", window, 1, WINDOWS[-1]),) if window is not None else WINDOWS if on_cpu else (1,)
-        self.max_images = self._images_that_fit(max_images, kv_dtype, windows[-1])
+        self.max_images = self._images_that_fit(max_images, kv_dtype, windows)
         seconds = _positive("turn_seconds", turn_seconds)
         loop = SlotLoop(model, 2 * self.max_images, kv_dtype, windows, seconds)
         self.stage1 = stage1
@@ -95,9 +94,9 @@ class Engine:
         weakref.finalize(self, self._scheduler.abandon)
         release_threads()  # of this thread, which has packed the weights; the engine's own is faster without them
 
-    def _images_that_fit(self, asked: int | None, kv_dtype: torch.dtype | None, window: int) -> int:
+    def _images_that_fit(self, asked: int | None, kv_dtype: torch.dtype | None, windows: tuple[int, ...]) -> int:
         model = self.pipe.sampler.model
-        fits = plan(model, kv_dtype=kv_dtype, window=window).largest_batch
+        fits = plan_slots(model, kv_dtype, windows).largest_batch
         if fits < 1:
             raise MemoryError("max_images: expected memory for at least one image, got too little (alitok_fast.plan)")
         if asked is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -24,7 +25,6 @@ KINDS: dict[int, Any] = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-OURS = {"labels": "prompt", "label": "prompt", "prompt_tokens": "image", "photo": "image"}  # arguments to fields
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +34,19 @@ class FieldError(ValueError):
     def __init__(self, param: str | None, message: str, status: int = 400) -> None:
         super().__init__(message if param is None else f"{param}: {message}")
         self.param, self.status = param, status
+
+
+@contextlib.contextmanager
+def of_fields(**fields: str) -> Iterator[None]:
+    """Inside, ValueError and TypeError that name an argument are faults of the request: of the field that is called as
+    the argument is, or as `fields` says."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        name, colon, rest = str(error).partition(": ")
+        if not colon or not name.isidentifier():
+            raise
+        raise FieldError(fields.get(name, name), rest) from None
 
 
 class ClientGoneError(Exception):
@@ -59,9 +72,6 @@ def status_and_body(error: BaseException) -> tuple[int, dict[str, Any]]:
         return 503, fault(503, message, code="stopping")
     if isinstance(error, TimeoutError):
         return 504, fault(504, message or "timeout: expected an answer in time, got none", code="timeout")
-    if isinstance(error, (ValueError, TypeError)) and (found := re.match(r"(\w+): ", message)):
-        name = found[1]
-        return 400, fault(400, OURS.get(name, name) + message[found.end(1) :], OURS.get(name, name))
     if isinstance(error, ClientGoneError | asyncio.CancelledError):
         return CLIENT_GONE, fault(CLIENT_GONE, "the client has gone")
     if not isinstance(error, (RuntimeError, MemoryError)):

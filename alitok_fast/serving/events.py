@@ -9,11 +9,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-from fastapi import Request
 
 from alitok_fast.serving.photographs import base64_png
 from alitok_fast.serving.request import GeneratedImage
-from alitok_fast.serving.waiting import gone
+from alitok_fast.serving.waiting import Client
 
 Last = Callable[[int, Future[GeneratedImage]], Awaitable[bytes]]
 
@@ -41,10 +40,10 @@ class Watch:
         for future in futures:
             future.add_done_callback(lambda _: self._tell())
 
-    async def events(self, last: Last, request: Request) -> AsyncIterator[bytes]:
+    async def events(self, last: Last, client: Client) -> AsyncIterator[bytes]:
         """Rows, then for each image what `last` makes of its end; closing it cancels what is not done."""
         open_ = dict(enumerate(self._futures))
-        hung_up = asyncio.ensure_future(gone(request))
+        hung_up = asyncio.ensure_future(client.gone())
         try:
             while open_ and not hung_up.done():
                 news = asyncio.ensure_future(self._news.wait())

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -79,7 +80,8 @@ def replica_app(given: Arguments, keys_expected: bool) -> FastAPI:
             raise ValueError(f"{API_KEYS}: expected in the environment of each replica, got none")
         _log.warning("anybody who reaches Serve's proxies may use this server: no keys in %s", API_KEYS)
     name = serve.get_replica_context().replica_id.unique_id
-    app = create_app(lambda: given.load.with_stage1(given.settings.stage1), given.settings, labels={"replica": name})
+    settings = replace(given.settings, host="0.0.0.0")  # Serve's proxies listen, and clients call them by any name
+    app = create_app(lambda: given.load.with_stage1(settings.stage1), settings, labels={"replica": name})
     app.add_middleware(NamedReplica, name=name)
     return app
 

@@ -99,6 +99,7 @@ class ReconstructionRequest(Asked):
     )
     model: str | None = Field(default=None, description="Name of the served model, where the client sends one.")
     response_format: Literal["b64_json", "png"] = Field(default="b64_json", description="As for generations.")
+    return_crop: bool = Field(default=False, strict=True, description="Give the picture's crop too.")
 
 
 class Image(BaseModel):
@@ -138,7 +139,7 @@ class Reconstructed(BaseModel):
     psnr: float | None = Field(
         default=None, description="Peak signal-to-noise ratio to the crop, in dB; null for tokens."
     )
-    data: list[dict[str, str]] = Field(description="One image: `b64_json`.")
+    data: list[dict[str, str]] = Field(description="One image: `b64_json`; `crop_b64_json`, to which `psnr` refers.")
 
 
 class Model(BaseModel):

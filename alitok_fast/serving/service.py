@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastapi import Request
 
 from alitok_fast import __version__
 from alitok_fast.data.transforms import to_tensor
@@ -21,12 +20,12 @@ from alitok_fast.models import Tokenizer
 from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.serving import schemas
 from alitok_fast.serving.engine import Engine
-from alitok_fast.serving.errors import FieldError, status_and_body
+from alitok_fast.serving.errors import FieldError, of_fields, status_and_body
 from alitok_fast.serving.events import Watch, event
 from alitok_fast.serving.photographs import PictureReader, base64_png
 from alitok_fast.serving.request import GeneratedImage, QueueFullError
 from alitok_fast.serving.settings import ServeSettings
-from alitok_fast.serving.waiting import answered
+from alitok_fast.serving.waiting import Client
 from alitok_fast.storage.images import to_uint8
 
 READERS = 2  # threads that read pictures which were sent
@@ -34,7 +33,9 @@ SETTINGS = ("guidance_scale", "guidance_power", "temperature", "top_k", "top_p",
 
 
 class Service:
-    """A pipeline, its engine, and what clients may ask of them. It makes the engine, and closes it."""
+    """A pipeline, its engine, and what clients may ask of them. It makes the engine."""
+
+    # Its methods raise FieldError for a request that is at fault; other errors are the server's.
 
     def __init__(self, pipe: Pipeline, stage1: Tokenizer | None, settings: ServeSettings) -> None:
         self.pipe, self.settings = pipe, settings
@@ -75,21 +76,19 @@ class Service:
 
     # ---- images ----
 
-    async def images(
-        self, asked: schemas.ImagesRequest, request: Request
-    ) -> tuple[schemas.Images, list[GeneratedImage]]:
+    async def images(self, asked: schemas.ImagesRequest, client: Client) -> tuple[schemas.Images, list[GeneratedImage]]:
         """The answer, whose pictures are not in it yet, and its images."""
-        answer, prompt = await self._begin(asked, request)
-        done = await answered(self._submit(asked, answer, prompt), request, self.settings.timeout)
+        answer, prompt = await self._begin(asked, client)
+        done = await client.answered(self._submit(asked, answer, prompt, client))
         return answer, done
 
-    async def events(self, asked: schemas.ImagesRequest, request: Request) -> AsyncIterator[bytes]:
+    async def events(self, asked: schemas.ImagesRequest, client: Client) -> AsyncIterator[bytes]:
         """Server-sent events, once the request has been taken: rows as they are painted, then the finished images."""
         if self.engine.stage1 is None:
             raise FieldError("stream", "expected a server with a causal tokenizer (--stage1), got one without")
-        answer, prompt = await self._begin(asked, request)
+        answer, prompt = await self._begin(asked, client)
         watch = Watch(self.pipe.tokenizer.config.grid)
-        watch.follow(self._submit(asked, answer, prompt, watch.on_rows))
+        watch.follow(self._submit(asked, answer, prompt, client, watch.on_rows))
 
         async def last(index: int, future: Future[GeneratedImage]) -> bytes:
             try:
@@ -99,7 +98,7 @@ class Service:
             rest = answer.model_dump(exclude={"data"}, exclude_none=True)
             return event("image_generation.completed", index=index, **image.model_dump(exclude_none=True), **rest)
 
-        return watch.events(last, request)
+        return watch.events(last, client)
 
     async def pictures(
         self, asked: schemas.ImagesRequest, answer: schemas.Images, done: Sequence[GeneratedImage]
@@ -122,9 +121,7 @@ class Service:
         return {**self.pipe.metadata(one.params), "class_names": None, "label": one.label, "image_id": one.image_id,
                 "rows_kept": answer.rows_kept}  # fmt: skip
 
-    async def _begin(
-        self, asked: schemas.ImagesRequest, request: Request
-    ) -> tuple[schemas.Images, torch.Tensor | None]:
+    async def _begin(self, asked: schemas.ImagesRequest, client: Client) -> tuple[schemas.Images, torch.Tensor | None]:
         """Check a request, and encode the picture of a completion."""
         self.check_model(asked.model)
         size = self.pipe.tokenizer.config.image_size
@@ -134,10 +131,11 @@ class Service:
             raise FieldError("n", f"expected at most {self._max_n}, got {asked.n}")
         if asked.response_format == "png" and (asked.n > 1 or asked.stream):
             raise FieldError("response_format", "expected b64_json for several images or a stream, got png")
-        (label,) = self.pipe.classes.ids(asked.prompt)
-        params = SamplingParams(**{name: getattr(asked, name) for name in SETTINGS}).resolved(
-            self.pipe.generator.config
-        )
+        with of_fields(labels="prompt"):
+            (label,) = self.pipe.classes.ids(asked.prompt)
+            params = SamplingParams(**{name: getattr(asked, name) for name in SETTINGS}).resolved(
+                self.pipe.generator.config
+            )
         answer = schemas.Images(
             created=int(time.time()),
             model=self.name,
@@ -152,7 +150,7 @@ class Service:
         rows = config.grid // 2 if asked.rows is None else asked.rows
         if rows > config.grid:
             raise FieldError("rows", f"expected at most {config.grid}, the rows of patches of an image, got {rows}")
-        tokens, _ = await self._encode(asked.image, request)
+        tokens, _ = await self._encode(asked.image, client)
         answer.rows_kept = rows
         return answer, tokens[: config.num_prefix_tokens + rows * config.grid]
 
@@ -161,9 +159,10 @@ class Service:
         asked: schemas.ImagesRequest,
         answer: schemas.Images,
         prompt: torch.Tensor | None,
+        client: Client,
         on_rows: Callable[[int, int, np.ndarray], None] | None = None,
     ) -> list[Future[GeneratedImage]]:
-        params = SamplingParams(**answer.settings)
+        params, left = SamplingParams(**answer.settings), client.seconds_left()
         futures: list[Future[GeneratedImage]] = []
         try:
             for index in range(asked.n):
@@ -174,6 +173,7 @@ class Service:
                         image_id=asked.image_id + index,
                         prompt_tokens=prompt,
                         on_rows=None if on_rows is None else partial(on_rows, index),
+                        timeout=left,
                     )
                 )
         except BaseException:  # the queue is full: all or none
@@ -184,30 +184,30 @@ class Service:
 
     # ---- photographs ----
 
-    async def tokens(self, asked: schemas.TokensRequest, request: Request) -> schemas.Tokens:
+    async def tokens(self, asked: schemas.TokensRequest, client: Client) -> schemas.Tokens:
         """The tokens of a picture."""
         self.check_model(asked.model)
-        tokens, _ = await self._encode(asked.image, request)
+        tokens, _ = await self._encode(asked.image, client)
         return schemas.Tokens(model=self.name, tokens=tokens.tolist())
 
     async def reconstruction(
-        self, asked: schemas.ReconstructionRequest, request: Request
-    ) -> tuple[schemas.Reconstructed, np.ndarray]:
-        """A picture or tokens to pixels (H, W, 3) uint8; the answer has no picture yet."""
+        self, asked: schemas.ReconstructionRequest, client: Client
+    ) -> tuple[schemas.Reconstructed, np.ndarray, np.ndarray | None]:
+        """A picture or tokens to pixels (H, W, 3) uint8, and the picture's crop; the answer has no picture yet."""
         self.check_model(asked.model)
         if (asked.image is None) == (asked.tokens is None):
             raise FieldError("image", f"expected image or tokens, got {'neither' if asked.image is None else 'both'}")
         crop = None
         if asked.image is not None:
-            tokens, crop = await self._encode(asked.image, request)
+            tokens, crop = await self._encode(asked.image, client)
         else:
             tokens = self._check_tokens(asked.tokens or [])
-        (made,) = await answered([self.engine.call(lambda: self._decode(tokens, crop))], request, self.settings.timeout)
+        (made,) = await client.answered([self.engine.call(lambda: self._decode(tokens, crop))])
         pixels, decibels = made
         answer = schemas.Reconstructed(
             created=int(time.time()), model=self.name, tokens=tokens.tolist(), psnr=decibels, data=[]
         )
-        return answer, pixels
+        return answer, pixels, crop
 
     def _decode(self, tokens: torch.Tensor, crop: np.ndarray | None) -> tuple[np.ndarray, float | None]:
         """Pixels, and their PSNR to the crop; on the engine's thread, since torch keeps threads for each that calls."""
@@ -225,7 +225,7 @@ class Service:
             raise FieldError("tokens", f"expected numbers in [0, {config.codebook_size}), got {bad[0]}")
         return torch.tensor(tokens)
 
-    async def _encode(self, picture: str, request: Request) -> tuple[torch.Tensor, np.ndarray]:
+    async def _encode(self, picture: str, client: Client) -> tuple[torch.Tensor, np.ndarray]:
         """Tokens (N,) on the host of a picture that was sent, and its crop."""
         reading = self._readers.submit(self._reader.crop, picture, self.pipe.tokenizer.config.image_size)
         self._reading.add(reading)
@@ -233,10 +233,10 @@ class Service:
         if len(self._reading) > self.settings.max_queue:
             reading.cancel()
             raise QueueFullError(f"queue: expected fewer than {self.settings.max_queue} pictures to read, got as many")
-        (crop,) = await answered([reading], request, self.settings.timeout)
+        (crop,) = await client.answered([reading])
         tokenizer = self.pipe.tokenizer
         work = self.engine.call(lambda: tokenizer.encode(to_tensor(crop[None]).to(tokenizer.device))[0].cpu())
-        (tokens,) = await answered([work], request, self.settings.timeout)
+        (tokens,) = await client.answered([work])
         return tokens, crop
 
     def check_model(self, name: str | None) -> None:

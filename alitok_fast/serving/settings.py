@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 API_KEYS = "ALITOK_API_KEYS"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -25,6 +26,11 @@ class ServeSettings:
 
     host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 is reached from other machines.")
     port: int = _setting(8000, "Port to listen on; 0 takes a free one and prints it.")
+    allowed_hosts: str | None = _setting(
+        None,
+        "Names, with commas between them, by which clients call the server, as a proxy before it hands them on. If not "
+        "given, those of loopback where it listens there, otherwise any.",
+    )
     name: str | None = _setting(None, "Name of the model in answers. If not given, that of --model.")
     stage1: str | None = _setting(None, "Causal (stage-1) tokenizer that paints rows. If not given, that of --model.")
     max_images: int | None = _setting(
@@ -34,9 +40,12 @@ class ServeSettings:
     timeout: float = _setting(120.0, "Seconds that a request may take; then it gets status 504.")
     max_n: int = _setting(10, "Images of one request, as far as max_queue allows.")
     max_body_mb: float = _setting(16.0, "Megabytes of a request's body; more are refused with status 413.")
+    max_bodies_mb: float = _setting(256.0, "Megabytes of all bodies at a time; further ones get status 503.")
     max_megapixels: float = _setting(40.0, "Millions of pixels of a picture that is sent; more are refused.")
     max_connections: int = _setting(1024, "Connections at the same time; further ones get status 503.")
-    stall_seconds: float = _setting(30.0, "A body may take so long; an answer that nobody reads for so long ends.")
+    stall_seconds: float = _setting(
+        30.0, "A body may take so long; a connection on which nothing is sent or read for so long ends."
+    )
     grace_seconds: float = _setting(30.0, "After SIGTERM, what runs may take so long to finish.")
     api_keys: str | None = _setting(None, f"File with a key per line, for /v1; besides those in {API_KEYS}.")
     access_log: bool = _setting(False, "Log a line for each request.")
@@ -51,6 +60,16 @@ class ServeSettings:
             value = getattr(self, f.name)
             if isinstance(f.default, float):
                 _check(f.name, 0 < value and math.isfinite(value), "a number above 0", value)
+        enough = f"at least max_body_mb, {self.max_body_mb:g}"
+        _check("max_bodies_mb", self.max_bodies_mb >= self.max_body_mb, enough, self.max_bodies_mb)
+        _check("allowed_hosts", self.allowed_hosts is None or self.host_names(), "a name or more", self.allowed_hosts)
+
+    def host_names(self) -> frozenset[str]:
+        """Names by which clients may call the server, in lower case; empty takes any."""
+        if self.allowed_hosts is not None:
+            names = (name.strip().strip("[]").rstrip(".").lower() for name in self.allowed_hosts.split(","))
+            return frozenset(name for name in names if name)
+        return frozenset(LOOPBACK) if self.host in LOOPBACK else frozenset()
 
     def keys(self) -> tuple[bytes, ...]:
         """The API keys; empty where everybody may ask. Raises ValueError for a file without any."""
@@ -62,6 +81,6 @@ class ServeSettings:
         return tuple(key.encode() for key in given if key)
 
 
-def _check(name: str, condition: bool, expected: str, got: Any) -> None:
+def _check(name: str, condition: object, expected: str, got: Any) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")

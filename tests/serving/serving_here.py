@@ -15,16 +15,17 @@ LIMIT = 60  # seconds that nothing takes
 
 @contextlib.contextmanager
 def served(pipe, stage1, **settings) -> Iterator[SimpleNamespace]:
-    """A server on a free loopback port, in a thread: its `url`, `service`, `app`, and `stop()`."""
+    """A server on a free port, in a thread: its `url`, `port`, `app`, `service`, `connections` and `stop()`."""
     uvicorn = pytest.importorskip("uvicorn")
     pytest.importorskip("fastapi")
     pytest.importorskip("prometheus_client")
     from alitok_fast.serving.app import create_app
+    from alitok_fast.serving.connections import server_config
     from alitok_fast.serving.settings import ServeSettings
 
-    app = create_app(lambda: (pipe, stage1), ServeSettings(port=0, **settings))
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=60)
-    server = uvicorn.Server(config)
+    chosen = ServeSettings(port=0, grace_seconds=LIMIT, **settings)
+    app = create_app(lambda: (pipe, stage1), chosen)
+    server = uvicorn.Server(server_config(app, chosen, host=chosen.host, port=chosen.port, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
 
@@ -37,7 +38,14 @@ def served(pipe, stage1, **settings) -> Iterator[SimpleNamespace]:
         until(lambda: app.state.ready or app.state.error)
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        yield SimpleNamespace(url=url, port=port, app=app, service=app.state.service, stop=stop)
+        yield SimpleNamespace(
+            url=url,
+            port=port,
+            app=app,
+            service=app.state.service,
+            stop=stop,
+            connections=server.server_state.connections,
+        )
     finally:
         stop()
 

@@ -263,7 +263,7 @@ def test_memory_decides_how_many(pipe, monkeypatch, caplog):
     class Plan:
         largest_batch = 3
 
-    monkeypatch.setattr(engine_module, "plan", lambda *_, **__: Plan)
+    monkeypatch.setattr(engine_module, "plan_slots", lambda *_, **__: Plan)
     with Engine(pipe) as engine:
         assert engine.max_images == 3 and "memory is short: 3 images are sampled at a time instead of 8" in caplog.text
         images = [engine.submit(i % 10, image_id=i) for i in range(9)]

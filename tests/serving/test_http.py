@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -14,7 +15,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from alitok_fast.storage.images import to_uint8
 
 httpx = pytest.importorskip("httpx")
 LIMIT = 60
+JSON = {"Content-Type": "application/json"}
 GENERATIONS, COMPLETIONS = "/v1/images/generations", "/v1/images/completions"
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +47,12 @@ def photo() -> bytes:
     file = io.BytesIO()
     Image.fromarray(data.astronaut()).save(file, "JPEG")
     return file.getvalue()
+
+
+def head(path: str, length: int) -> bytes:
+    """The head of a request with a body of so many bytes."""
+    lines = (f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {length}")
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def in_base64(file: bytes) -> str:
@@ -69,7 +76,7 @@ def events_of(lines) -> list[tuple[str, dict]]:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def slow_passes(server, seconds: float):
     """While inside, each turn of the server's engine takes so long."""
     loop = server.service.engine._scheduler._loop
@@ -180,7 +187,10 @@ def test_photographs_to_tokens_and_back(client, pipe, photo):
         answer = client.post("/v1/reconstructions", json=asked).raise_for_status().json()
         assert answer["tokens"] == tokens
         assert np.array_equal(pixels_of(answer["data"][0]["b64_json"]), expected)
+        assert "crop_b64_json" not in answer["data"][0]
+        more = client.post("/v1/reconstructions", json=asked | dict(return_crop=True)).raise_for_status().json()
         if "image" in asked:
+            assert np.array_equal(pixels_of(more["data"][0].pop("crop_b64_json")), crop)
             error = ((crop.astype(float) - expected) ** 2).mean()
             assert answer["psnr"] == pytest.approx(10 * np.log10(255**2 / error))
         else:
@@ -201,6 +211,8 @@ def test_models_health_and_metrics(client, pipe):
     assert client.get("/health").json() == {"status": "ok"} and client.get("/ready").json() == {"status": "ready"}
     client.post(GENERATIONS, json=dict(prompt=1)).raise_for_status()
     client.post(GENERATIONS, json=dict(prompt=99))
+    # A request is counted just after its answer was sent.
+    until(lambda: [line for line in client.get("/metrics").text.splitlines() if GENERATIONS in line and "400" in line])
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     parser = pytest.importorskip("prometheus_client.parser")
@@ -278,14 +290,37 @@ def test_another_model_is_not_found(client):
     "body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"prompt": NaN}', b'{"prompt": 1, "n": 1e400}']
 )
 def test_bodies_that_are_no_request(body, client):
-    answer = client.post(GENERATIONS, content=body, headers={"Content-Type": "application/json"})
+    answer = client.post(GENERATIONS, content=body, headers=JSON)
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_other_methods_and_paths(client):
     assert client.get(GENERATIONS).status_code == 405 and client.get("/v2").json()["error"]["message"] == "Not Found"
-    plain = client.post(GENERATIONS, content=b'{"prompt": 1}', headers={"Content-Type": "text/plain"})
-    assert plain.status_code == 400, "what a page of another origin may send unasked is not taken"
+    for path in ("/", "/health", "/ready", "/metrics", "/v1/models"):
+        head, get = client.head(path), client.get(path)
+        assert head.status_code == 200 and not head.content
+        assert head.headers["content-type"] == get.headers["content-type"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_what_a_page_of_another_origin_may_send_unasked_is_not_taken(kind, client):
+    headers = {} if kind is None else {"Content-Type": kind}
+    answer = client.post(GENERATIONS, content=b'{"prompt": 1}', headers=headers)
+    assert answer.status_code == 415 and "expected application/json, got" in answer.text
+    typed = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert client.post(GENERATIONS, content=b'{"prompt": 1}', headers=typed).status_code == 200
+
+
+def test_the_server_answers_to_its_names_alone(pipe, stage1, client):
+    """On loopback to those of loopback: another name that leads there is that of a page which should not."""
+    for name, status in (("localhost", 200), ("LOCALHOST:80", 200), ("[::1]:8000", 200), ("evil.example", 400)):
+        answer = client.get("/v1/models", headers={"Host": name})
+        assert answer.status_code == status, name
+    assert answer.json()["error"]["param"] == "host" and "--allowed-hosts" in answer.text
+    with served(pipe, stage1, allowed_hosts="images.example, other.example") as server:
+        for name, status in (("images.example", 200), ("other.example.:443", 200), ("localhost", 400)):
+            assert httpx.get(f"{server.url}/ready", headers={"Host": name}).status_code == status
+    assert ServeSettings(host="0.0.0.0").host_names() == frozenset()
 
 
 def test_a_poisoned_class_among_good_ones(pipe, stage1):
@@ -336,7 +371,7 @@ def test_bodies_and_pictures_have_limits(pipe, stage1, photo):
                 yield b"A" * 1000
             yield b'"}'
 
-        chunked = client.post("/v1/tokens", content=pieces(), headers={"Content-Type": "application/json"})
+        chunked = client.post("/v1/tokens", content=pieces(), headers=JSON)
         assert chunked.status_code == 413
         # 512 x 512 pixels are more than 0.2 million; a picture of 30,000 x 30,000 is a small file.
         answer = client.post("/v1/tokens", json=dict(image=in_base64(photo)))
@@ -348,13 +383,75 @@ def test_bodies_and_pictures_have_limits(pipe, stage1, photo):
         client.post(GENERATIONS, json=dict(prompt=1)).raise_for_status()
 
 
+def test_bodies_are_limited_together(pipe, stage1, photo):
+    """What is read but not answered yet counts; when it is answered, there is room again."""
+    with served(pipe, stage1, max_body_mb=0.06, max_bodies_mb=0.13) as server:
+        body = json.dumps(dict(image=in_base64(photo))).encode()
+        assert 50_000 < len(body) < 60_000
+
+        def tokens():
+            return httpx.post(f"{server.url}/v1/tokens", content=body, headers=JSON, timeout=LIMIT)
+
+        with contextlib.ExitStack() as held:
+            for _ in range(2):
+                connection = held.enter_context(socket.create_connection(("127.0.0.1", server.port), LIMIT))
+                connection.sendall(head("/v1/tokens", len(body)) + body[:-1])
+            until(lambda: tokens().status_code == 503)
+            refused = tokens()
+            assert refused.json()["error"]["param"] == "body" and refused.headers["retry-after"] == "1"
+            httpx.post(f"{server.url}{GENERATIONS}", json=dict(prompt=1), timeout=LIMIT).raise_for_status()
+        until(lambda: tokens().status_code == 200)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /ready HTTP/1.1\r\nHost: localh", b"\x16\x03\x01"], ids=["none", "half", "tls"]
+)
+def test_connections_that_ask_for_nothing_are_closed(sent, pipe, stage1):
+    with served(pipe, stage1, stall_seconds=0.4) as server:
+        with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:
+            began = time.monotonic()
+            connection.sendall(sent)
+            connection.settimeout(LIMIT)
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(4096):  # what is no HTTP may be told so
+                    pass
+            assert time.monotonic() - began < 10
+        httpx.get(f"{server.url}/ready").raise_for_status()
+
+
+def test_a_connection_in_use_is_kept(pipe, stage1):
+    """Pauses shorter than `stall_seconds`, and an answer that takes longer, end no connection."""
+    with served(pipe, stage1, stall_seconds=0.4) as server, httpx.Client(base_url=server.url, timeout=LIMIT) as client:
+        ports = set()
+        for _ in range(4):
+            answer = client.get("/ready")
+            ports.add(answer.extensions["network_stream"].get_extra_info("client_addr"))
+            time.sleep(0.2)
+        with slow_passes(server, 0.3):
+            answer = client.post(GENERATIONS, json=dict(prompt=1)).raise_for_status()
+            ports.add(answer.extensions["network_stream"].get_extra_info("client_addr"))
+        assert len(ports) == 1
+
+
+def test_an_answer_that_nobody_reads_frees_its_connection(pipe, stage1):
+    """Also where all of it was written before it was noticed that nobody reads."""
+    with served(pipe, stage1, stall_seconds=0.4, max_n=200, max_queue=200) as server:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        body = json.dumps(dict(prompt=1, n=200, guidance_scale=0, return_tokens=True)).encode()
+        connection.sendall(head(GENERATIONS, len(body)) + body)
+        until(lambda: server.connections)
+        until(lambda: server.service.engine.stats().requests["finished"] >= 201)
+        until(lambda: not server.connections)
+        connection.close()
+
+
 def test_a_body_that_does_not_come(pipe, stage1):
     """A client that stops in the middle is answered and let go; nothing waits for it."""
     with served(pipe, stage1, stall_seconds=0.3) as server:
         with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:
-            connection.sendall(
-                b"POST /v1/tokens HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-            )
+            connection.sendall(head("/v1/tokens", 99) + b"{")
             answer = connection.recv(65536)
             assert answer.startswith(b"HTTP/1.1 408")
         httpx.post(f"{server.url}{GENERATIONS}", json=dict(prompt=1), timeout=LIMIT).raise_for_status()
@@ -389,6 +486,8 @@ def test_settings_are_checked(tmp_path):
         (dict(port=70000), "port: expected a number in"),
         (dict(timeout=0.0), "timeout: expected a number above 0, got 0.0"),
         (dict(max_images=0), "max_images: expected at least 1"),
+        (dict(max_bodies_mb=1.0), "max_bodies_mb: expected at least max_body_mb, 16, got 1.0"),
+        (dict(allowed_hosts=" ,"), "allowed_hosts: expected a name or more, got ' ,'"),
     ):
         with pytest.raises(ValueError, match=message):
             ServeSettings(**options)
@@ -429,6 +528,34 @@ def test_a_request_that_takes_too_long(pipe, stage1):
         until(lambda: server.service.engine.stats().sequences_in_use == 0)
 
 
+def test_all_that_a_request_waits_for_has_one_timeout(pipe, stage1, photo):
+    """A completion that is encoded for most of the time has the rest of it for its image, not as much again."""
+    with served(pipe, stage1, timeout=1.5) as server, slow_passes(server, 0.3):
+        call, began = server.service.engine.call, time.monotonic()
+
+        def slowly(work):
+            return call(lambda: (time.sleep(1.2), work())[1])
+
+        server.service.engine.call = slowly
+        asked = dict(prompt=1, image=in_base64(photo))
+        answer = httpx.post(f"{server.url}{COMPLETIONS}", json=asked, timeout=LIMIT)
+        assert answer.status_code == 504 and time.monotonic() - began < 2.6
+        assert "expected an answer within 1.5 s" in answer.text
+
+
+def test_what_goes_wrong_inside_is_the_servers_fault(pipe, stage1, caplog):
+    """An error that names an argument is a request's fault only where the request's fields are checked."""
+    with served(pipe, stage1) as server:
+
+        def broken(work):
+            raise ValueError("tokens: expected something else, got a secret")
+
+        server.service.engine.call = broken
+        answer = httpx.post(f"{server.url}/v1/reconstructions", json=dict(tokens=[1] * 73), timeout=LIMIT)
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert "secret" not in answer.text and "got a secret" in caplog.text
+
+
 # ---- clients ----
 
 
@@ -439,10 +566,7 @@ def test_a_client_that_goes_frees_what_it_held(stream, server, client, pipe):
     with slow_passes(server, 0.05):
         body = json.dumps(dict(prompt=1, n=10, stream=stream)).encode()
         with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:
-            connection.sendall(
-                b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-                % (GENERATIONS.encode(), len(body), body)
-            )
+            connection.sendall(head(GENERATIONS, len(body)) + body)
             until(lambda: engine.stats().running > 0)
         until(lambda: engine.stats().requests["cancelled"] - before["cancelled"] == 10)
         until(lambda: engine.stats().sequences_in_use == 0 and engine.stats().queue_length == 0)
@@ -457,10 +581,7 @@ def test_a_reader_that_reads_nothing_holds_up_nobody(pipe, stage1, caplog):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", server.port))
         body = json.dumps(dict(prompt=1, n=1000, guidance_scale=0, stream=True)).encode()
-        connection.sendall(
-            b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-            % (GENERATIONS.encode(), len(body), body)
-        )
+        connection.sendall(head(GENERATIONS, len(body)) + body)
         engine = server.service.engine
         until(lambda: engine.stats().running > 0)
         for image_id in range(3):

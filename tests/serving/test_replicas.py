@@ -82,7 +82,8 @@ def test_keys_are_asked_for_behind_a_prefix_too(root, path, status):
     async def send(message):
         sent.append(message)
 
-    gate = Gate(behind, keys=(b"right",), max_body=10, stall_seconds=1, observe=lambda *_: None)
+    limits = dict(hosts=frozenset(), max_body=10, max_bodies=20, stall_seconds=1)
+    gate = Gate(behind, keys=(b"right",), observe=lambda *_: None, **limits)
     scope = {"type": "http", "method": "GET", "root_path": root, "path": path, "headers": []}
     asyncio.run(gate(scope, None, send))
     assert sent[0]["status"] == status
