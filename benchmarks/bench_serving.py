@@ -60,7 +60,7 @@ class Plan:
 
 
 DEMO = Plan(
-    loads=(0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0), one=(0.3, 0.5, 0.7, 0.85),
+    loads=(0.3, 0.5, 0.7, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4, 2.8, 3.4, 4.0), one=(0.3, 0.5, 0.7, 0.85, 0.95),
     seconds=4.0, least=60, most=300, agree=11, solo=50, warm=100, budget=4.0, images=10,
 )  # fmt: skip
 B = Plan(

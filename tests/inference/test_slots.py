@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import alitok_fast.inference.memory as memory_module
 from alitok_fast import Sampler, SamplingParams, load_generator, prepare, use_reference
 from alitok_fast.config import generator_preset
+from alitok_fast.inference.memory import plan, row_bytes
 from alitok_fast.inference.sampler import guidance_schedule
-from alitok_fast.inference.slots import SlotLoop
+from alitok_fast.inference.slots import SlotLoop, plan_slots
 from alitok_fast.models import Generator
 
 
@@ -126,3 +129,14 @@ def test_a_cache_that_does_not_fit():
     gen = Generator(generator_preset("demo"))
     with pytest.raises(MemoryError, match="sequences: expected a cache that fits in memory, got 1000000000000 seq"):
         SlotLoop(prepare(gen.eval()), 10**12)
+
+
+def test_the_plan_counts_what_a_loop_takes(gen, monkeypatch):
+    """On a CPU what a batch takes; on a GPU also the rows that could be images without guidance, and the graphs'."""
+    of_batch = plan(gen)
+    assert plan_slots(gen).bytes_per_image == of_batch.bytes_per_image
+    monkeypatch.setattr(memory_module, "available_bytes", lambda device: 10**9)
+    monkeypatch.setattr(type(gen), "device", SimpleNamespace(type="cuda"))
+    for windows, rows in (((1,), 8), ((1, 4), 16)):
+        more = plan_slots(gen, windows=windows).bytes_per_image - of_batch.bytes_per_image
+        assert more == (rows - 2) * row_bytes(gen.config)

@@ -368,6 +368,22 @@ def test_requests_time_out(held):
     until(lambda: engine.stats().requests == dict(finished=1, failed=0, cancelled=0, timed_out=2, rejected=0))
 
 
+@pytest.mark.usefixtures("beside")
+def test_an_image_that_waits_too_long_to_be_decoded_times_out(pipe):
+    with Engine(pipe) as engine:
+        hold, held = threading.Event(), threading.Event()
+        blocks = engine.call(lambda: (held.set(), hold.wait(LIMIT)))
+        assert held.wait(LIMIT)
+        late, stays = engine.submit(1, timeout=0.5), engine.submit(2)
+        until(lambda: engine._scheduler._finisher.waiting == 3 or late.done())  # both are sampled
+        time.sleep(0.5)
+        hold.set()
+        with pytest.raises(TimeoutError, match="timeout: expected an image within 0.5 s"):
+            late.result(LIMIT)
+        assert stays.result(LIMIT).label == 2 and blocks.result(LIMIT)
+        assert engine.stats().requests["timed_out"] == 1
+
+
 # ---- faults ----
 
 
