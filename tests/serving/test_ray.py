@@ -154,7 +154,9 @@ def test_answers_have_our_shape(two):
     assert two.get("/nowhere").json()["error"]["type"] == "invalid_request_error"
     large = two.post("/v1/images/generations", content=bytes(17_000_000))
     assert large.status_code == 413 and large.json()["error"]["param"] == "body"
-    pieces = two.post("/v1/images/generations", content=(bytes(100_000) for _ in range(170)))  # of no known length
+    json = {"Content-Type": "application/json"}
+    unknown = (bytes(100_000) for _ in range(170))  # of no length that is said beforehand
+    pieces = two.post("/v1/images/generations", content=unknown, headers=json)
     assert pieces.status_code == 413 and pieces.json()["error"]["param"] == "body"
     assert two.get("/health").json() == {"status": "ok"}
 

@@ -24,7 +24,7 @@ def test_text_and_numbers_are_taken():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"modle": "demo"}, "arguments: expected one of activation_dtype, api_keys, .*, got 'modle'"),
+        ({"modle": "demo"}, "arguments: expected one of activation_dtype, allowed_hosts, api_keys, .*, got 'modle'"),
         ({"port": "80"}, "port: expected none under Ray Serve .*, got '80'"),
         ({"max_queue": "many"}, "max_queue: expected int, got 'many'"),
         ({"stage1": 3}, r"stage1: expected str \| None, got 3"),
