@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from alitok_fast.cli.options import LoadOptions, with_options
-from alitok_fast.serving.settings import API_KEYS, LOOPBACK, ServeSettings
+from alitok_fast.serving.settings import API_KEYS, ServeSettings
 
 
 @with_options(load=LoadOptions, settings=ServeSettings)
@@ -36,7 +36,7 @@ def serve(load: Any, settings: Any) -> None:
     from alitok_fast.serving.connections import server_config
 
     keys = settings.keys()
-    if settings.host not in LOOPBACK and not keys:
+    if not settings.on_loopback and not keys:
         typer.echo(f"anybody who reaches {settings.host} may use this server: no keys in {API_KEYS}", err=True)
     loaded = load.with_stage1(settings.stage1)
     release_threads()  # of this thread, which only waits from now on

@@ -266,11 +266,11 @@ def plan_slots(model: StepModel, kv_dtype: torch.dtype | None = None, windows: S
     """`plan` for images with guidance in a `SlotLoop` with two sequences for each.
 
     Each of the two could be an image without guidance, so the largest state has four rows for them. On a CUDA device
-    each size and window has a graph with activations of its own, and the smaller sizes together have as many rows as
-    the largest.
+    each size and window has a graph with activations of its own, and the smaller sizes together have up to twice as
+    many rows as the largest.
     """
     of_one_batch = plan(model, kv_dtype=kv_dtype, window=windows[-1])
-    rows = 2 * 4 * len(windows) if model.device.type == "cuda" else 2  # on a CPU rows that rest have none
+    rows = 3 * 4 * len(windows) if model.device.type == "cuda" else 2  # on a CPU rows that rest have none
     more = (rows - 2) * row_bytes(model.config)
     return dataclasses.replace(
         of_one_batch, bytes_per_image=of_one_batch.bytes_per_image + more, few_images=of_one_batch.few_images // 2

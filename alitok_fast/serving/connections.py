@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import logging
+import sys
+import termios
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from alitok_fast.serving.settings import ServeSettings
 
 LOOKS = 4  # at a connection in the time that it may stall
+READ_AHEAD = 65536  # bytes of further requests that are taken while one is answered
+_log = logging.getLogger(__name__)
 
 
 def server_config(app: Any, settings: ServeSettings, **options: Any) -> uvicorn.Config:
@@ -32,11 +40,11 @@ def server_config(app: Any, settings: ServeSettings, **options: Any) -> uvicorn.
 
 
 class _Connection(H11Protocol):
-    """uvicorn's protocol, which also ends a connection where nothing happens for about `stall_seconds`: no request is
-    being answered, none begins, and nothing of the last answer is read.
+    """uvicorn's protocol, which also ends a connection where nothing happens for about `stall_seconds`: no request
+    begins, none is being worked on, and nothing of an answer is read.
 
-    While a request is answered, `Gate` looks after its body and its reader. (uvicorn's faster parser is not taken: it
-    does not notice a client that hangs up while it has sent a second request.)
+    A body that does not come is the business of `Gate`. (uvicorn's faster parser is not taken: it does not notice a
+    client that hangs up while it has sent a second request.)
     """
 
     stall_seconds: float
@@ -54,16 +62,33 @@ class _Connection(H11Protocol):
         self._used = self.loop.time()
         super().on_response_complete()
 
+    def handle_events(self) -> None:
+        super().handle_events()
+        # Where a second request has come, uvicorn reads no more, and would not see that the client hangs up.
+        waits = self.cycle is not None and not self.cycle.response_complete and self.conn.their_state is h11.DONE
+        if waits and len(self.conn.trailing_data[0]) < READ_AHEAD:
+            self.flow.resume_reading()
+
     def _look_later(self) -> None:
         self._watch = self.loop.call_later(self.stall_seconds / LOOKS, self._look)
 
     def _look(self) -> None:
-        unread, before = self.transport.get_write_buffer_size(), self._unread
-        self._unread = unread
+        before, self._unread = self._unread, self._unread_bytes()
         answering = self.cycle is not None and not self.cycle.response_complete
-        if (answering and not self.transport.is_closing()) or unread < before:
+        works = answering and not self.flow.write_paused and not self.transport.is_closing()
+        if works or self._unread < before:
             self._used = self.loop.time()
         elif self.loop.time() - self._used >= self.stall_seconds:
+            if self._unread:
+                _log.warning("a client read nothing for %g s, and was dropped", self.stall_seconds)
             self.transport.abort()  # to close it would wait until all is read
             return
         self._look_later()
+
+    def _unread_bytes(self) -> int:
+        """What the client has not taken yet: here, and where the system tells it, in the system's buffer."""
+        unread: int = self.transport.get_write_buffer_size()
+        with contextlib.suppress(OSError, ValueError):  # a transport that has no such socket
+            number = self.transport.get_extra_info("socket").fileno()
+            unread += int.from_bytes(fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return unread

@@ -103,7 +103,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def framework(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        body = fault(error.status_code, str(error.detail), getattr(error, "param", None))
+        body = fault(error.status_code, str(error.detail), getattr(error, "param", None), getattr(error, "code", None))
         return JSONResponse(body, error.status_code, error.headers)
 
     app.add_exception_handler(RequestValidationError, invalid)

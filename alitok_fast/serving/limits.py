@@ -1,11 +1,10 @@
-"""What stands before the routes: keys, names, limits of bodies, clients that stall. Plain ASGI: nothing is buffered."""
+"""What stands before the routes: keys, names, limits of bodies. Plain ASGI, so nothing is buffered."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import json
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
@@ -13,38 +12,39 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from alitok_fast.serving.errors import CLIENT_GONE, RETRY_SECONDS, fault
+from alitok_fast.serving.settings import host_name
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-_log = logging.getLogger(__name__)
+SMALL = 65536  # bytes of a body; connections have a limit of their own
 
 
 class Refused(HTTPException):
     """A request that gets no further; `fastapi` hands on HTTPExceptions from where it reads a body."""
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
-        # What is left of a body is not read.
-        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {"Connection": "close"}
-        super().__init__(status, message, headers | ({"Retry-After": RETRY_SECONDS} if status == 503 else {}))
-        self.param = param
-
-
-class _StalledError(Exception):
-    """The client reads nothing."""
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        headers = {
+            401: {"WWW-Authenticate": "Bearer"},
+            408: {"Connection": "close"},
+            503: {"Retry-After": RETRY_SECONDS},
+        }
+        super().__init__(status, message, headers.get(status))
+        self.param, self.code = param, code
 
 
 class Gate:
-    """Refuses what has no key or another server's name, bodies that are too large, too slow or no JSON; drops clients
-    that read nothing. HEAD is answered as GET is, without the body, which the server leaves out.
+    """Refuses what has no key or another server's name, bodies that are too large, too slow or no JSON.
+    HEAD is answered as GET is, without the body, which the server leaves out.
 
     Args:
         app: what stands behind.
         keys: one of them is asked for where a route begins with /v1; empty asks for none.
         hosts: names by which clients may call this server; empty takes any.
         max_body: bytes.
-        max_bodies: bytes of all bodies together, from the first that is read until the request is answered.
-        stall_seconds: for a body as a whole, and for a piece of an answer.
+        max_bodies: bytes of all bodies together, from the first that is read until the request is answered; `SMALL`
+            ones are taken all the same.
+        stall_seconds: for a body as a whole.
         observe: called as observe(path's template, method, status, seconds) for each request.
     """
 
@@ -67,18 +67,16 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         begin, status, method = time.monotonic(), 500, scope["method"]
-        started = False
         scope = {**scope, "method": "GET" if method == "HEAD" else method}
         body = _Body(self, receive)
 
         async def sending(message: Message) -> None:
-            nonlocal started, status
+            nonlocal status
             if message["type"] == "http.response.start":
-                started, status = True, message["status"]
-            try:  # a client that reads nothing fills the buffers; then this waits
-                await asyncio.wait_for(send(message), self.stall_seconds)
-            except (TimeoutError, asyncio.TimeoutError):
-                raise _StalledError from None
+                status = message["status"]
+            elif not message.get("more_body", False):
+                body.answered = True
+            await send(message)
 
         try:
             headers = dict(reversed(scope["headers"]))  # the first of a name counts
@@ -86,23 +84,17 @@ class Gate:
             self._check_key(scope, headers)
             self._check_body(headers)
             await self._app(scope, body.receive, sending)
-        except Refused as refused:
-            if started:
-                raise
-            await _answer(send, refused)
-            status = refused.status_code
-        except _StalledError:  # the server closes a connection whose answer is not complete
-            _log.warning("a client read nothing for %g s, and was dropped", self.stall_seconds)
-            status = CLIENT_GONE
+        except Refused as refused:  # before the application has begun
+            await _answer(sending, refused)
         finally:
             body.forget()
             route = getattr(scope.get("route"), "path", "none")
-            self._observe(route, method, status, time.monotonic() - begin)
+            self._observe(route, method, CLIENT_GONE if body.gone else status, time.monotonic() - begin)
 
     def _check_host(self, headers: Mapping[bytes, bytes]) -> None:
         """A page of another origin may have its name lead to this machine; then the browser sends that name."""
         given = headers.get(b"host", b"").decode("latin-1")
-        if self._hosts and host_name(given) not in self._hosts:
+        if given and self._hosts and host_name(given) not in self._hosts:
             message = f"host: expected a name of this server (--allowed-hosts), got {given!r}"
             raise Refused(400, message, "host")
 
@@ -138,11 +130,15 @@ class _Body:
     def __init__(self, gate: Gate, receive: Receive) -> None:
         self._gate, self._receive = gate, receive
         self._read, self._whole = 0, False
+        self.answered = False
+        self.gone = False  # the client has hung up before it was answered
         self._deadline = time.monotonic() + gate.stall_seconds
 
     async def receive(self) -> Message:
         if self._whole:  # what follows is that the client has gone
-            return await self._receive()
+            message = await self._receive()
+            self.gone = not self.answered
+            return message
         gate = self._gate
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, self._deadline - time.monotonic()))
@@ -153,8 +149,10 @@ class _Body:
         gate.held += more
         if self._read > gate.max_body:
             raise gate.too_large()
-        if gate.held > gate.max_bodies:
-            raise Refused(503, "body: expected less at a time, got too many large ones; try again later", "body")
+        if gate.held > gate.max_bodies and self._read > SMALL:
+            reason = "body: expected less at a time, got too many large ones; try again later"
+            raise Refused(503, reason, "body", "queue_full")
+        self.gone = message["type"] == "http.disconnect"
         self._whole = not message.get("more_body", False)
         return message
 
@@ -162,14 +160,8 @@ class _Body:
         self._gate.held -= self._read
 
 
-def host_name(host: str) -> str:
-    """The name or address in a `Host` header, without the port."""
-    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
-    return name.lower().rstrip(".")
-
-
 async def _answer(send: Send, refused: Refused) -> None:
-    body = json.dumps(fault(refused.status_code, refused.detail, refused.param)).encode()
+    body = json.dumps(fault(refused.status_code, refused.detail, refused.param, refused.code)).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(refused.headers or {})}
     lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refused.status_code, "headers": lines})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -62,14 +64,22 @@ class ServeSettings:
                 _check(f.name, 0 < value and math.isfinite(value), "a number above 0", value)
         enough = f"at least max_body_mb, {self.max_body_mb:g}"
         _check("max_bodies_mb", self.max_bodies_mb >= self.max_body_mb, enough, self.max_bodies_mb)
-        _check("allowed_hosts", self.allowed_hosts is None or self.host_names(), "a name or more", self.allowed_hosts)
+        names = all(self._allowed()) and not set(self.allowed_hosts or "") & set("/*")
+        _check("allowed_hosts", names, "names of hosts", self.allowed_hosts)
+
+    def _allowed(self) -> list[str]:
+        return [] if self.allowed_hosts is None else [host_name(name.strip()) for name in self.allowed_hosts.split(",")]
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return self.host.lower() == "localhost"
 
     def host_names(self) -> frozenset[str]:
         """Names by which clients may call the server, in lower case; empty takes any."""
-        if self.allowed_hosts is not None:
-            names = (name.strip().strip("[]").rstrip(".").lower() for name in self.allowed_hosts.split(","))
-            return frozenset(name for name in names if name)
-        return frozenset(LOOPBACK) if self.host in LOOPBACK else frozenset()
+        return frozenset(self._allowed() or ([*LOOPBACK, self.host.lower()] if self.on_loopback else []))
 
     def keys(self) -> tuple[bytes, ...]:
         """The API keys; empty where everybody may ask. Raises ValueError for a file without any."""
@@ -79,6 +89,13 @@ class ServeSettings:
             _check("api_keys", any(lines), "a file with a key per line", self.api_keys)
             given += lines
         return tuple(key.encode() for key in given if key)
+
+
+def host_name(host: str) -> str:
+    """The name or address in a `Host` header, in lower case and without the port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return (host if host.count(":") > 1 else host.partition(":")[0]).lower().rstrip(".")
 
 
 def _check(name: str, condition: object, expected: str, got: Any) -> None:

@@ -137,6 +137,6 @@ def test_the_plan_counts_what_a_loop_takes(gen, monkeypatch):
     assert plan_slots(gen).bytes_per_image == of_batch.bytes_per_image
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: 10**9)
     monkeypatch.setattr(type(gen), "device", SimpleNamespace(type="cuda"))
-    for windows, rows in (((1,), 8), ((1, 4), 16)):
+    for windows, rows in (((1,), 12), ((1, 4), 24)):
         more = plan_slots(gen, windows=windows).bytes_per_image - of_batch.bytes_per_image
         assert more == (rows - 2) * row_bytes(gen.config)

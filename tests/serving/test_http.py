@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -321,6 +322,12 @@ def test_the_server_answers_to_its_names_alone(pipe, stage1, client):
         for name, status in (("images.example", 200), ("other.example.:443", 200), ("localhost", 400)):
             assert httpx.get(f"{server.url}/ready", headers={"Host": name}).status_code == status
     assert ServeSettings(host="0.0.0.0").host_names() == frozenset()
+    assert "127.0.0.2" in ServeSettings(host="127.0.0.2").host_names() and ServeSettings(host="LOCALHOST").host_names()
+    given = ServeSettings(allowed_hosts="A.example:8443, [::1]:80, ::1, 10.0.0.1").host_names()
+    assert given == {"a.example", "::1", "10.0.0.1"}
+    with socket.create_connection(("127.0.0.1", client.base_url.port), LIMIT) as connection:
+        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")  # as a check of a load balancer may
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
 
 
 def test_a_poisoned_class_among_good_ones(pipe, stage1):
@@ -384,10 +391,12 @@ def test_bodies_and_pictures_have_limits(pipe, stage1, photo):
 
 
 def test_bodies_are_limited_together(pipe, stage1, photo):
-    """What is read but not answered yet counts; when it is answered, there is room again."""
-    with served(pipe, stage1, max_body_mb=0.06, max_bodies_mb=0.13) as server:
-        body = json.dumps(dict(image=in_base64(photo))).encode()
-        assert 50_000 < len(body) < 60_000
+    """What is read but not answered yet counts, and small ones do not; when it is answered, there is room again."""
+    with Image.open(io.BytesIO(photo)) as picture:
+        picture.save(file := io.BytesIO(), "PNG")
+    body = json.dumps(dict(image=in_base64(file.getvalue()))).encode()
+    limits = dict(max_body_mb=1.1 * len(body) / 1e6, max_bodies_mb=2.5 * len(body) / 1e6)
+    with served(pipe, stage1, **limits) as server:
 
         def tokens():
             return httpx.post(f"{server.url}/v1/tokens", content=body, headers=JSON, timeout=LIMIT)
@@ -398,9 +407,24 @@ def test_bodies_are_limited_together(pipe, stage1, photo):
                 connection.sendall(head("/v1/tokens", len(body)) + body[:-1])
             until(lambda: tokens().status_code == 503)
             refused = tokens()
-            assert refused.json()["error"]["param"] == "body" and refused.headers["retry-after"] == "1"
+            assert refused.json()["error"] | {"message": ""} == {
+                "message": "", "type": "overloaded_error", "param": "body", "code": "queue_full",
+            }  # fmt: skip
+            assert refused.headers["retry-after"] == "1"
             httpx.post(f"{server.url}{GENERATIONS}", json=dict(prompt=1), timeout=LIMIT).raise_for_status()
         until(lambda: tokens().status_code == 200)
+
+
+@pytest.mark.parametrize("kind, status", [("application/json", 413), ("text/plain", 413), ("text/plain", 415)])
+def test_a_refusal_reaches_a_client_that_still_sends(kind, status, server):
+    """The rest of its body is read and dropped: to close the connection would take the answer back."""
+    size = 40_000_000 if status == 413 else 15_000_000
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=LIMIT)
+    for _ in range(3):
+        connection.request("POST", GENERATIONS, body=bytes(size), headers={"Content-Type": kind})
+        answer = connection.getresponse()
+        assert answer.status == status and json.loads(answer.read())["error"]["message"]
+    connection.close()
 
 
 @pytest.mark.parametrize(
@@ -447,6 +471,46 @@ def test_an_answer_that_nobody_reads_frees_its_connection(pipe, stage1):
         connection.close()
 
 
+@pytest.mark.parametrize("path", ["/", "/v1/models"])
+def test_a_client_that_asks_and_asks_and_reads_nothing_is_dropped(path, pipe, stage1, tmp_path):
+    """Whoever answers: the application, or what stands before it."""
+    (tmp_path / "keys").write_text("key")
+    with served(pipe, stage1, stall_seconds=0.4, api_keys=str(tmp_path / "keys")) as server:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        connection.settimeout(0.2)
+        asks = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 1000
+        with contextlib.suppress(OSError):  # the server reads no more, or has dropped it
+            for _ in range(200):
+                connection.sendall(asks)
+        until(lambda: not server.connections)
+        connection.close()
+
+
+def test_a_slow_reader_gets_all_of_its_answer(pipe, stage1):
+    """As long as it reads at all: here for much longer than `stall_seconds`."""
+    with served(pipe, stage1, stall_seconds=0.5) as server:
+        tokens = pipe(["bag"]).tokens[0].tolist()
+        body = json.dumps(dict(tokens=tokens)).encode()
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.settimeout(LIMIT)
+        service, large = server.service, np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
+        service._decode = lambda *_: (large, None)
+        connection.sendall(head("/v1/reconstructions", len(body)) + body)
+        began, answer = time.monotonic(), b""
+        while time.monotonic() - began < 3:  # 8 MB would take 40 s
+            answer += connection.recv(20_000)
+            time.sleep(0.1)
+        while len(answer) < 8_000_000:
+            piece = connection.recv(1_000_000)
+            assert piece, "the server has ended the connection"
+            answer += piece
+        connection.close()
+
+
 def test_a_body_that_does_not_come(pipe, stage1):
     """A client that stops in the middle is answered and let go; nothing waits for it."""
     with served(pipe, stage1, stall_seconds=0.3) as server:
@@ -487,7 +551,9 @@ def test_settings_are_checked(tmp_path):
         (dict(timeout=0.0), "timeout: expected a number above 0, got 0.0"),
         (dict(max_images=0), "max_images: expected at least 1"),
         (dict(max_bodies_mb=1.0), "max_bodies_mb: expected at least max_body_mb, 16, got 1.0"),
-        (dict(allowed_hosts=" ,"), "allowed_hosts: expected a name or more, got ' ,'"),
+        (dict(allowed_hosts=" ,"), "allowed_hosts: expected names of hosts, got ' ,'"),
+        (dict(allowed_hosts="*"), "allowed_hosts: expected names of hosts"),
+        (dict(allowed_hosts="http://a.example"), "allowed_hosts: expected names of hosts"),
     ):
         with pytest.raises(ValueError, match=message):
             ServeSettings(**options)
@@ -560,7 +626,8 @@ def test_what_goes_wrong_inside_is_the_servers_fault(pipe, stage1, caplog):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_frees_what_it_held(stream, server, client, pipe):
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_client_that_goes_frees_what_it_held(stream, pipelined, server, client, pipe):
     engine = server.service.engine
     before = engine.stats().requests
     with slow_passes(server, 0.05):
@@ -568,6 +635,9 @@ def test_a_client_that_goes_frees_what_it_held(stream, server, client, pipe):
         with socket.create_connection(("127.0.0.1", server.port), LIMIT) as connection:
             connection.sendall(head(GENERATIONS, len(body)) + body)
             until(lambda: engine.stats().running > 0)
+            if pipelined:  # in a packet of its own
+                connection.sendall(b"GET /ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                time.sleep(0.1)
         until(lambda: engine.stats().requests["cancelled"] - before["cancelled"] == 10)
         until(lambda: engine.stats().sequences_in_use == 0 and engine.stats().queue_length == 0)
     answer = client.post(GENERATIONS, json=dict(prompt=1)).raise_for_status().json()
