@@ -46,8 +46,9 @@ def some_requests(config, count, seed):
 
 
 def run_all(loop, requests, rng):
-    """Tokens by number; some are left out on the way, as where a client has gone."""
+    """Tokens by number; some are left out on the way, as where a client has gone: a quarter, however long turns are."""
     config, waiting, running, done = loop.model.config, list(enumerate(requests)), {}, {}
+    leaves = {number: rng.randrange(config.num_tokens) for number in range(len(requests)) if rng.random() < 0.25}
     while waiting or running:
         while waiting and loop.has_room(waiting[0][1][1].guided) and rng.random() < 0.6:
             number, (label, params, image_id, prompt) = waiting.pop(0)
@@ -58,7 +59,7 @@ def run_all(loop, requests, rng):
             if slot.known == config.num_tokens:
                 done[running.pop(slot)] = loop.tokens(slot)
                 loop.leave(slot)
-            elif rng.random() < 0.01:
+            elif slot.known > leaves.get(running[slot], config.num_tokens):
                 del running[slot]
                 loop.leave(slot)
     return done
