@@ -18,6 +18,7 @@ import torch
 from machine import BUSY, OthersMonitor
 
 SOURCE = Path(__file__).with_name("ceilings.cpp")
+LONGEST = 2.0  # seconds: without 8-bit dot products (VNNI, AMX) torch multiplies int8 in a plain loop
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
         out = torch.empty(size, size, device=device, dtype=sums)
         seconds = _best_seconds(functools.partial(multiply, a, b, out=out), device)
         best = max(best, 2 * size**3 / seconds)
+        if 8 * seconds > LONGEST:  # as the next size takes, at least
+            break
     return best
 
 
@@ -110,8 +113,9 @@ def _cuda_read_bytes(device: torch.device) -> float:
 
 
 def _best_seconds(function, device: torch.device, rounds: int = 15) -> float:
-    times = []
-    for _ in range(rounds):
+    """Of so many rounds, or of as many as fit in `LONGEST`, and at least one."""
+    times: list[float] = []
+    while len(times) < rounds and sum(times) < LONGEST:
         synchronize(device)
         begin = time.perf_counter()
         function()
