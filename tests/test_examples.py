@@ -33,7 +33,7 @@ LOOPS = ("pytorch_loop.py", "accelerate_loop.py", "lightning_module.py")
 FILES = sorted(path for path in EXAMPLES.rglob("*") if path.suffix in (".py", ".sh"))
 PYTHON = [path for path in FILES if path.suffix == ".py"]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-LIMIT = 120  # seconds
+LIMIT = 600  # seconds, after which it hangs
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 PARTS = ("build", "ops", "models", "sampling", "peers", "operators", "attention", "training", "sanitizer", "ncu")
 CUDA_TESTS = (
@@ -42,6 +42,10 @@ class Step:
     alone: bool = True
     """It measures times. What does not shares the GPU with others of its kind."""
     environment: dict[str, str] = field(default_factory=dict)
+
+    def times(self, factor: float) -> Step:
+        """The step with limits so many times as long."""
+        return replace(self, limit=factor * self.limit, item_limit=factor * self.item_limit)
 
 
 STEPS = (

@@ -12,7 +12,7 @@ from fake_cuda import FakeCuda
 from alitok_fast import Pipeline, load_generator, load_tokenizer
 from alitok_fast._library import use_reference
 from alitok_fast.inference import cuda_graph, packed_twin
-from alitok_fast.inference.image_decoder import ImageDecoder
+from alitok_fast.inference.image_decoder import GRAPHS, ImageDecoder
 from alitok_fast.inference.loop import SamplingLoop
 from alitok_fast.inference.params import SamplingParams
 from alitok_fast.inference.quantized_generator import QuantizedGenerator
@@ -95,7 +95,7 @@ class Users:
     """Threads, each with a stream of its own, that are interleaved by hand."""
 
     def __init__(self, fake: FakeCuda) -> None:
-        self.fake, self.streams = fake, [torch.cuda.Stream() for _ in range(14)]
+        self.fake, self.streams = fake, [torch.cuda.Stream() for _ in range(2 * GRAPHS + 6)]
 
     def __getitem__(self, number: int):
         return self.fake.thread(f"user {number}", self.streams[number])
@@ -219,13 +219,13 @@ def test_loops_and_graphs_that_give_way(fake, users, tiny_tokenizer, tiny_genera
     with fake.thread("maker"):
         sampler, decode = Sampler(tiny_generator()), ImageDecoder(tiny_tokenizer(), torch.bfloat16)
         sampler._kept = 1
-    for index, batch in enumerate((1, 2, 3, 4, 5, 6, 1)):
+    for index, batch in enumerate((*range(1, GRAPHS + 3), 1)):
         # One makes them, another uses them last, and a third, which knows of neither, drops them.
         for user in (2 * index, 2 * index + 1):
             with users[user]:
                 decode(some_tokens(decode.config, batch))
-                sampler(list(range(1, 1 + batch)))
-    assert len(decode._graphs) == 4 and len(sampler._loops) == 1
+                sampler([n % 4 for n in range(batch)])
+    assert len(decode._graphs) == GRAPHS and len(sampler._loops) == 1
     fake.sweep()
     assert fake.races == []
 
