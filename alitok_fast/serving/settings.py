@@ -98,6 +98,6 @@ def host_name(host: str) -> str:
     return (host if host.count(":") > 1 else host.partition(":")[0]).lower().rstrip(".")
 
 
-def _check(name: str, condition: object, expected: str, got: Any) -> None:
+def _check(name: str, condition: bool, expected: str, got: Any) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")

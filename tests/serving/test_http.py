@@ -56,6 +56,15 @@ def head(path: str, length: int) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
+def narrow_connection(server) -> socket.socket:
+    """A connection that takes little before it is read."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.connect(("127.0.0.1", server.port))
+    connection.settimeout(LIMIT)
+    return connection
+
+
 def in_base64(file: bytes) -> str:
     return base64.b64encode(file).decode()
 
@@ -460,9 +469,7 @@ def test_a_connection_in_use_is_kept(pipe, stage1):
 def test_an_answer_that_nobody_reads_frees_its_connection(pipe, stage1):
     """Also where all of it was written before it was noticed that nobody reads."""
     with served(pipe, stage1, stall_seconds=0.4, max_n=200, max_queue=200) as server:
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect(("127.0.0.1", server.port))
+        connection = narrow_connection(server)
         body = json.dumps(dict(prompt=1, n=200, guidance_scale=0, return_tokens=True)).encode()
         connection.sendall(head(GENERATIONS, len(body)) + body)
         until(lambda: server.connections)
@@ -476,9 +483,7 @@ def test_a_client_that_asks_and_asks_and_reads_nothing_is_dropped(path, pipe, st
     """Whoever answers: the application, or what stands before it."""
     (tmp_path / "keys").write_text("key")
     with served(pipe, stage1, stall_seconds=0.4, api_keys=str(tmp_path / "keys")) as server:
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect(("127.0.0.1", server.port))
+        connection = narrow_connection(server)
         connection.settimeout(0.2)
         asks = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 1000
         with contextlib.suppress(OSError):  # the server reads no more, or has dropped it
@@ -493,10 +498,7 @@ def test_a_slow_reader_gets_all_of_its_answer(pipe, stage1):
     with served(pipe, stage1, stall_seconds=0.5) as server:
         tokens = pipe(["bag"]).tokens[0].tolist()
         body = json.dumps(dict(tokens=tokens)).encode()
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", server.port))
-        connection.settimeout(LIMIT)
+        connection = narrow_connection(server)
         service, large = server.service, np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
         service._decode = lambda *_: (large, None)
         connection.sendall(head("/v1/reconstructions", len(body)) + body)
@@ -647,9 +649,7 @@ def test_a_client_that_goes_frees_what_it_held(stream, pipelined, server, client
 def test_a_reader_that_reads_nothing_holds_up_nobody(pipe, stage1, caplog):
     """Its connection is dropped after a while, and its request is over; others are served meanwhile."""
     with served(pipe, stage1, stall_seconds=1.0, max_n=1000, max_queue=2000) as server:
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect(("127.0.0.1", server.port))
+        connection = narrow_connection(server)
         body = json.dumps(dict(prompt=1, n=1000, guidance_scale=0, stream=True)).encode()
         connection.sendall(head(GENERATIONS, len(body)) + body)
         engine = server.service.engine
