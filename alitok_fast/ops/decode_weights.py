@@ -108,9 +108,9 @@ def pack_weights(
     own = torch.int16 if dtype == torch.int8 else dtype
     activation_dtype = activation_dtype or own
     if activation_dtype not in (own, dtype):
-        expected, got = (str(x).removeprefix("torch.") for x in (own, activation_dtype))
+        expected, given, got = (str(x).removeprefix("torch.") for x in (own, dtype, activation_dtype))
         expected = "int16 or int8" if dtype == torch.int8 else expected
-        raise ValueError(f"activation_dtype: expected {expected}, got {got}")
+        raise ValueError(f"activation_dtype: expected {expected} with weights in {given}, got {got}")
     matrices, vectors = [], []
     for layer in layers:
         gate = _interleave(layer.w1, layer.w3)

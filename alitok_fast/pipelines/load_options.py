@@ -48,7 +48,8 @@ class LoadOptions(DeviceOptions):
     )
     activation_dtype: str | None = option(
         None,
-        "int8 multiplies int8 matrices on a CPU with 8-bit activations: faster for many images, and less exact.",
+        "int8 multiplies the matrices of --weight-dtype int8 on a CPU with 8-bit activations: faster for many images, "
+        "and less exact.",
     )
     decode_dtype: str | None = option(
         None,

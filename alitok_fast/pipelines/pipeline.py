@@ -91,7 +91,7 @@ class Pipeline:
         self.weight_dtype, self.activation_dtype = weight_dtype, activation_dtype
         self.image_decoder = ImageDecoder(tokenizer, decode_dtype)
         self._sampler: Sampler | None = None
-        if weight_dtype is not None or generator.device.type != "cpu":
+        if weight_dtype is not None or activation_dtype is not None or generator.device.type != "cpu":
             # waits for what this stream still does to the weights
             self._sampler = Sampler(generator, weight_dtype, activation_dtype=activation_dtype)
 

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from alitok_fast.serving.request import EngineClosedError, QueueFullError
-from alitok_fast.serving.schemas import Error, Problem
+from alitok_fast.serving.schemas import UNKNOWN, Error, Problem
 from alitok_fast.storage.text import shown
 
 CLIENT_GONE = 499  # nobody reads it; the metrics count it
@@ -91,15 +91,22 @@ def add_handlers(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:] if not isinstance(part, int)) or None
+        first, *others = error.errors()
         if first["type"] == "json_invalid":
             return JSONResponse(fault(400, "body: expected JSON", "body"), 400)
+        if first["type"] == UNKNOWN:
+            name = shown(first["ctx"]["name"], limit=80)
+            message = f"{name}: expected one of the fields {first['ctx']['fields']}, got {name!r}"
+            return JSONResponse(fault(400, message, name), 400)
+        param = str(first["loc"][1]) if len(first["loc"]) > 1 else "body"
         got = repr(first.get("input"))
         if isinstance(first.get("input"), (dict, list)) or first["type"] == "missing":
             got = "nothing" if first["type"] == "missing" else type(first["input"]).__name__
         expected = first["msg"][:1].lower() + first["msg"][1:]
-        return JSONResponse(fault(400, f"{param or 'body'}: {expected}, got {shown(got, limit=80)}", param), 400)
+        for other in others:  # a field of several types has an error for each
+            if other["loc"][:-1] == first["loc"][:-1] and isinstance(first["loc"][-1], str) and len(first["loc"]) > 2:
+                expected += f" or {other['msg'].removeprefix('Input should be ')}"
+        return JSONResponse(fault(400, f"{param}: {expected}, got {shown(got, limit=80)}", param), 400)
 
     async def framework(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)

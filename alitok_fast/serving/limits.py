@@ -107,7 +107,9 @@ class Gate:
         # All keys are compared, in constant time each.
         right = [hmac.compare_digest(key.strip(), known) for known in self._keys]
         if kind.lower() != b"bearer" or not any(right):
-            raise Refused(401, "authorization: expected 'Bearer' and a key of this server, got none", "authorization")
+            got = "another" if kind.lower() == b"bearer" and key.strip() else "none"
+            message = f"authorization: expected 'Bearer' and a key of this server, got {got}"
+            raise Refused(401, message, "authorization")
 
     def _check_body(self, headers: Mapping[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"0")

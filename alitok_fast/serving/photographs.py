@@ -34,7 +34,10 @@ class PictureReader:
         try:
             file = base64.b64decode(re.sub(r"\s", "", data), validate=True)
         except (binascii.Error, ValueError):
-            raise FieldError("image", "expected base64 or a data URL, got other characters") from None
+            message = (
+                "expected the picture in base64 or as a data URL (addresses are not fetched), got other characters"
+            )
+            raise FieldError("image", message) from None
         try:
             with open_picture(file, "image") as picture:
                 pixels = picture.width * picture.height

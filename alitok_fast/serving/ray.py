@@ -97,7 +97,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         ValueError: naming the argument, what was expected and what came.
     """
     given = arguments(args)
-    keys_expected = bool(os.environ.get(API_KEYS))
+    keys_expected = API_KEYS in os.environ
 
     def make() -> FastAPI:  # a function without parameters is what Serve calls in the replica
         return replica_app(given, keys_expected)

@@ -136,7 +136,7 @@ class Scheduler:
         room = (self._loop.sequences - self._loop.sequences_in_use) // 2  # who joins at once does not wait
         if len(self._queue) + self._finisher.calls >= self.max_queue + room:
             self._recorder.ended("rejected")
-            raise QueueFullError(f"queue: expected fewer than {self.max_queue} requests that wait, got as many")
+            raise QueueFullError(f"queue: expected fewer than {self.max_queue} images that wait, got as many")
 
     def _forget(self, request: Request) -> None:
         """A request was cancelled: out of the queue with it. One that runs is noticed at the next pass."""

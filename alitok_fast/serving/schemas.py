@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
 
 from alitok_fast.inference.params import LARGEST, SEEDS
 
 MOST_TOKENS = 4096  # more than any image has: each wrong one is an error that is written out
-MOST_FIELDS = 100
+UNKNOWN = "unknown_field"
 
 
 class Asked(BaseModel):
@@ -22,16 +23,18 @@ class Asked(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few_fields(cls, given: Any) -> Any:
-        if isinstance(given, dict) and len(given) > MOST_FIELDS:  # each would be an error
-            raise ValueError(f"expected at most {MOST_FIELDS} fields, got {len(given)}")
+    def _known_fields(cls, given: Any) -> Any:
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.model_fields:
+                known = {"name": name, "fields": ", ".join(cls.model_fields)}
+                raise PydanticCustomError(UNKNOWN, "expected one of the fields {fields}, got {name}", known)
         return given
 
 
 class ImagesRequest(Asked):
     """Fields that all requests for new images share."""
 
-    prompt: int | str = Field(description="Class, by number or by name (`/v1/models` lists them).")
+    prompt: StrictInt | StrictStr = Field(description="Class, by number or by name (`/v1/models` lists them).")
     model: str | None = Field(default=None, description="Name of the served model, where the client sends one.")
     n: int = Field(default=1, ge=1, le=1000, strict=True, description="Images; the server has a limit of its own.")
     size: str | None = Field(default=None, description="`auto`, or the model's `256x256`.")

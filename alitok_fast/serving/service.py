@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,8 @@ class Service:
             max_queue=settings.max_queue,
             timeout=settings.timeout,
         )
-        self.name = settings.name or pipe.source
+        # Clients are not told where files of this machine are.
+        self.name = settings.name or (Path(pipe.source).resolve().name if Path(pipe.source).exists() else pipe.source)
         self._max_n = min(settings.max_n, settings.max_queue)  # a request waits as a whole
         self._reader = PictureReader(int(settings.max_megapixels * 1e6))
         # Apart from what writes pictures: to read one may take a second, and nobody else should wait for it.
@@ -118,8 +120,8 @@ class Service:
 
     def settings_of(self, answer: schemas.Images, one: GeneratedImage) -> dict[str, Any]:
         """What an image can be made again from, for the text in its file."""
-        return {**self.pipe.metadata(one.params), "class_names": None, "label": one.label, "image_id": one.image_id,
-                "rows_kept": answer.rows_kept}  # fmt: skip
+        return {**self.pipe.metadata(one.params), "model": self.name, "class_names": None, "label": one.label,
+                "image_id": one.image_id, "rows_kept": answer.rows_kept}  # fmt: skip
 
     async def _begin(self, asked: schemas.ImagesRequest, client: Client) -> tuple[schemas.Images, torch.Tensor | None]:
         """Check a request, and encode the picture of a completion."""

@@ -33,7 +33,7 @@ class ServeSettings:
         "Names, with commas between them, by which clients call the server, as a proxy before it hands them on. If not "
         "given, those of loopback where it listens there, otherwise any.",
     )
-    name: str | None = _setting(None, "Name of the model in answers. If not given, that of --model.")
+    name: str | None = _setting(None, "Name of the model in answers. If not given, that of --model, without folders.")
     stage1: str | None = _setting(None, "Causal (stage-1) tokenizer that paints rows. If not given, that of --model.")
     max_images: int | None = _setting(
         None, "Images sampled at the same time. If not given, 8 on a CPU, 64 on a GPU, or what fits in memory."
@@ -82,10 +82,16 @@ class ServeSettings:
         return frozenset(self._allowed() or ([*LOOPBACK, self.host.lower()] if self.on_loopback else []))
 
     def keys(self) -> tuple[bytes, ...]:
-        """The API keys; empty where everybody may ask. Raises ValueError for a file without any."""
-        given = [key.strip() for key in os.environ.get(API_KEYS, "").split(",")]
+        """The API keys; empty where everybody may ask. Raises ValueError for a file or a variable without any."""
+        given: list[str] = []
+        if API_KEYS in os.environ:  # a secret that nobody filled in must not open the server
+            given = [key.strip() for key in os.environ[API_KEYS].split(",")]
+            _check(API_KEYS, any(given), "keys with commas between them, or no such variable", os.environ[API_KEYS])
         if self.api_keys is not None:
-            lines = [line.strip() for line in Path(self.api_keys).read_text(encoding="utf-8").splitlines()]
+            try:
+                lines = [line.strip() for line in Path(self.api_keys).read_text(encoding="utf-8").splitlines()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"api_keys: expected a file with a key per line, got {error}") from None
             _check("api_keys", any(lines), "a file with a key per line", self.api_keys)
             given += lines
         return tuple(key.encode() for key in given if key)

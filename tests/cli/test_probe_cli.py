@@ -67,10 +67,10 @@ def test_what_is_asked_for_is_what_is_measured(run, tiny_folder, monkeypatch):
         ),
         (("--activation-dtype", "int3"), "activation_dtype: expected one of int8, got 'int3'"),
         (("--weight-dtype", "float8_e4m3fn"), "weight_dtype: expected float32, bfloat16 or int8 on the CPU"),
-        (("--activation-dtype", "int8"), "activation_dtype: expected float32, got int8"),
+        (("--activation-dtype", "int8"), "activation_dtype: expected float32 with weights in float32, got int8"),
         (
             ("--weight-dtype", "bfloat16", "--activation-dtype", "int8"),
-            "activation_dtype: expected bfloat16, got int8",
+            "activation_dtype: expected bfloat16 with weights in bfloat16, got int8",
         ),
         (("--batch-size", "0"), "Invalid value for '--batch-size'"),
         (("--batch-size", "two"), "Invalid value for '--batch-size'"),

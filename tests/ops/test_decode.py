@@ -326,8 +326,10 @@ def test_unknown_activation_dtype():
         (torch.int8, torch.float32, "int16 or int8"), (torch.float32, torch.int8, "float32"),
         (torch.bfloat16, torch.int16, "bfloat16"),
     ):  # fmt: skip
-        name = str(wrong).removeprefix("torch.")
-        with pytest.raises(ValueError, match=f"activation_dtype: expected {expected}, got {name}"):
+        given, got = (str(x).removeprefix("torch.") for x in (dtype, wrong))
+        with pytest.raises(
+            ValueError, match=f"activation_dtype: expected {expected} with weights in {given}, got {got}"
+        ):
             pack_weights(*make_layers(*shape), torch.zeros(99, 96), rope, dtype, activation_dtype=wrong)
 
 

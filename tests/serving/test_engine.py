@@ -307,7 +307,7 @@ def test_the_queue_has_an_end(held):
     first = engine.submit(0)
     until(lambda: engine.stats().running == 1)
     others = [engine.submit(i) for i in range(1, 4)]  # nobody who joins at once counts as one that waits
-    with pytest.raises(QueueFullError, match="queue: expected fewer than 3 requests that wait"):
+    with pytest.raises(QueueFullError, match="queue: expected fewer than 3 images that wait"):
         engine.submit(4)
     with pytest.raises(QueueFullError):
         engine.call(lambda: None)
