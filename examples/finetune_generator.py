@@ -33,7 +33,7 @@ def main(args):
             lr=args.lr,
             end_lr=args.lr / 10,
             warmup=min(50, args.steps),
-            precision=args.precision,
+            precision=args.precision or ("fp32" if args.device == "cpu" else "bf16"),
             log_every=args.log_every,
             save_every=args.save_every,
         ),
@@ -62,7 +62,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="if not given, fp32 on a CPU and bf16 on a GPU")
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--per-class", type=int, default=8, help="samples of each class")

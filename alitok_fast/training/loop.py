@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alitok_fast.data.loader import Loader, throughput_line
+from alitok_fast.device import cpu_multiplies
 from alitok_fast.progress import Bar
 from alitok_fast.storage.checkpoint import Checkpoint, write_checkpoint
 from alitok_fast.storage.text import first_line
@@ -102,6 +104,12 @@ class _Trainer:
     def __init__(self, task: Task, config: TrainConfig, run: RunFolder, ranks: Ranks, board: Board) -> None:
         self.task, self.config, self.run, self.ranks, self.board = task, config, run, ranks, board
         self.device = ranks.device
+        dtype = AUTOCAST[config.precision]
+        if ranks.main and self.device.type == "cpu" and dtype is not None and not cpu_multiplies(dtype):
+            warnings.warn(
+                f"precision: {config.precision} on a CPU that has no instructions for it; fp32 is many times as fast",
+                stacklevel=4,
+            )
         self.schedule = config.schedule
         self.plateau = Plateau(config.plateau_patience, config.plateau_factor)
         modules = {GENERATOR_TURN: task.model, "discriminator": task.discriminator}

@@ -312,3 +312,11 @@ def test_compiled_layers_learn_the_same(idx_folder: Path, tmp_path: Path) -> Non
         train(idx_folder, tmp_path / name, compile=flag, steps=6)
     plain, compiled = log_of(tmp_path / "plain"), log_of(tmp_path / "compiled")
     assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in plain], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_cpu_that_multiplies_numbers_one_by_one_is_told(precision, idx_folder, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(loop, "cpu_multiplies", lambda dtype: dtype != torch.bfloat16)
+    train(idx_folder, tmp_path, precision=precision, steps=1)
+    told = [str(warning.message) for warning in recwarn if "precision:" in str(warning.message)]
+    assert len(told) == (precision == "bf16")
