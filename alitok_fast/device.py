@@ -23,8 +23,7 @@ def local_device(device: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
-def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for matrices of bfloat16 or float16; else torch multiplies them one by one."""
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for matrices of bfloat16; else torch multiplies their numbers one by one."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is None or bool(supported())

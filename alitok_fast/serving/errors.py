@@ -91,7 +91,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first, *others = error.errors()
+        first = error.errors()[0]
         if first["type"] == "json_invalid":
             return JSONResponse(fault(400, "body: expected JSON", "body"), 400)
         if first["type"] == UNKNOWN:
@@ -103,9 +103,6 @@ def add_handlers(app: FastAPI) -> None:
         if isinstance(first.get("input"), (dict, list)) or first["type"] == "missing":
             got = "nothing" if first["type"] == "missing" else type(first["input"]).__name__
         expected = first["msg"][:1].lower() + first["msg"][1:]
-        for other in others:  # a field of several types has an error for each
-            if other["loc"][:-1] == first["loc"][:-1] and isinstance(first["loc"][-1], str) and len(first["loc"]) > 2:
-                expected += f" or {other['msg'].removeprefix('Input should be ')}"
         return JSONResponse(fault(400, f"{param}: {expected}, got {shown(got, limit=80)}", param), 400)
 
     async def framework(_: Request, error: Exception) -> JSONResponse:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from alitok_fast.inference.params import LARGEST, SEEDS
@@ -34,7 +34,7 @@ class Asked(BaseModel):
 class ImagesRequest(Asked):
     """Fields that all requests for new images share."""
 
-    prompt: StrictInt | StrictStr = Field(description="Class, by number or by name (`/v1/models` lists them).")
+    prompt: int | str = Field(description="Class, by number or by name (`/v1/models` lists them).")
     model: str | None = Field(default=None, description="Name of the served model, where the client sends one.")
     n: int = Field(default=1, ge=1, le=1000, strict=True, description="Images; the server has a limit of its own.")
     size: str | None = Field(default=None, description="`auto`, or the model's `256x256`.")
@@ -71,6 +71,13 @@ class ImagesRequest(Asked):
     user: str | None = Field(
         default=None, max_length=1000, description="Taken for the sake of clients that send it; not used."
     )
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _number_or_name(cls, given: Any) -> Any:
+        if isinstance(given, bool) or not isinstance(given, (int, str)):  # one error instead of one for each type
+            raise PydanticCustomError("class", "input should be the number or the name of a class")
+        return given
 
 
 class GenerationRequest(ImagesRequest):

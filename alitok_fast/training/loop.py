@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alitok_fast.data.loader import Loader, throughput_line
-from alitok_fast.device import cpu_multiplies
+from alitok_fast.device import cpu_multiplies_bf16
 from alitok_fast.progress import Bar
 from alitok_fast.storage.checkpoint import Checkpoint, write_checkpoint
 from alitok_fast.storage.text import first_line
@@ -104,11 +104,9 @@ class _Trainer:
     def __init__(self, task: Task, config: TrainConfig, run: RunFolder, ranks: Ranks, board: Board) -> None:
         self.task, self.config, self.run, self.ranks, self.board = task, config, run, ranks, board
         self.device = ranks.device
-        dtype = AUTOCAST[config.precision]
-        if ranks.main and self.device.type == "cpu" and dtype is not None and not cpu_multiplies(dtype):
+        if ranks.main and config.precision == "bf16" and self.device.type == "cpu" and not cpu_multiplies_bf16():
             warnings.warn(
-                f"precision: {config.precision} on a CPU that has no instructions for it; fp32 is many times as fast",
-                stacklevel=4,
+                "precision: bf16 is slow on this CPU, which has no instructions for it; use fp32", stacklevel=4
             )
         self.schedule = config.schedule
         self.plateau = Plateau(config.plateau_patience, config.plateau_factor)
