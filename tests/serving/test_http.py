@@ -9,6 +9,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -711,6 +712,17 @@ def test_many_clients_in_threads_get_their_own(server, pipe):
     for thread in threads:
         thread.join(LIMIT)
     assert found == Counter(range(96))
+
+
+def test_the_openai_client_as_documented(server, pipe):
+    pytest.importorskip("openai")
+    code = re.search(r"^```python\n(from openai.*?)^```", (ROOT / "docs/serving.md").read_text(), re.M | re.S).group(1)
+    assert "http://localhost:8000/" in code
+    names: dict = {}
+    exec(compile(code.replace("http://localhost:8000", server.url), "docs/serving.md", "exec"), names)
+    expected = pipe(["bag"] * 2, seed=3, guidance_scale=2.5).pixels
+    for image, pixels in zip(names["images"], expected, strict=True):
+        assert np.array_equal(pixels_of(image.b64_json), pixels)
 
 
 # ---- the process ----
