@@ -15,12 +15,14 @@ import time
 import weakref
 from collections import Counter
 from concurrent.futures import CancelledError, wait
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from alitok_fast import Pipeline, SamplingParams
+from alitok_fast.models import Generator, Tokenizer
 from alitok_fast.serving import Engine, EngineClosedError, QueueFullError
 from alitok_fast.serving import engine as engine_module
 from alitok_fast.serving import scheduler as scheduler_module
@@ -587,9 +589,22 @@ def test_stats(pipe):
         assert stats.latency["first_row"].quantiles == {}
 
 
+@pytest.fixture(scope="module")
+def narrow(pipe, stage1):
+    """The demo's pictures and tokens, from networks of random weights that take a tenth of the time."""
+    widths = dict(
+        encoder_width=32, encoder_layers=1, encoder_heads=2, decoder_width=32, decoder_layers=1, decoder_heads=2
+    )
+    tokenizer, first = (Tokenizer(replace(model.config, **widths)).eval() for model in (pipe.tokenizer, stage1))
+    first.quantize.embedding.load_state_dict(tokenizer.quantize.embedding.state_dict())
+    generator = Generator(replace(pipe.generator.config, width=32, num_layers=2, num_heads=2)).eval()
+    return Pipeline(tokenizer, generator), first
+
+
 @pytest.mark.slow
-def test_ten_thousand_requests_do_not_grow(pipe, stage1):
+def test_ten_thousand_requests_do_not_grow(narrow):
     """Of all kinds: finished, cancelled, timed out, watched. The process keeps its size."""
+    pipe, stage1 = narrow
     rng, counts = random.Random(1), Counter()
 
     def ask(engine, number):
