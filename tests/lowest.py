@@ -22,8 +22,8 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "lowest"
-EXTRAS = ["data", "parquet"]
-TESTS = ["cli", "data", "storage", "pipelines", "test_progress.py"]
+EXTRAS = ["data", "parquet", "serve"]
+TESTS = ["cli", "data", "storage", "pipelines", "serving/test_http.py", "test_progress.py"]
 
 
 def bounds() -> dict[str, str | None]:

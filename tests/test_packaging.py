@@ -123,13 +123,14 @@ def test_from_git(checkout: Path, environment: Path, tmp_path: Path):
 
 @slow
 def test_lowest_requirements():
-    """tests/lowest.py: commands, files and pictures with the oldest releases that pyproject.toml allows."""
+    """tests/lowest.py: commands, files, pictures and the server with the oldest releases that pyproject.toml allows."""
     run(sys.executable, ROOT / "tests" / "lowest.py", cwd=ROOT, env=os.environ)
 
 
 def test_each_requirement_has_a_lowest_release():
     required = {"torch", "numpy", "safetensors", "pillow", "rich", "typer"}
-    assert required | {"webdataset", "datasets", "scipy", "pyarrow"} == set(bounds())
+    optional = {"webdataset", "datasets", "scipy", "pyarrow", "fastapi", "uvicorn", "prometheus_client"}
+    assert required | optional == set(bounds())
 
 
 def test_the_build_asks_for_the_torch_that_the_package_asks_for():
