@@ -28,12 +28,12 @@ def serve(load: Any, settings: Any) -> None:
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error.name}: expected to be installed: pip install 'alitok_fast[serve]'") from None
     from alitok_fast.inference.thread_team import release_threads
     from alitok_fast.serving.app import create_app
-    from alitok_fast.serving.connections import server_config
+    from alitok_fast.serving.connections import Server
 
     keys = settings.keys()
     if not settings.on_loopback and not keys:
@@ -41,13 +41,13 @@ def serve(load: Any, settings: Any) -> None:
     loaded = load.with_stage1(settings.stage1)
     release_threads()  # of this thread, which only waits from now on
     listener = _listen(settings.host, settings.port)
-    server: uvicorn.Server
+    server: Server
 
     def stop() -> None:
         server.should_exit = True
 
     app = create_app(lambda: loaded, settings, stop)
-    server = uvicorn.Server(server_config(app, settings))
+    server = Server(app, settings)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     typer.echo(f"serving {load.model} on http://{host}:{listener.getsockname()[1]}")
     server.run([listener])
@@ -58,6 +58,7 @@ def serve(load: Any, settings: Any) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket; OSError names the argument."""
     try:
+        socket.getaddrinfo(host, port)  # `create_server` does not tell a wrong name from a port that is taken
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except socket.gaierror as error:
         raise OSError(f"host: expected an address of this machine, got {host!r} ({error.strerror})") from None

@@ -103,11 +103,10 @@ class ClassNames:
                     f"labels: expected a name of one class, got {shown(label)!r}, the name of {candidates}"
                 )
         try:
-            return self._id(int(label))
+            number = int(label)
         except ValueError:
-            if wanted.lstrip("+-").isdecimal():
-                raise
             raise ValueError(f"labels: expected {self._expected(wanted)}, got {shown(label)!r}") from None
+        return self._id(number)
 
     def _expected(self, wanted: str) -> str:
         numbers = f"a number in 0..{self.num_classes - 1}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from importlib import resources
 from typing import Any, Optional, Union
@@ -102,7 +103,20 @@ def create_app(
                 app.state.ready = False
                 await asyncio.to_thread(app.state.service.engine.close, True, settings.grace_seconds)
 
-    app = FastAPI(title="alitok_fast", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    def give_up() -> None:
+        """End what still runs with an error, without waiting for it."""
+        if app.state.service is not None:
+            threading.Thread(target=app.state.service.engine.close, args=(False,), daemon=True).start()
+
+    app = FastAPI(
+        title="alitok_fast",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.give_up = give_up
     app.state.service, app.state.ready, app.state.error = None, False, None
     metrics = Metrics(lambda: app.state.service and app.state.service.engine.stats(), labels)
     app.add_middleware(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import socket
 import sys
 import termios
 from typing import Any
@@ -14,6 +15,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from alitok_fast.serving.limits import Refused, answer
 from alitok_fast.serving.settings import ServeSettings
 
 LOOKS = 4  # at a connection in the time that it may stall
@@ -21,22 +23,38 @@ READ_AHEAD = 65536  # bytes of further requests that are taken while one is answ
 _log = logging.getLogger(__name__)
 
 
-def server_config(app: Any, settings: ServeSettings, **options: Any) -> uvicorn.Config:
-    """How uvicorn serves the application; `options` are uvicorn's own."""
+class Server(uvicorn.Server):
+    """uvicorn's server for the application of `create_app`; `options` are those of `uvicorn.Config`."""
 
-    class Connection(_Connection):
-        stall_seconds = settings.stall_seconds
+    def __init__(self, app: Any, settings: ServeSettings, **options: Any) -> None:
+        class Connection(_Connection):
+            stall_seconds = settings.stall_seconds
+            max_connections = settings.max_connections
 
-    return uvicorn.Config(
-        app,
-        http=Connection,
-        ws="none",
-        limit_concurrency=settings.max_connections,
-        timeout_graceful_shutdown=int(settings.grace_seconds) + 1,
-        server_header=False,
-        access_log=settings.access_log,
-        **options,
-    )
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            timeout_graceful_shutdown=int(settings.grace_seconds) + 2,
+            server_header=False,
+            access_log=settings.access_log,
+            **options,
+        )
+        super().__init__(config)
+        self._app, self._grace_seconds = app, settings.grace_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which cuts off what takes too long; a little before, that is given up, and told so."""
+        timer = asyncio.get_running_loop().call_later(self._grace_seconds, self._app.state.give_up)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+
+async def _too_many(scope: Any, receive: Any, send: Any) -> None:
+    """The application of a connection that is one too many."""
+    refused = Refused(503, "connections: expected fewer at the same time; try again later", code="queue_full")
+    refused.headers = {**(refused.headers or {}), "Connection": "close"}
+    await answer(send, refused)
 
 
 class _Connection(H11Protocol):
@@ -48,9 +66,12 @@ class _Connection(H11Protocol):
     """
 
     stall_seconds: float
+    max_connections: int
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self.app = _too_many
         self._unread, self._used = 0, self.loop.time()
         self._look_later()
 

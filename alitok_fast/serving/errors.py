@@ -95,7 +95,7 @@ def add_handlers(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             return JSONResponse(fault(400, "body: expected JSON", "body"), 400)
         if first["type"] == UNKNOWN:
-            name = shown(first["ctx"]["name"], limit=80)
+            name = first["ctx"]["name"]
             message = f"{name}: expected one of the fields {first['ctx']['fields']}, got {name!r}"
             return JSONResponse(fault(400, message, name), 400)
         param = str(first["loc"][1]) if len(first["loc"]) > 1 else "body"

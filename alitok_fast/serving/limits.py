@@ -85,7 +85,7 @@ class Gate:
             self._check_body(headers)
             await self._app(scope, body.receive, sending)
         except Refused as refused:  # before the application has begun
-            await _answer(sending, refused)
+            await answer(sending, refused)
         finally:
             body.forget()
             route = getattr(scope.get("route"), "path", "none")
@@ -162,7 +162,8 @@ class _Body:
         self._gate.held -= self._read
 
 
-async def _answer(send: Send, refused: Refused) -> None:
+async def answer(send: Send, refused: Refused) -> None:
+    """What a refused request gets, as JSON."""
     body = json.dumps(fault(refused.status_code, refused.detail, refused.param, refused.code)).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(refused.headers or {})}
     lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]

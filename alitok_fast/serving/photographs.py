@@ -16,6 +16,8 @@ from alitok_fast.data.pictures import PixelGate, UnreadableImageError, decode_im
 from alitok_fast.data.transforms import centre_crop
 from alitok_fast.serving.errors import FieldError
 
+MOST_SCANS = 100  # of a JPEG: each costs a pass over all pixels, and a few bytes; encoders make about ten
+START_OF_SCAN = b"\xff\xda"  # within a scan another byte follows 0xff
 SETTINGS_KEY = "alitok_fast"  # of the text in a PNG
 
 
@@ -41,10 +43,13 @@ class PictureReader:
         try:
             with open_picture(file, "image") as picture:
                 pixels = picture.width * picture.height
+                scans = file.count(START_OF_SCAN) if picture.format in ("JPEG", "MPO") else 1
         except UnreadableImageError as error:
             raise _of_field(error) from None
         if pixels > self._max_pixels:
             raise FieldError("image", f"expected at most {self._max_pixels} pixels, got {pixels}")
+        if scans > MOST_SCANS:
+            raise FieldError("image", f"expected a JPEG of at most {MOST_SCANS} scans, got {scans}")
         try:
             with self._gate.hold(pixels):  # the crop needs as much again
                 return centre_crop(decode_image(file, "image"), size)

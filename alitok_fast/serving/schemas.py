@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from alitok_fast.inference.params import LARGEST, SEEDS
+from alitok_fast.storage.text import shown
 
+MOST_LETTERS = 1000  # of a class: names are compared letter by letter
 MOST_TOKENS = 4096  # more than any image has: each wrong one is an error that is written out
 UNKNOWN = "unknown_field"
 
@@ -26,7 +28,7 @@ class Asked(BaseModel):
     def _known_fields(cls, given: Any) -> Any:
         for name in given if isinstance(given, dict) else ():
             if name not in cls.model_fields:
-                known = {"name": name, "fields": ", ".join(cls.model_fields)}
+                known = {"name": shown(name), "fields": ", ".join(cls.model_fields)}
                 raise PydanticCustomError(UNKNOWN, "expected one of the fields {fields}, got {name}", known)
         return given
 
@@ -77,6 +79,8 @@ class ImagesRequest(Asked):
     def _number_or_name(cls, given: Any) -> Any:
         if isinstance(given, bool) or not isinstance(given, (int, str)):  # one error instead of one for each type
             raise PydanticCustomError("class", "input should be the number or the name of a class")
+        if isinstance(given, str) and len(given) > MOST_LETTERS:
+            raise PydanticCustomError("class", f"input should be a class of at most {MOST_LETTERS} characters")
         return given
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 API_KEYS = "ALITOK_API_KEYS"
+LARGEST = 1e6  # of seconds and of millions
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -61,7 +61,7 @@ class ServeSettings:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(f.default, float):
-                _check(f.name, 0 < value and math.isfinite(value), "a number above 0", value)
+                _check(f.name, 0 < value <= LARGEST, f"a number above 0, at most {LARGEST:g}", value)
         enough = f"at least max_body_mb, {self.max_body_mb:g}"
         _check("max_bodies_mb", self.max_bodies_mb >= self.max_body_mb, enough, self.max_bodies_mb)
         names = all(self._allowed()) and not set(self.allowed_hosts or "") & set("/*")
@@ -89,12 +89,12 @@ class ServeSettings:
             _check(API_KEYS, any(given), "keys with commas between them, or no such variable", os.environ[API_KEYS])
         if self.api_keys is not None:
             try:
-                lines = [line.strip() for line in Path(self.api_keys).read_text(encoding="utf-8").splitlines()]
+                lines = [line.strip() for line in Path(self.api_keys).read_text(encoding="utf-8-sig").splitlines()]
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"api_keys: expected a file with a key per line, got {error}") from None
             _check("api_keys", any(lines), "a file with a key per line", self.api_keys)
             given += lines
-        return tuple(key.encode() for key in given if key)
+        return tuple(os.fsencode(key) for key in given if key)
 
 
 def host_name(host: str) -> str:

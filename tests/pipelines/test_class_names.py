@@ -45,6 +45,8 @@ def test_several(classes):
         ("\x1b[31mbag", ValueError, r"got '\\\\x1b\[31mbag'"),
         (10, ValueError, r"expected values in \[0, 10\), got 10"),
         ("-1", ValueError, r"expected values in \[0, 10\), got -1"),
+        ("--1", ValueError, r"expected a number in 0..9 or a class name, .*got '--1'"),
+        ("9" * 5000, ValueError, r"expected a number in 0..9 or a class name, .*got '999"),
         (2.0, TypeError, "expected integers or names, got 2.0"),
         ([True], TypeError, "expected integers or names, got True"),
         (None, TypeError, "expected integers or names, got None"),

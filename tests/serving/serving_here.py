@@ -16,16 +16,16 @@ LIMIT = 60  # seconds that nothing takes
 @contextlib.contextmanager
 def served(pipe, stage1, **settings) -> Iterator[SimpleNamespace]:
     """A server on a free port, in a thread: its `url`, `port`, `app`, `service`, `connections` and `stop()`."""
-    uvicorn = pytest.importorskip("uvicorn")
+    pytest.importorskip("uvicorn")
     pytest.importorskip("fastapi")
     pytest.importorskip("prometheus_client")
     from alitok_fast.serving.app import create_app
-    from alitok_fast.serving.connections import server_config
+    from alitok_fast.serving.connections import Server
     from alitok_fast.serving.settings import ServeSettings
 
     chosen = ServeSettings(port=0, grace_seconds=LIMIT, **settings)
     app = create_app(lambda: (pipe, stage1), chosen)
-    server = uvicorn.Server(server_config(app, chosen, host=chosen.host, port=chosen.port, log_level="warning"))
+    server = Server(app, chosen, host=chosen.host, port=chosen.port, log_level="warning")
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
 

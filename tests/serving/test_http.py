@@ -274,6 +274,10 @@ def test_the_page_loads_nothing_from_elsewhere(client):
             "prompt: input should be the number or the name of a class, got True",
         ),
         (GENERATIONS, {"prompt": [1]}, "prompt", "prompt: input should be the number or the name of a class, got list"),
+        (GENERATIONS, {"prompt": "--5"}, "prompt", "prompt: expected a number in 0..9 or a class name, such as"),
+        (GENERATIONS, {"prompt": "\u00b2"}, "prompt", "prompt: expected a number in 0..9 or a class name, such as"),
+        (GENERATIONS, {"prompt": "9" * 900}, "prompt", "prompt: expected values in [0, 10), got 999"),
+        (GENERATIONS, {"prompt": 1, "\ud800": 1}, "\\ud800", "\\ud800: expected one of the fields prompt, "),
         (GENERATIONS, [1], "body", "body: input should be"),
         (
             GENERATIONS,
@@ -293,11 +297,33 @@ def test_the_page_loads_nothing_from_elsewhere(client):
     ids=str,
 )
 def test_errors_name_the_field(path, body, param, message, client):
-    answer = client.post(path, json=body)
+    answer = client.post(path, content=json.dumps(body), headers=JSON)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["message"].startswith(message) and error["param"] == param
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("letter", ["x", "\ufdfa"])  # the second is 18 letters where names are compared
+def test_a_long_prompt_holds_up_nobody(letter, client):
+    began = time.monotonic()
+    answer = client.post(GENERATIONS, json=dict(prompt=letter * 2_000_000))
+    assert answer.status_code == 400 and time.monotonic() - began < 10
+    assert answer.json()["error"]["message"].startswith("prompt: input should be a class of at most 1000 characters")
+
+
+def test_a_jpeg_of_many_scans_is_not_decoded(client):
+    """Each scan costs a pass over all pixels and only some bytes: a small file could take minutes."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    scan, end = data[last:-2], data[-2:]
+    for repeated, status in ((50, 200), (200, 400)):
+        encoded = base64.b64encode(data[:last] + scan * repeated + end).decode()
+        answer = client.post("/v1/tokens", json=dict(image=encoded))
+        assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["message"].startswith("image: expected a JPEG of at most 100 scans, got 2")
 
 
 def test_another_model_is_not_found(client):
@@ -314,6 +340,7 @@ def test_bodies_that_are_no_request(body, client):
 
 
 def test_other_methods_and_paths(client):
+    assert client.get("/health/").json()["error"]["message"] == "Not Found"
     assert client.get(GENERATIONS).status_code == 405 and client.get("/v2").json()["error"]["message"] == "Not Found"
     for path in ("/", "/health", "/ready", "/metrics", "/v1/models"):
         head, get = client.head(path), client.get(path)
@@ -461,6 +488,19 @@ def test_connections_that_ask_for_nothing_are_closed(sent, pipe, stage1):
         httpx.get(f"{server.url}/ready").raise_for_status()
 
 
+def test_connections_beyond_the_limit_are_refused_in_json(pipe, stage1):
+    with served(pipe, stage1, max_connections=2) as server, contextlib.ExitStack() as kept:
+        clients = [kept.enter_context(httpx.Client(base_url=server.url, timeout=LIMIT)) for _ in range(2)]
+        for client in clients:
+            client.get("/ready").raise_for_status()
+        answer = httpx.get(f"{server.url}/ready")
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["message"].startswith("connections: expected fewer at the same time")
+        clients[0].close()
+        until(lambda: len(server.connections) < 2)
+        httpx.get(f"{server.url}/ready").raise_for_status()
+
+
 def test_a_connection_in_use_is_kept(pipe, stage1):
     """Pauses shorter than `stall_seconds`, and an answer that takes longer, end no connection."""
     with served(pipe, stage1, stall_seconds=0.4) as server, httpx.Client(base_url=server.url, timeout=LIMIT) as client:
@@ -561,7 +601,9 @@ def test_settings_are_checked(tmp_path, monkeypatch):
     for options, message in (
         (dict(max_n=0), "max_n: expected at least 1, got 0"),
         (dict(port=70000), "port: expected a number in"),
-        (dict(timeout=0.0), "timeout: expected a number above 0, got 0.0"),
+        (dict(timeout=0.0), "timeout: expected a number above 0, at most 1e.06, got 0.0"),
+        (dict(grace_seconds=1e7), "grace_seconds: expected a number above 0, at most 1e.06, got 10000000.0"),
+        (dict(max_body_mb=float("nan")), "max_body_mb: expected a number above 0"),
         (dict(max_images=0), "max_images: expected at least 1"),
         (dict(max_bodies_mb=1.0), "max_bodies_mb: expected at least max_body_mb, 16, got 1.0"),
         (dict(allowed_hosts=" ,"), "allowed_hosts: expected names of hosts, got ' ,'"),
@@ -579,6 +621,9 @@ def test_settings_are_checked(tmp_path, monkeypatch):
         monkeypatch.setenv("ALITOK_API_KEYS", blank)
         with pytest.raises(ValueError, match="ALITOK_API_KEYS: expected keys with commas between them"):
             ServeSettings().keys()
+    (tmp_path / "marked").write_text("a key", encoding="utf-8-sig")  # as some editors write
+    monkeypatch.setitem(os.environb, b"ALITOK_API_KEYS", b"\xff\xfe")
+    assert ServeSettings(api_keys=str(tmp_path / "marked")).keys() == (b"\xff\xfe", b"a key")
 
 
 def test_clients_are_not_told_where_the_model_lies(pipe, stage1, tmp_path, monkeypatch):
@@ -789,6 +834,32 @@ def test_a_signal_finishes_what_runs(number, process, pipe):
 
 
 @pytest.mark.slow
+def test_what_takes_longer_than_the_grace_is_told_so(process):
+    running, url = process("--max-images", "1", "--max-n", "100", "--grace-seconds", "0.5")
+    until(lambda: is_ready(url))
+    answers, events = [], []
+
+    def ask(stream):
+        asked = dict(prompt=1, n=100, stream=stream)
+        with httpx.stream("POST", f"{url}{GENERATIONS}", json=asked, timeout=LIMIT) as answer:
+            (events if stream else answers).extend(answer.iter_lines() if stream else [(answer, answer.read())])
+
+    threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+    for thread in threads:
+        thread.start()
+    until(lambda: "alitok_queue_length 0.0" not in httpx.get(f"{url}/metrics").text)
+    time.sleep(0.2)
+    running.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(LIMIT)
+    assert running.wait(LIMIT) in (0, -signal.SIGTERM)
+    ((answer, body),) = answers
+    assert answer.status_code == 503 and json.loads(body)["error"]["code"] == "stopping"
+    assert '"stopping"' in "".join(events) and [line for line in events if line][-1] == "data: [DONE]"
+    assert "Traceback" not in running.stderr.read()
+
+
+@pytest.mark.slow
 def test_a_server_that_cannot_start_says_why(process):
     running, url = process()
     until(lambda: is_ready(url))
@@ -797,6 +868,7 @@ def test_a_server_that_cannot_start_says_why(process):
         (("--stage1", "demo"), "stage1: expected a causal decoder"),
         (("--port", url.rsplit(":", 1)[1]), "port: expected one that is free"),
         (("--max-images", "100000000"), "max_images: expected at most the"),
+        (("--host", "nowhere.invalid"), "host: expected an address of this machine, got 'nowhere.invalid'"),
         (("--top", "1"), "No such option"),
     ):
         other, _ = process(*options)

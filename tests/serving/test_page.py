@@ -29,7 +29,7 @@ uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
 from alitok_fast.serving.app import create_app  # noqa: E402
-from alitok_fast.serving.connections import server_config  # noqa: E402
+from alitok_fast.serving.connections import Server  # noqa: E402
 from alitok_fast.serving.settings import API_KEYS, ServeSettings  # noqa: E402
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -79,7 +79,7 @@ def running(pipe: Pipeline, stage1: Tokenizer | None, **settings: Any) -> Iterat
     """A server on a free port of this machine: its address, and the application."""
     chosen = ServeSettings(port=0, **settings)
     app = create_app(lambda: (pipe, stage1), chosen)
-    server = uvicorn.Server(server_config(app, chosen, host=chosen.host, port=chosen.port, log_level="warning"))
+    server = Server(app, chosen, host=chosen.host, port=chosen.port, log_level="warning")
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started and app.state.ready)
@@ -351,6 +351,23 @@ def test_back_shows_what_was_before(page: Any) -> None:
     expect(page.locator("figure")).to_have_count(0)
 
 
+def test_back_to_the_beginning_ends_what_runs(page: Any, held: None) -> None:
+    page.get_by_role("button", name="All").click()
+    generate(page)
+    expect(page.locator("figure[data-state=growing]").first).to_be_visible()
+    page.go_back()
+    expect(page.locator("figure")).to_have_count(0)
+    expect(page.locator("#cancel")).to_be_hidden()
+    expect(page.locator("#shown")).not_to_have_attribute("aria-busy", "true")
+    page.wait_for_timeout(300)  # in which the requests end
+    expect(page.locator("#status")).to_have_text("")
+
+
+def test_the_last_seed_is_one_that_a_browser_counts_to(page: Any) -> None:
+    page.evaluate("() => { location.hash = '#mode=compare&class=0&seed=9007199254740991&seeds=2' }")
+    expect(page.locator("#seed-error")).to_contain_text("The last seed is too large for a browser.")
+
+
 def test_the_link_of_a_picture_shows_it_alone(page: Any) -> None:
     generate(page)
     finished(page, 4)
@@ -381,6 +398,7 @@ def test_the_link_can_be_copied(new_page: Any, server: SimpleNamespace) -> None:
         ("n", "11", "Expected at most 10, got 11."),
         ("seed", "9007199254740993", "Enter a whole number from -9007199254740991 to 9007199254740991."),
         ("image_id", "", "Enter a number."),
+        ("image_id", "9007199254740990", "The last image's number is too large for a browser."),
     ],
 )
 def test_a_fault_is_shown_at_its_field(page: Any, name: str, value: str, says: str) -> None:
