@@ -94,7 +94,7 @@ class ImageDecoder:
         """tokens (B, N) int64 -> images (B, 3, H, W) float32 in [0, 1]. Raises as `Tokenizer.decode`."""
         check_tensor("tokens", tokens, torch.int64, ("B", self.config.num_tokens), self.device)
         check_range("tokens", tokens, 0, self.config.codebook_size)
-        self._refresh()
+        self.refresh()
         return self.decode_again(tokens)
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class ImageDecoder:
         parts = [self._images(part) for part in tokens.split(images_at_a_time(self.device))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Copy the decoder anew where the tokenizer's weights have changed since."""
         tokenizer: Any = self._origin.module
         if not self._origin.changed():

@@ -181,7 +181,7 @@ class SlotLoop:
         seconds = time.perf_counter() - started
         if all(known >= slot.prompt for slot, known in before):
             choice.after(window, passes, seconds, sum(slot.known - known for slot, known in before) / len(slots))
-            self._passes_per_turn = min(max(1, int(self._seconds * passes / seconds)), MOST_PASSES)
+            self._passes_per_turn = max(1, int(min(self._seconds * passes / seconds, MOST_PASSES)))
         return passes
 
     def tokens(self, slot: Slot) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from alitok_fast.pipelines.class_names import Label
 from alitok_fast.pipelines.completion import check_stage1
 from alitok_fast.pipelines.pipeline import Pipeline
 from alitok_fast.serving.finisher import Finisher
-from alitok_fast.serving.request import GeneratedImage, Request
+from alitok_fast.serving.request import EngineClosedError, GeneratedImage, Request
 from alitok_fast.serving.scheduler import Scheduler
 from alitok_fast.serving.stats import EngineStats, Recorder
 
@@ -44,7 +45,8 @@ class Engine:
 
     Requests are taken in their order. `submit` may be called from any thread, `generate` from a coroutine. On a GPU
     finished images are decoded by a thread of their own, beside the passes; on a CPU between them, since both need all
-    cores. The weights are those of the pipeline when the engine is made. An engine belongs to its process.
+    cores. The weights are those of the pipeline when the engine is made, and must not change while it works. An engine
+    belongs to its process.
 
     Args:
         pipe: generator, tokenizer and class names.
@@ -88,10 +90,12 @@ class Engine:
         loop = SlotLoop(model, 2 * self.max_images, kv_dtype, windows, seconds)
         self.stage1 = stage1
         recorder = Recorder()
+        pipe.image_decoder.refresh()
         finisher = Finisher(pipe.image_decoder, stage1, recorder)
         self._scheduler = Scheduler(loop, finisher, recorder, self.max_queue, windows[-1] > 1, beside=not on_cpu)
         # The threads know the scheduler alone: an engine that nobody holds any more ends, as at the interpreter's end.
-        weakref.finalize(self, self._scheduler.abandon)
+        self._process = os.getpid()
+        weakref.finalize(self, _abandon, self._scheduler, self._process)
         release_threads()  # of this thread, which has packed the weights; the engine's own is faster without them
 
     def _images_that_fit(self, asked: int | None, kv_dtype: torch.dtype | None, windows: tuple[int, ...]) -> int:
@@ -149,13 +153,14 @@ class Engine:
         chosen = sampling_params(params, overrides).resolved(config)
         image_id = integer("image_id", image_id, -SEEDS, SEEDS - 1)
         if prompt_tokens is not None:
-            prompt_tokens = torch.as_tensor(prompt_tokens)
+            prompt_tokens = torch.as_tensor(prompt_tokens).clone()  # the caller may write on
             prompt_tokens = check_prompt(prompt_tokens[None], 1, config, self.pipe.generator.device)[0]
         if on_rows is not None and self.stage1 is None:
             raise ValueError("on_rows: expected an engine with a causal tokenizer (stage1), got one without")
         limit = self.timeout if timeout is None else _positive("timeout", timeout)
         deadline = None if limit is None else time.monotonic() + limit
         request = Request(ids[0], chosen, image_id, prompt_tokens, on_rows, deadline, limit)
+        self._check_process()
         self._scheduler.put(request)
         return request.future
 
@@ -168,6 +173,7 @@ class Engine:
 
         Raises as `submit`.
         """
+        self._check_process()
         future: Future[Result] = Future()
         self._scheduler.put_call(future, work)
         return future
@@ -179,7 +185,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether requests are taken."""
-        return self._scheduler.alive
+        return self._scheduler.alive and self._process == os.getpid()
 
     def stats(self) -> EngineStats:
         """How many requests wait and run, what has been done, how long it took."""
@@ -192,7 +198,12 @@ class Engine:
         EngineClosedError. Returns when the threads have ended; False where one of them called. It may be called more
         than once.
         """
-        return self._scheduler.close(drain, timeout)
+        return self._process != os.getpid() or self._scheduler.close(drain, timeout)
+
+    def _check_process(self) -> None:
+        """A process that was forked has the engine, but not its threads."""
+        if self._process != os.getpid():
+            raise EngineClosedError("engine: expected one of this process, got that of the process it was forked from")
 
     def __enter__(self) -> Engine:
         return self
@@ -202,6 +213,11 @@ class Engine:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("engine: it belongs to its process; make one in each from a Pipeline, which can be pickled")
+
+
+def _abandon(scheduler: Scheduler, process: int) -> None:
+    if process == os.getpid():  # a lock may have been held when this one was forked
+        scheduler.abandon()
 
 
 def _positive(name: str, value: float) -> float:

@@ -18,7 +18,7 @@ from alitok_fast.inference.image_decoder import ImageDecoder
 from alitok_fast.inference.parts import images_at_a_time
 from alitok_fast.inference.row_painter import RowPainter
 from alitok_fast.models import Tokenizer
-from alitok_fast.serving.request import FAILURES, Request
+from alitok_fast.serving.request import FAILURES, Request, contained
 from alitok_fast.serving.stats import Recorder
 from alitok_fast.storage.images import to_uint8
 
@@ -78,7 +78,10 @@ class Finisher:
     def drop_call(self, future: Future[Any]) -> None:
         """A call was cancelled."""
         with self._wake:
+            there = len(self._calls)
             self._calls = deque(call for call in self._calls if call[0] is not future)
+            if len(self._calls) < there:
+                future.set_running_or_notify_cancel()
 
     @property
     def waiting(self) -> int:
@@ -165,7 +168,8 @@ class Finisher:
             self._recorder.ended("failed" if error and request.fail(error) else "cancelled")
         for future, _ in calls:
             if error and future.set_running_or_notify_cancel():
-                future.set_exception(error)
+                with contained():
+                    future.set_exception(error)
 
     def _finish(self, batch: list[tuple[Request, Tensor]]) -> None:
         batch = [(request, tokens) for request, tokens in batch if not self._dropped(request)]
@@ -217,9 +221,13 @@ class Finisher:
         if not future.set_running_or_notify_cancel():
             return
         try:
-            future.set_result(call())
+            result = call()
         except BaseException as error:
-            future.set_exception(error)
+            with contained():
+                future.set_exception(error)
+        else:
+            with contained():
+                future.set_result(result)
 
     def _paint(self, request: Request, tokens: Tensor) -> None:
         if self._painter is None or request.on_rows is None or request.future.done():
@@ -231,7 +239,7 @@ class Finisher:
                 request.first_row = time.monotonic() - request.submitted
                 self._recorder.took("first_row", request.first_row)
             request.on_rows(len(picture) // self._patch, picture)
-        except Exception:  # the image itself may be well
+        except BaseException:  # the image itself may be well, and others are
             _log.exception("rows of a request could not be painted or shown; it goes on without")
             request.on_rows = None
         end = time.monotonic()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from alitok_fast.inference.params import SamplingParams
 
 FAILURES = 3  # one after the other, of passes or of decoding: then the model or the device is taken for broken
+_log = logging.getLogger(__name__)
 
 
 class QueueFullError(RuntimeError):
@@ -22,6 +25,16 @@ class QueueFullError(RuntimeError):
 
 class EngineClosedError(RuntimeError):
     """The engine takes no requests: it was closed, or its model fails again and again."""
+
+
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """For a future that is set: what a callback of it raises is logged, also where it is no Exception (as
+    asyncio.CancelledError), which `Future` itself lets through to the thread that works for all."""
+    try:
+        yield
+    except BaseException:
+        _log.exception("a callback of a future failed")
 
 
 @dataclass(frozen=True)
@@ -104,12 +117,14 @@ class Request:
             time.monotonic() - self.sampled,
             self.first_row,
         )
-        self.future.set_result(image)
+        with contained():
+            self.future.set_result(image)
         return image
 
     def fail(self, error: BaseException) -> bool:
         """Give the caller an error; False where the request was cancelled."""
         if not self.future.set_running_or_notify_cancel():
             return False
-        self.future.set_exception(error)
+        with contained():
+            self.future.set_exception(error)
         return True

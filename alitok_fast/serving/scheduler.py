@@ -56,10 +56,10 @@ class Scheduler:
 
     def put(self, request: Request) -> None:
         """Queue a request. Raises QueueFullError or EngineClosedError."""
-        myself = weakref.ref(self)  # a future that is kept must not keep the cache
+        myself, asked = weakref.ref(self), weakref.ref(request)  # a future that is kept must not keep the cache
 
         def told(future: Future[Any]) -> None:
-            if future.cancelled() and (scheduler := myself()) is not None:
+            if future.cancelled() and (scheduler := myself()) is not None and (request := asked()) is not None:
                 scheduler._forget(request)
 
         request.future.add_done_callback(told)
@@ -70,9 +70,15 @@ class Scheduler:
 
     def put_call(self, future: Future[Any], work: Callable[[], Any]) -> None:
         """Queue a call for the finisher; raises as `put`."""
+        finisher = weakref.ref(self._finisher)
+
+        def told(future: Future[Any]) -> None:
+            if future.cancelled() and (calls := finisher()) is not None:
+                calls.drop_call(future)
+
+        future.add_done_callback(told)
         with self._wake:
             self._check_open()
-            future.add_done_callback(lambda done: self._finisher.drop_call(done) if done.cancelled() else None)
             self._finisher.put_call(future, work)
             self._wake.notify_all()
 
@@ -81,20 +87,10 @@ class Scheduler:
         return self._closing is None
 
     def stats(self) -> EngineStats:
-        recorder, loop = self._recorder, self._loop
-        return EngineStats(
-            len(self._queue) + self._finisher.calls,
-            self.max_queue,
-            loop.sequences_in_use,
-            loop.sequences,
-            len(self._running),
-            recorder.requests(),
-            recorder.passes,
-            recorder.image_passes,
-            recorder.tokens,
-            recorder.busy_seconds,
-            recorder.latency(),
-        )
+        recorder, loop, waiting = self._recorder, self._loop, len(self._queue) + self._finisher.calls
+        now = waiting, self.max_queue, loop.sequences_in_use, loop.sequences, len(self._running)
+        done = recorder.passes, recorder.image_passes, recorder.tokens, recorder.busy_seconds
+        return EngineStats(*now, recorder.requests(), *done, recorder.latency())
 
     def close(self, drain: bool = True, timeout: float | None = None) -> bool:
         """Take no more requests; see `Engine.close`."""
@@ -124,7 +120,7 @@ class Scheduler:
 
     def _join(self, ends: float | None) -> None:
         for thread in self._threads:
-            thread.join(None if ends is None else max(0.0, ends - time.monotonic()))
+            thread.join(None if ends is None else min(max(0.0, ends - time.monotonic()), threading.TIMEOUT_MAX))
 
     # ---- the queue, under its lock ----
 
@@ -172,8 +168,9 @@ class Scheduler:
     def _serve(self) -> None:
         while True:
             with self._wake:
-                while not (self._queue or self._running or self._finishing or self._closing):
-                    if not self._wake.wait(IDLE_SECONDS):
+                while self._idle():
+                    # Before a wait that has timed out gets the lock again, somebody may have come.
+                    if not self._wake.wait(IDLE_SECONDS) and self._idle():
                         release_threads()  # who else computes in this process is faster without them
                         self._wake.wait()
                 if self._abandon or (self._closing and not (self._queue or self._running or self._finishing)):
@@ -185,6 +182,9 @@ class Scheduler:
             if not self._beside:
                 # While requests wait for a place, throughput is what counts: a batch costs less than its images.
                 self._finisher.work(patient=bool(self._queue and self._running))
+
+    def _idle(self) -> bool:
+        return not (self._queue or self._running or self._finishing or self._closing)
 
     @property
     def _finishing(self) -> int:
@@ -200,12 +200,12 @@ class Scheduler:
             self._recorder.ended("timed_out" if request.fail(request.late()) else "cancelled")
         for slot, request in list(self._running.items()):
             if request.future.cancelled():
-                self._leave(slot)
                 request.future.set_running_or_notify_cancel()
                 self._recorder.ended("cancelled")
+                self._let_go(slot)
             elif request.expired:
-                self._leave(slot)
                 self._recorder.ended("timed_out" if request.fail(request.late()) else "cancelled")
+                self._let_go(slot)
 
     def _admit(self) -> None:
         while (request := self._next()) is not None:
@@ -260,6 +260,9 @@ class Scheduler:
             request.sampled = time.monotonic()
             request.passes = self._loop.passes(slot)
             tokens = self._loop.tokens(slot)
+            good = not bool((tokens < 0).any())
+            if good and self._guesses is not None:
+                self._guesses.remember(torch.tensor([request.label]), tokens[None])
             self._leave(slot)
             if (bad := (tokens < 0).nonzero()).numel():
                 error = RuntimeError(
@@ -268,8 +271,6 @@ class Scheduler:
                 )
                 self._recorder.ended("failed" if request.fail(error) else "cancelled")
                 return
-            if self._guesses is not None:
-                self._guesses.remember(torch.tensor([request.label]), tokens[None])
             self._finisher.put_image(request, tokens)
         elif request.on_rows is not None:
             rows = (slot.known - config.num_prefix_tokens) // config.grid
@@ -280,14 +281,15 @@ class Scheduler:
                     self._finisher.put_rows(request, tokens)
 
     def _leave(self, slot: Slot) -> None:
-        self._finisher.drop_rows(self._running.pop(slot))
         self._loop.leave(slot)
+        self._finisher.drop_rows(self._running.pop(slot))  # last: what runs is answered, whatever fails
 
     def _let_go(self, slot: Slot) -> None:
         """`_leave` where something has failed already, and this may too."""
         try:
             self._leave(slot)
         except Exception as error:
+            self._finisher.drop_rows(self._running.pop(slot))
             self._broken(f"an image could not leave ({error})")
 
     def _unfinished(self) -> EngineClosedError:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import ctypes
 import gc
+import os
 import pickle
 import random
 import resource
@@ -161,6 +162,13 @@ def test_calls_take_their_turn(engine):
     assert engine.call(lambda: threading.current_thread().name).result(LIMIT).startswith("alitok-")
     with pytest.raises(ZeroDivisionError):
         engine.call(lambda: 1 / 0).result(LIMIT)
+    begun, go = threading.Event(), threading.Event()
+    first = engine.call(lambda: begun.set() or go.wait(LIMIT))
+    assert begun.wait(LIMIT)
+    second = engine.call(lambda: 1 / 0)
+    assert second.cancel()
+    go.set()
+    assert first.result(LIMIT) and wait([second], LIMIT).done == {second}, "who waits is told"
 
 
 @pytest.fixture
@@ -261,6 +269,24 @@ def test_an_engine_belongs_to_its_process(engine):
 
 
 # ---- memory ----
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a process with threads is forked
+def test_a_forked_process_has_no_engine(engine):
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        said = str(engine.alive)
+        for ask in (lambda: engine.submit(1), lambda: engine.call(int)):
+            with contextlib.suppress(EngineClosedError):
+                ask()
+                said = "it was asked"
+        os.write(writing, f"{said} {engine.close()}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reading, 100) == b"False True"
+    os.close(reading), os.close(writing)
+    assert engine.submit(1).result(LIMIT).label == 1
 
 
 def test_memory_decides_how_many(pipe, monkeypatch, caplog):
@@ -457,6 +483,74 @@ def test_a_pass_that_fails_is_told_to_all_and_survived(pipe, caplog):
     assert "a pass failed; 1 requests end with the error" in caplog.text
 
 
+@pytest.mark.parametrize("part", ["remembering", "leaving", "leaving late"])
+def test_whatever_fails_the_image_is_answered(part, pipe, caplog):
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    with Engine(pipe) as engine:
+        engine.warm_up()
+        scheduler = engine._scheduler
+        if part == "remembering":
+            scheduler._guesses.remember = fail
+        else:
+            scheduler._loop.leave = fail
+        turn = scheduler._loop.turn
+        if part == "leaving late":
+            scheduler._loop.turn = lambda: time.sleep(0.02) or 0  # no pass, so that its time is up
+        future = engine.submit(1, timeout=0.1 if part == "leaving late" else None)
+        with pytest.raises((RuntimeError, TimeoutError), match="the device is gone|timeout: expected an image"):
+            future.result(LIMIT)
+        scheduler._loop.turn = turn
+        until(lambda: not scheduler._running)
+        assert engine.alive == (part == "remembering")
+        assert engine.stats().requests["failed" if part != "leaving late" else "timed_out"] == 1
+
+
+def test_callbacks_that_raise_what_is_no_exception(pipe, stage1, caplog):
+    """The threads work for all, and go on."""
+
+    def bad(*_):
+        raise asyncio.CancelledError
+
+    with Engine(pipe, stage1=stage1, max_images=1) as engine:
+        futures = [engine.submit(1, image_id=i, on_rows=bad) for i in range(3)] + [engine.call(int)]
+        for future in futures:
+            future.add_done_callback(bad)
+        for future in futures:
+            future.result(LIMIT)
+        assert engine.submit(1).result(LIMIT).label == 1 and engine.alive
+        begun, go = threading.Event(), threading.Event()
+        blocks = engine.call(lambda: begun.set() or go.wait(LIMIT))
+        assert begun.wait(LIMIT)
+        waiting = [engine.submit(1, image_id=i) for i in range(5)] + [engine.call(int)]
+        for future in waiting:
+            with contextlib.suppress(asyncio.CancelledError):
+                future.add_done_callback(bad)
+        closing = threading.Thread(target=engine.close, args=(False,))
+        closing.start()
+        until(lambda: not engine.alive)
+        go.set()
+        closing.join(LIMIT)
+        assert blocks.result(LIMIT) is True
+        for future in waiting:
+            with pytest.raises(EngineClosedError):
+                future.result(LIMIT)
+    assert "a callback of a future failed" in caplog.text
+
+
+def test_a_request_that_comes_as_the_engine_falls_asleep(pipe, monkeypatch):
+    """Between the end of a wait and the lock: here somebody holds the lock that long."""
+    monkeypatch.setattr(scheduler_module, "IDLE_SECONDS", 0.2)
+    with Engine(pipe) as engine:
+        engine.warm_up()
+        for _ in range(2):
+            with engine._scheduler._wake:
+                time.sleep(0.5)
+                future = engine.submit(1)
+            assert future.result(LIMIT).label == 1
+
+
 def test_a_device_that_stays_broken(pipe):
     """Nothing works any more, to leave neither: everyone is told, and the end comes."""
     engine = Engine(pipe, max_images=1)
@@ -511,12 +605,47 @@ def test_the_thread_that_decodes_ends(pipe):
 
 def test_kept_futures_do_not_keep_the_cache(pipe):
     engine = Engine(pipe)
-    future, cache = engine.submit(1), weakref.ref(engine._scheduler._loop)
-    future.result(LIMIT)
+    future, call, cache = engine.submit(1), engine.call(int), weakref.ref(engine._scheduler._loop)
+    future.result(LIMIT), call.result(LIMIT)
     engine.close()
     del engine
     gc.collect()
     assert cache() is None and future.result().label == 1
+
+
+def test_an_image_goes_with_its_future(pipe):
+    """At once, not when the collector of cycles comes by."""
+    with Engine(pipe) as engine:
+        gc.collect()
+        gc.disable()
+        try:
+            future = engine.submit(1)
+            image = weakref.ref(future.result(LIMIT))
+            del future
+            until(lambda: image() is None)
+        finally:
+            gc.enable()
+
+
+def test_what_the_caller_writes_later_is_not_of_the_prompt(held, pipe):
+    prompt = pipe([1]).tokens[0, :40]
+    engine = held()
+    future, expected = engine.submit(1, prompt_tokens=prompt, image_id=5), prompt.clone()
+    prompt.zero_()
+    engine.let_go()
+    assert torch.equal(future.result(LIMIT).tokens[:40], expected)
+
+
+def test_weights_that_changed_before_count(pipe):
+    changed = copy.deepcopy(pipe)
+    changed = Pipeline(changed.tokenizer, changed.generator, decode_dtype=torch.bfloat16)
+    changed([1])
+    with torch.no_grad():
+        for weight in changed.tokenizer.decoder.parameters():
+            weight.mul_(1.05)
+    with Engine(changed) as engine:
+        pixels = engine.submit(1).result(LIMIT).pixels
+    assert np.array_equal(pixels, changed([1]).pixels[0])
 
 
 def test_nobody_waits_for_an_engine_that_broke(pipe, caplog):
