@@ -289,8 +289,8 @@ class Scheduler:
         try:
             self._leave(slot)
         except Exception as error:
-            self._finisher.drop_rows(self._running.pop(slot))
             self._broken(f"an image could not leave ({error})")
+            self._finisher.drop_rows(self._running.pop(slot))
 
     def _unfinished(self) -> EngineClosedError:
         return EngineClosedError(f"engine: expected to finish this request, but {self._closing}")

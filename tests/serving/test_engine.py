@@ -504,7 +504,7 @@ def test_whatever_fails_the_image_is_answered(part, pipe, caplog):
         scheduler._loop.turn = turn
         until(lambda: not scheduler._running)
         assert engine.alive == (part == "remembering")
-        assert engine.stats().requests["failed" if part != "leaving late" else "timed_out"] == 1
+        until(lambda: engine.stats().requests["failed" if part != "leaving late" else "timed_out"] == 1)
 
 
 def test_callbacks_that_raise_what_is_no_exception(pipe, stage1, caplog):
