@@ -28,7 +28,7 @@ def test_text_and_numbers_are_taken():
         ({"port": "80"}, "port: expected none under Ray Serve .*, got '80'"),
         ({"max_queue": "many"}, "max_queue: expected int, got 'many'"),
         ({"stage1": 3}, r"stage1: expected str \| None, got 3"),
-        ({"timeout": "0"}, "timeout: expected a number above 0, got 0.0"),
+        ({"timeout": "0"}, "timeout: expected a number above 0, at most 1e.06, got 0.0"),
         ({"min_replicas": 3, "max_replicas": 2}, "max_replicas: expected at least 3, got 2"),
         ({"max_replicas": 0}, "max_replicas: expected at least 1, got 0"),
         ({"num_cpus": "nan"}, "num_cpus: expected a number above 0, got nan"),
