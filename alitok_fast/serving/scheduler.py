@@ -260,11 +260,11 @@ class Scheduler:
             request.sampled = time.monotonic()
             request.passes = self._loop.passes(slot)
             tokens = self._loop.tokens(slot)
-            good = not bool((tokens < 0).any())
-            if good and self._guesses is not None:
+            bad = (tokens < 0).nonzero()
+            if self._guesses is not None and not bad.numel():
                 self._guesses.remember(torch.tensor([request.label]), tokens[None])
             self._leave(slot)
-            if (bad := (tokens < 0).nonzero()).numel():
+            if bad.numel():
                 error = RuntimeError(
                     f"sampling: expected finite logits, got NaN or infinity at step {int(bad[0])}; "
                     "the weights or the precision are at fault"

@@ -128,7 +128,7 @@ def test_a_pod_has_time_to_finish_what_runs():
     grace = served(entry() + container()["args"])["grace_seconds"]
     assert grace == ServeSettings.grace_seconds
     (name, pause) = container()["lifecycle"]["preStop"]["exec"]["command"]
-    assert name == "sleep" and pod()["terminationGracePeriodSeconds"] > int(pause) + grace + 1
+    assert name == "sleep" and pod()["terminationGracePeriodSeconds"] > int(pause) + grace + 2
 
 
 def test_variables_are_those_that_something_reads():

@@ -268,9 +268,6 @@ def test_an_engine_belongs_to_its_process(engine):
         pickle.dumps(engine)
 
 
-# ---- memory ----
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a process with threads is forked
 def test_a_forked_process_has_no_engine(engine):
@@ -287,6 +284,9 @@ def test_a_forked_process_has_no_engine(engine):
     assert os.read(reading, 100) == b"False True"
     os.close(reading), os.close(writing)
     assert engine.submit(1).result(LIMIT).label == 1
+
+
+# ---- memory ----
 
 
 def test_memory_decides_how_many(pipe, monkeypatch, caplog):

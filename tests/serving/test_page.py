@@ -25,7 +25,7 @@ from alitok_fast.models import Tokenizer
 from alitok_fast.models.loading import find_stage1
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
 from alitok_fast.serving.app import create_app  # noqa: E402
